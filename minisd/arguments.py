@@ -1,0 +1,213 @@
+"""What a caller may ask for: each argument checked, with one sentence, before any work is done.
+
+A wrong type is a TypeError and a wrong value a ValueError, save that a number of the wrong kind
+(2.5 or "3" steps, True) is a ValueError too: the caller's mistake is the same.
+"""
+
+import math
+import secrets
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+# torch's CPU generator reads only 32 bits of a seed: larger ones would repeat smaller ones.
+MAX_SEED = 2**32 - 1
+# How much of the way is walked again unless said: without and with a mask.
+DEFAULT_STRENGTH = (0.8, 1.0)
+# Attention grows with the fourth power of the side; nothing beyond this can finish.
+MAX_SIDE = 8192
+DTYPES = {
+    "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float32": torch.float32, "fp32": torch.float32, "float64": torch.float64,
+}
+
+
+def integer(name: str, value: object, low: int, high: int) -> int:
+    """``value`` as an int from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer from {low} to {high}, not {value!r}")
+    return int(value)
+
+
+def real(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    """``value`` as a finite float from ``low`` to ``high``."""
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:
+        bounds = f" from {low:g} to {high:g}" if math.isfinite(high) else ""
+        raise ValueError(f"{name} must be a finite number{bounds}, not {value!r}")
+    return float(value)
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> str:
+    """``value``, which must be one of the words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+    return value
+
+
+def strength(value: object, steps: int, image: object, mask: object) -> tuple[float | None, int]:
+    """The strength in (0, 1], or None without an image; and how many of the steps are to be done."""
+    if image is None:
+        if value is not None:
+            raise ValueError("strength needs the image that it is about")
+        return None, steps
+    value = DEFAULT_STRENGTH[mask is not None] if value is None else real("strength", value, 0, 1)
+    left = int(value * steps)  # truncated, as the official scripts do: 0.75 of 50 is 37
+    if left == 0:
+        raise ValueError(f"strength {value:g} of {steps} steps leaves none to do: "
+                         f"it must be at least {1 / steps:g}")
+    return value, left
+
+
+def task(in_channels: int, image: object, mask: object, latents: object) -> None:
+    """Refuse pictures and masks that do not go together, or not with the model."""
+    if mask is not None and image is None:
+        raise ValueError("mask_image needs the image that it is the mask of")
+    if in_channels == 9 and mask is None:
+        raise ValueError("this is an inpainting model: give it image and mask_image")
+    if latents is not None and image is not None and mask is None:
+        raise ValueError("give either image or latents to start from, not both")
+
+
+def side(name: str, value: object, multiple: int, default: int) -> int:
+    """A height or width in pixels: a multiple of ``multiple``, at most MAX_SIDE."""
+    if value is None:
+        return default
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value % multiple or not multiple <= value <= MAX_SIDE:
+        near = f" (nearest valid: {_nearest(value, multiple)})" if isinstance(value, Real) else ""
+        raise ValueError(
+            f"{name} must be a multiple of {multiple} from {multiple} to {MAX_SIDE} pixels, "
+            f"not {value!r}{near}"
+        )
+    return int(value)
+
+
+def _nearest(value: float, multiple: int) -> str:
+    top = MAX_SIDE // multiple
+    below = min(max(value // multiple, 1), top) if math.isfinite(value) else 1
+    above = min(below + (value % multiple != 0 and value > multiple), top)
+    return " or ".join(str(int(n * multiple)) for n in sorted({below, above}))
+
+
+def prompts(
+    prompt: object, negative: object, embeds: Tensor | None, negative_embeds: Tensor | None,
+    context_shape: tuple[int, int],
+) -> tuple[list[str | None], list[str | None]]:
+    """The prompt and the negative prompt of each picture asked for; None where embeds are given.
+
+    ``context_shape`` is what each of the embeds must be: (tokens, width).
+    """
+    _embeddings("prompt_embeds", embeds, context_shape)
+    _embeddings("negative_prompt_embeds", negative_embeds, context_shape)
+    if (prompt is None) == (embeds is None):
+        raise ValueError("give either prompt or prompt_embeds")
+    if negative_embeds is not None and negative:
+        raise ValueError("give either negative_prompt or negative_prompt_embeds")
+    positives = _texts("prompt", prompt) if embeds is None else [None] * len(embeds)
+    if negative_embeds is not None:
+        negatives = [None] * len(negative_embeds)
+    elif isinstance(negative, (list, tuple)):
+        negatives = _texts("negative_prompt", negative)
+    else:
+        negatives = _texts("negative_prompt", negative or "") * len(positives)
+    if len(positives) != len(negatives):
+        raise ValueError(
+            f"there are {len(positives)} prompts but {len(negatives)} negative prompts: "
+            "give one for all or one for each"
+        )
+    return positives, negatives
+
+
+def _texts(name: str, value: object) -> list[str]:
+    texts = list(value) if isinstance(value, (list, tuple)) else [value]
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            where = f"{name}[{i}]" if isinstance(value, (list, tuple)) else name
+            raise TypeError(f"{where} must be a string, not {type(text).__name__}")
+    if not texts:
+        raise ValueError(f"{name} is an empty list")
+    return texts
+
+
+def _embeddings(name: str, value: object, shape: tuple[int, int]) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor")
+    if value.dim() != 3 or value.shape[1:] != shape or len(value) == 0:
+        raise ValueError(f"{name} must be (prompts, {shape[0]}, {shape[1]}), "
+                         f"not {tuple(value.shape)}")
+    if not value.isfinite().all():
+        raise ValueError(f"{name} holds values that are not finite")
+
+
+def latents(value: object, shape: tuple[int, ...]) -> None:
+    """Latents, where there are any, must be of ``shape``, of floats and finite."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"latents must be a tensor, not {type(value).__name__}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"latents must be {shape}, not {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise ValueError(f"latents must be of a floating-point dtype, not {value.dtype}")
+    if not value.isfinite().all():
+        raise ValueError("latents hold values that are not finite")
+
+
+def generators(count: int, seed: object, generator: object) -> list[torch.Generator]:
+    """One torch generator for each of ``count`` pictures, from a seed or from the caller's own."""
+    if generator is not None:
+        if seed is not None:
+            raise ValueError("give either seed or generator, not both")
+        given = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
+        if not all(isinstance(g, torch.Generator) for g in given):
+            raise TypeError("generator must be a torch.Generator or a list of them")
+        if len(given) != count:
+            raise ValueError(f"there are {count} pictures but {len(given)} generators")
+        return given
+    # On the CPU whatever the device, so that a seed is the same picture everywhere.
+    return [torch.Generator("cpu").manual_seed(s) for s in seeds(count, seed)]
+
+
+def seeds(count: int, seed: object) -> list[int]:
+    """The seed of each picture: seed, seed + 1, ...; as listed; or drawn where there is none."""
+    if isinstance(seed, (list, tuple)):
+        if len(seed) != count:
+            raise ValueError(f"there are {count} pictures but {len(seed)} seeds")
+        return [integer(f"seed[{i}]", s, 0, MAX_SEED) for i, s in enumerate(seed)]
+    if seed is None:
+        seed = secrets.randbelow(MAX_SEED - count + 2)
+    first = integer("seed", seed, 0, MAX_SEED)
+    if first + count - 1 > MAX_SEED:
+        raise ValueError(f"seed {first} + {count - 1} for the last picture is past {MAX_SEED}")
+    return [first + i for i in range(count)]
+
+
+def device(name: object) -> torch.device:
+    """"auto" is cuda, then mps, then cpu; anything else must be there."""
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there += ["mps:0"] * torch.backends.mps.is_available() + ["cpu"]
+    if isinstance(name, str) and name == "auto":
+        return torch.device(there[0])
+    try:
+        chosen = torch.device(name)
+        whole = str(chosen) if chosen.index is not None or chosen.type == "cpu" else f"{chosen}:0"
+    except (RuntimeError, TypeError):
+        whole = None
+    if whole not in there:
+        raise ValueError(f"device must be auto or one of {', '.join(there)}, not {str(name)!r}")
+    return chosen
+
+
+def dtype(name: object, on: torch.device) -> torch.dtype:
+    """"auto" is float16 on a GPU; float32 on a CPU, where half precision is far slower."""
+    if isinstance(name, str) and name == "auto":
+        return torch.float32 if on.type == "cpu" else torch.float16
+    chosen = DTYPES.get(name) if isinstance(name, str) else name
+    if chosen not in DTYPES.values():
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {name!r}")
+    return chosen

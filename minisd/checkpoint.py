@@ -1,0 +1,273 @@
+"""Weights from a file or folder into a model: recognised, checked to the last name, then copied.
+
+``open_checkpoint`` reads headers and configs and says what the weights are; ``check`` compares
+them with a model; ``fill`` moves them in. Nothing that a file holds is ever executed, and no
+tensor is passed over: each is used, dropped by a rule in names.py, or an error.
+"""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minisd import names
+from minisd.config import PREDICTION_TYPES, Config
+from minisd.diffusers_config import SCHEDULER, JsonFile, read_config, read_schedule
+from minisd.recognise import find_prediction, recognise, refuse, settle
+from minisd.safetensors_file import (
+    DTYPES,
+    TO_CONVERT,
+    StoredTensor,
+    WeightError,
+    read_header,
+    read_tensor,
+)
+
+SHOWN = 5  # how many names an error lists
+
+# What a folder's model_index.json may say, and the stem of each part's weight file.
+PIPELINES = tuple(f"StableDiffusion{x}Pipeline" for x in ("", "Img2Img", "Inpaint"))
+CLASSES = {
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+STEMS = {
+    "text_encoder": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file or folder holds, before any weight is read.
+
+    ``parts`` maps "text_encoder", "unet" and "vae" to parameter name -> place in a file.
+    """
+
+    path: Path
+    layout: str  # "single file" or "folder"
+    config: Config
+    prediction_source: str  # how the prediction type is known
+    tokenizer_folder: Path | None
+    parts: Mapping[str, Mapping[str, StoredTensor]]
+
+    @property
+    def dtypes(self) -> Counter:
+        """How many tensors are stored in each dtype, under safetensors' name for it."""
+        return Counter(t.dtype for part in self.parts.values() for t in part.values())
+
+
+def open_checkpoint(
+    path: str | PathLike,
+    config: Config | str | PathLike | None = None,
+    vae: str | PathLike | None = None,
+    prediction_type: str | None = None,
+) -> Checkpoint:
+    """Recognise a .safetensors file, a folder in diffusers layout, or a cached "owner/name".
+
+    ``config``: the sizes of a single file, or a folder of diffusers JSON files that has them.
+    ``vae``: a file whose VAE is used instead. ``prediction_type``: outranks what is found.
+    Raises FileNotFoundError, or WeightError where this is no Stable Diffusion 1 or 2.
+    """
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise ValueError(f"prediction_type is {prediction_type!r}, not one of {PREDICTION_TYPES}")
+    place = locate(path)
+    if not place.is_dir():
+        found = _open_file(place, config, prediction_type)
+    elif config is None:
+        found = _open_folder(place, prediction_type)
+    else:
+        raise ValueError(f"config is for single files; the folder {place} has its own")
+    if vae is not None:
+        found = replace(found, parts={**found.parts, "vae": _open_vae(locate(vae), found.config)})
+    return found
+
+
+def locate(path: str | PathLike) -> Path:
+    """The path itself, or what the Hugging Face cache holds of an "owner/name"; no network."""
+    place = Path(path).expanduser()
+    if place.exists():
+        return place
+    hint = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and place.suffix != ".safetensors":
+        from huggingface_hub import try_to_load_from_cache
+
+        index = try_to_load_from_cache(str(path), "model_index.json")
+        if isinstance(index, str):
+            return Path(index).parent
+        hint = f"; if it is a model on the Hugging Face hub, run `minisd download {path}` first"
+    beside = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+    near = difflib.get_close_matches(place.name, beside) or sorted(beside)[:SHOWN]
+    there = f" ({place.parent} has {', '.join(near)})" if near else ""
+    raise FileNotFoundError(f"{path} does not exist{there}{hint}")
+
+
+def check(checkpoint: Checkpoint, part: str, module: nn.Module) -> None:
+    """WeightError, with counts and first names, unless module and file agree on every tensor."""
+    have, want = checkpoint.parts[part], module.state_dict()
+    shared = [(stored, tuple(want[name].shape)) for name, stored in have.items() if name in want]
+    spelled = _official_names(checkpoint, part)
+    faults = {
+        "missing": [spelled.get(name, name) for name in want if name not in have],
+        "unexpected": [stored.name for name, stored in have.items() if name not in want],
+        "of the wrong shape": [
+            f"{s.name} {list(s.shape)} for {list(shape)}" for s, shape in shared if s.shape != shape
+        ],
+        f"of a dtype other than {', '.join(DTYPES)}": [
+            f"{s.name} {s.dtype}" for s in have.values() if s.dtype not in DTYPES
+        ],
+    }
+    told = "; ".join(f"{len(rows)} {what}: {_first(rows)}" for what, rows in faults.items() if rows)
+    if told:
+        hint = "" if have or part != "vae" else "; a VAE from another file can be given as vae="
+        raise WeightError(f"{checkpoint.path}, {part}: {told}{hint}")
+
+
+def fill(
+    checkpoint: Checkpoint, part: str, module: nn.Module, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give a module on the meta device its weights, in ``dtype`` on ``device``.
+
+    Raises WeightError where ``check`` does, and for a weight that is not finite.
+    """
+    check(checkpoint, part, module)
+    stored = sorted(checkpoint.parts[part].items(), key=lambda row: (row[1].path, row[1].start))
+    state = {name: read_tensor(tensor, dtype, device) for name, tensor in stored}
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def _open_file(
+    path: Path, config: Config | str | PathLike | None, prediction_type: str | None
+) -> Checkpoint:
+    tensors, folder, source = read_header(path), None, "given by the caller"
+    refuse(path, tensors)
+    if isinstance(config, Config):
+        prediction_type = prediction_type or config.schedule.prediction_type
+    elif config is not None:
+        folder = locate(config)
+        config = read_config(folder)
+    else:
+        config = recognise(path, tensors)
+    if prediction_type is None:
+        prediction_type, source = find_prediction(path, folder, config, tensors)
+    config = settle(config, prediction_type)
+    parts = _assign(tensors, names.single_file(config), names.SINGLE_FILE_PREFIXES, config)
+    return Checkpoint(path, "single file", config, source, _tokenizer(folder), parts)
+
+
+def _open_vae(path: Path, config: Config) -> dict[str, StoredTensor]:
+    rows = {"vae": names.stand_alone_vae(config.vae)}
+    return _assign(read_header(path), rows, {"": "vae"}, config)["vae"]
+
+
+def _open_folder(folder: Path, prediction_type: str | None) -> Checkpoint:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise WeightError(
+            f"{folder} has no model_index.json, which a folder in diffusers layout has beside "
+            f"{', '.join(names.PARTS)}"
+        )
+    for field, wanted in {"_class_name": PIPELINES, **{k: (v,) for k, v in CLASSES.items()}}.items():
+        JsonFile(index).choice(field, wanted[0], wanted)
+    config, source = read_config(folder), "given by the caller"
+    if prediction_type is None:
+        prediction_type, source = read_schedule(folder).prediction_type, f"from {SCHEDULER}"
+    parts = {}
+    for part, rows in names.folder(config).items():
+        tensors = _folder_tensors(folder / part, STEMS[part])
+        parts |= _assign(tensors, {part: rows}, {"": part}, config)
+    config = settle(config, prediction_type)
+    return Checkpoint(folder, "folder", config, source, _tokenizer(folder), parts)
+
+
+def _tokenizer(folder: Path | None) -> Path | None:
+    place = folder / "tokenizer" if folder else None
+    return place if place and place.is_dir() else None
+
+
+def _folder_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
+    """A part's tensors, in one file or in shards; half precision where there is nothing else."""
+    for variant in ("", ".fp16"):
+        whole = folder / f"{stem}{variant}.safetensors"
+        if whole.is_file():
+            return read_header(whole)
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.is_file():
+            return _shards(index)
+    pickled = f"; of the pickles there: {TO_CONVERT}" if any(folder.glob("*.bin")) else ""
+    raise WeightError(f"{folder} has no {stem}.safetensors (nor .fp16, nor shards){pickled}")
+
+
+def _shards(index: Path) -> dict[str, StoredTensor]:
+    rows = JsonFile(index).fields.get("weight_map")
+    if not isinstance(rows, dict) or not all(isinstance(v, str) for v in rows.values()):
+        raise WeightError(f"{index} has no weight_map from tensors to files")
+    tensors = []
+    for shard in sorted(set(rows.values())):
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
+            raise WeightError(f"{index} names {shard!r}, which is not a shard in its own folder")
+        if not (index.parent / shard).is_file():
+            raise WeightError(f"{index} names {shard}, which is missing")
+        tensors += read_header(index.parent / shard).values()
+    if sorted((t.name, t.path.name) for t in tensors) != sorted(rows.items()):
+        raise WeightError(f"{index} and its shards do not hold the same tensors")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _assign(
+    tensors: Mapping[str, StoredTensor],
+    rows: Mapping[str, names.NameMap],
+    prefixes: Mapping[str, str],
+    config: Config,
+) -> dict[str, dict[str, StoredTensor]]:
+    """Part -> parameter -> place, by the rows of names.py.
+
+    An unknown tensor under a part's prefix stays with that part under its own name, so that
+    ``check`` can report it beside what is missing.
+    """
+    parts, dropped, unknown = {part: {} for part in rows}, names.dropped(config), []
+    table = {name: (part, ours) for part, row in rows.items() for name, ours in row.items()}
+    for name, tensor in tensors.items():
+        if dropped.fullmatch(name):
+            continue
+        part = next((part for prefix, part in prefixes.items() if name.startswith(prefix)), None)
+        if part is None:
+            unknown.append(tensor)
+            continue
+        part, parameters = table.get(name, (part, (name,)))
+        for parameter, piece in zip(parameters, tensor.unstack(len(parameters))):
+            if parameter in parts[part]:
+                twice = f"{parts[part][parameter].name} and {name}"
+                raise WeightError(f"{tensor.path} has one tensor twice: {twice}")
+            linear = part == "vae" and ".attentions." in parameter
+            parts[part][parameter] = _as_linear(piece) if linear else piece
+    if unknown:
+        rest = _first([tensor.name for tensor in unknown])
+        raise WeightError(f"{unknown[0].path} has {len(unknown)} unexpected: {rest}")
+    return parts
+
+
+def _as_linear(tensor: StoredTensor) -> StoredTensor:
+    # A 1x1 convolution is a linear layer: (C, C, 1, 1) and (C, C, 1) are what we hold as (C, C).
+    while len(tensor.shape) > 2 and tensor.shape[-1] == 1:
+        tensor = replace(tensor, shape=tensor.shape[:-1])
+    return tensor
+
+
+def _official_names(checkpoint: Checkpoint, part: str) -> dict[str, str]:
+    """Parameter name -> what the file calls it, or would."""
+    layout = names.single_file if checkpoint.layout == "single file" else names.folder
+    rows = layout(checkpoint.config)[part]
+    return {ours: name for name, parameters in reversed(rows.items()) for ours in parameters}
+
+
+def _first(rows: list[str]) -> str:
+    return ", ".join(rows[:SHOWN]) + (", ..." if len(rows) > SHOWN else "")

@@ -1,0 +1,101 @@
+"""The text encoder: the only place where words become vectors.
+
+A causal transformer reads 77 token ids and returns one vector per token; the UNet looks at all of
+them, those of the padding included, because no mask was used when it was trained.
+
+SD1 uses the text half of CLIP ViT-L/14 (Radford et al. 2021), SD2 that of OpenCLIP ViT-H/14 up to
+its last layer but one. Parameters carry the names of transformers' CLIPTextModel.
+
+B batch, L tokens (77), D width
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minisd.config import TextConfig
+from minisd.ops import Ops
+
+NORM_EPS = 1e-5
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid approximation of GELU that OpenAI trained CLIP with; not interchangeable."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class Embeddings(nn.Module):
+    """A vector for each id plus a learned vector for each position."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        # Positions are 0..L-1 by definition; the position_ids in some files are damaged.
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class Attention(nn.Module):
+    """Each token looks at itself and at the tokens before it."""
+
+    def __init__(self, config: TextConfig, ops: Ops):
+        super().__init__()
+        self.ops, self.heads = ops, config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)             # (B, L, D)
+        return self.out_proj(self.ops.attention(q, k, v, self.heads, causal=True))
+
+
+class MLP(nn.Module):
+    """Widen four times, bend, narrow."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each on a normalised copy, each added to what came in."""
+
+    def __init__(self, config: TextConfig, ops: Ops):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, NORM_EPS)
+        self.self_attn = Attention(config, ops)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, NORM_EPS)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class TextEncoder(nn.Module):
+    """Token ids (B, 77) -> context (B, 77, D), after the final LayerNorm."""
+
+    def __init__(self, config: TextConfig, ops: Ops):
+        super().__init__()
+        layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_hidden_layers))
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.ModuleDict({"layers": layers})
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, NORM_EPS)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embeddings(ids)                                             # (B, L, D)
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return self.final_layer_norm(x)                                      # (B, L, D)

@@ -1,0 +1,216 @@
+"""Where pictures meet the disk: files become tensors; tensors become PNGs that know their origin.
+
+A picture is read once, as RGB, and refused with one sentence when it cannot be. A picture is
+written whole or not at all, and carries the settings that made it.
+"""
+
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Source = str | os.PathLike | Image.Image
+# Named, because Pillow would otherwise try all it knows, and for EPS it runs Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read or used; the message is one sentence that names it."""
+
+
+def open_image(source: Source) -> Image.Image:
+    """A path or a PIL image -> a PIL image in RGB: the first frame, turned upright, over white.
+
+    Raises ImageError for what is no picture, is damaged, or has too many pixels (Pillow's limit,
+    ``PIL.Image.MAX_IMAGE_PIXELS``); FileNotFoundError for no file; TypeError for anything else.
+    """
+    if isinstance(source, Image.Image):
+        with _decoding("the picture", FORMATS):
+            return _to_rgb(source, "the picture")
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"a picture is a path or a PIL image, not {type(source).__name__}")
+    if str(source).startswith("data:") or "://" in str(source):
+        raise ImageError(f"{str(source)[:80]} is an address: download the picture, pass its path")
+    with open(source, "rb") as file, _decoding(source, FORMATS):
+        return _to_rgb(Image.open(file, formats=FORMATS), source)
+
+
+@contextmanager
+def _decoding(name: str | os.PathLike, formats: tuple[str, ...]) -> Iterator[None]:
+    """Turn whatever a decoder raises on a bad file into one ImageError that names it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            yield
+        except (ImageError, MemoryError):
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
+            raise ImageError(f"{name} has more than {limit}: make it smaller first") from None
+        except UnidentifiedImageError:
+            kinds = " or ".join(formats)
+            raise ImageError(f"{name} is not a picture in {kinds}: convert it first") from None
+        except Exception as error:  # Pillow's decoders raise a dozen types, down to struct.error
+            raise ImageError(f"{name} is damaged or cut short ({error})") from error
+
+
+def _to_rgb(image: Image.Image, name: str | os.PathLike) -> Image.Image:
+    if 0 in image.size:
+        raise ImageError(f"{name} has no pixels")
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ImageError(f"{name} has float pixels, of unknown range: save it with 8 bits")
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips 16 bits to 8, which turns a grey picture white.
+        grey = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def to_tensor(source: Source, width: int, height: int) -> "Tensor":
+    """What ``open_image`` takes -> (1, 3, height, width) float32 in [-1, 1], by Lanczos."""
+    return 2 * _grid(source, "RGB", width, height) - 1
+
+
+def mask_to_tensor(source: Source, width: int, height: int) -> "Tensor":
+    """What ``open_image`` takes -> (1, 1, height, width) float32: 1, repaint, where it is light."""
+    return (_grid(source, "L", width, height) >= 0.5).float()
+
+
+def _grid(source: Source, mode: str, width: int, height: int) -> "Tensor":
+    """(1, C, height, width) in [0, 1]; resized before it turns grey, as in diffusers."""
+    import torch  # here, so that looking at a PNG's settings need not wait for it
+
+    resized = open_image(source).resize((width, height), Image.Resampling.LANCZOS)
+    pixels = np.array(resized.convert(mode))
+    grid = torch.from_numpy(pixels).float() / 255
+    return grid.reshape(1, height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+
+def to_pil(pixels: "Tensor") -> list[Image.Image]:
+    """(B, 3, H, W) in [0, 1] -> a list of B PIL images, each channel rounded to 8 bits."""
+    levels = pixels.detach().float().mul(255).round().byte()
+    return [Image.fromarray(each) for each in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def check_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Raise now what ``save`` would raise after the work: ValueError or an OSError."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: only PNG is written, so the name must end in .png")
+    if not path.parent.is_dir():
+        raise NotADirectoryError(f"{path.parent} is not a folder: create it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path.parent} is not writable: choose another folder")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: choose another name")
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another name, or ask to overwrite it")
+
+
+def save(
+    image: Image.Image, path: str | os.PathLike, settings: dict, overwrite: bool = False
+) -> None:
+    """Write a PIL image as a PNG that carries ``settings``, whole or not at all.
+
+    ``settings`` is a dict that JSON can hold. An existing file is a FileExistsError unless
+    ``overwrite``; a full disk or a forbidden folder is the OSError that names ``path``.
+    """
+    check_writable(path, overwrite)
+    chunks = PngInfo()
+    chunks.add_text("parameters", _parameters(settings))
+    # ASCII with \u escapes: the only form that also keeps lone surrogates, as in odd file names.
+    chunks.add_itxt("minisd", json.dumps(settings))
+    path = Path(path)
+    _remove_leftovers(path.parent)
+    temporary = path.with_name(f".minisd-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            image.save(file, "PNG", pnginfo=chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(temporary, path, overwrite)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give a finished file its name; without ``overwrite``, only a name that is free."""
+    if overwrite:
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # exFAT and some network drives have no links: claim the name, then fill it
+        open(path, "xb").close()
+        os.replace(temporary, path)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they saved."""
+    if os.name != "posix":  # elsewhere os.kill(pid, 0) may end the process it asks about
+        return
+    for leftover in folder.glob(".minisd-*-*.tmp"):
+        try:
+            os.kill(int(leftover.name.split("-")[1]), 0)
+        except ProcessLookupError:
+            leftover.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):  # not ours, or another user's
+            pass
+
+
+def _parameters(settings: dict) -> str:
+    """The text that AUTOMATIC1111's web UI began and other Stable Diffusion programs read."""
+    fields = {
+        "Steps": settings.get("num_inference_steps"),
+        "Sampler": "DDIM",
+        "CFG scale": settings.get("guidance_scale"),
+        "Seed": settings.get("seed"),
+        "Size": f"{settings.get('width')}x{settings.get('height')}",
+        "Model": PurePath(settings.get("model") or "").name.removesuffix(".safetensors"),
+        "Denoising strength": settings.get("strength"),
+        "Eta DDIM": settings.get("eta"),
+    }
+    lines = [settings.get("prompt") or ""]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in fields.items() if v not in (None, "")))
+    return "\n".join(lines).encode(errors="backslashreplace").decode()
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:"\n') else text
+
+
+def read_settings(path: str | os.PathLike) -> dict:
+    """The settings dict that ``save`` put into a PNG; ImageError if there is none."""
+    with open(path, "rb") as file, _decoding(path, ("PNG",)):
+        text = Image.open(file, formats=("PNG",)).info.get("minisd")
+    try:
+        settings = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ImageError(f"{path} carries no settings of minisd")
+    return settings

@@ -1,0 +1,188 @@
+"""One .safetensors file: its header, believed only when every number adds up, and its tensors.
+
+A file is 8 bytes that give the header's length (little-endian), the header in JSON (name -> dtype,
+shape, first and last byte), and the tensors' bytes one after the other. Source: the format's
+description at github.com/huggingface/safetensors; what that library lets pass and this one refuses
+is a header whose meaning two readers could disagree on.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MAX_HEADER = 4 * 2**20  # an SD1 checkpoint with all of its training state needs 0.3 MB
+MAX_TENSORS = 10_000  # the same has 1,900
+MAX_RANK = 8
+MAX_DIMENSION = 2**32
+
+ITEM_SIZE = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+
+# What weights may be stored as: integers and 8-bit floats need scales that this format lacks.
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+CHUNK = 4 * 2**20  # bytes read at a time, few enough to be converted in the cache
+
+TO_CONVERT = (
+    "minisd never opens pickles, which can run code; load it where you trust it and save it with "
+    "safetensors: sd = torch.load(path, weights_only=True); "
+    "safetensors.torch.save_file(sd.get('state_dict', sd), 'model.safetensors')"
+)
+# What else people hold under this name, by how the file begins.
+IMPOSTORS = (
+    (rb"PK\x03\x04", "a PyTorch pickle in a zip: " + TO_CONVERT),
+    (rb"\x80[\x02-\x05]", "a PyTorch pickle: " + TO_CONVERT),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the weights: run `git lfs pull`"),
+    (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page, not the weights: download the file itself"),
+    (rb"GGUF", "a GGUF file, whose quantised weights minisd does not read"),
+)
+
+
+class WeightError(ValueError):
+    """Weights that are damaged, of another model, or not what they claim to be."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: bytes ``start`` to ``stop`` of ``path``, there called ``name``."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def unstack(self, n: int) -> list["StoredTensor"]:
+        """The n equal parts along the first axis; a tensor that has none is returned n times."""
+        if n == 1 or not self.shape or self.shape[0] % n:
+            return [self] * n
+        size, shape = (self.stop - self.start) // n, (self.shape[0] // n, *self.shape[1:])
+        starts = (self.start + i * size for i in range(n))
+        return [replace(self, shape=shape, start=s, stop=s + size) for s in starts]
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, name -> place; their bytes are not read.
+
+    WeightError for anything but a well-formed .safetensors file, of exactly the size it declares.
+    """
+    size = path.stat().st_size
+    if size < 8:
+        raise WeightError(f"{path} has {size} bytes, too few to be weights: interrupted download?")
+    with open(path, "rb") as file:
+        head = file.read(512)
+        length = int.from_bytes(head[:8], "little")
+        if not (length <= min(size - 8, MAX_HEADER) and head[8:9] == b"{"):
+            raise WeightError(f"{path}: {_what_else(head, length, size)}")
+        file.seek(8)
+        header = parse_json(file.read(length), path)
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise WeightError(f"{path} declares {len(header)} tensors; no model has over {MAX_TENSORS}")
+    tensors = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
+    _check_tiling(path, tensors, 8 + length, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_tensor(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor's values in ``dtype`` on ``device``, using one chunk of memory beside the result.
+
+    WeightError where a value is NaN or infinite, or where the file has ended meanwhile.
+    """
+    if stored.dtype not in DTYPES:
+        raise WeightError(f"{stored.path}: {stored.name} is {stored.dtype}, not {list(DTYPES)}")
+    tensor, source = torch.empty(stored.shape, dtype=dtype, device=device), DTYPES[stored.dtype]
+    size = stored.stop - stored.start
+    scratch = memoryview(bytearray(min(CHUNK, size)))
+    # Read, not mapped: a mapped file that somebody cuts short kills the process.
+    with open(stored.path, "rb") as file:
+        file.seek(stored.start)
+        for place in range(0, size, CHUNK):
+            chunk = scratch[: size - place]
+            if file.readinto(chunk) != len(chunk):
+                raise WeightError(f"{stored.path} ended within {stored.name} while it was read")
+            values, first = torch.frombuffer(chunk, dtype=source), place // source.itemsize
+            tensor.view(-1)[first : first + len(values)].copy_(values)
+    if size and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+        raise WeightError(f"{stored.path}: {stored.name} has NaN or infinity, read as {dtype}")
+    return tensor
+
+
+def parse_json(data: bytes, path: Path) -> dict:
+    """A JSON object, each of whose keys is there once; WeightError for anything else."""
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise WeightError(f"{path} has {twice!r} twice")
+        return result
+
+    try:
+        result = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+    except WeightError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise WeightError(f"{path} is not readable JSON where it should be: {error}") from None
+    if not isinstance(result, dict):
+        raise WeightError(f"{path}: the JSON in it is not an object")
+    return result
+
+
+def _what_else(head: bytes, length: int, size: int) -> str:
+    for start, what in IMPOSTORS:
+        if re.match(start, head):
+            return f"this is {what}"
+    if length > MAX_HEADER:
+        return f"not a safetensors file (a header of {length} bytes; at most {MAX_HEADER} are read)"
+    if length > size - 8:
+        need = f"the header alone ends at byte {8 + length}"
+        return f"{need}, but the file has only {size}: interrupted download?"
+    return "not a safetensors file (its header does not begin with '{')"
+
+
+def _stored(path: Path, name: str, entry: object, data: int) -> StoredTensor:
+    """One entry of the header; ``data`` is the byte where the tensors begin."""
+    if not name.isprintable() or ".." in name or "/" in name or "\\" in name:
+        raise WeightError(f"{path}: {name!r} cannot be the name of a tensor")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise WeightError(f"{path}: {name} needs a dtype, a shape and two offsets, nothing else")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+        raise WeightError(f"{path}: {name} has the unknown dtype {dtype!r}")
+    if not _whole_numbers(shape, MAX_DIMENSION) or len(shape) > MAX_RANK:
+        raise WeightError(f"{path}: {name} has an impossible shape")
+    if not _whole_numbers(offsets, 2**63) or len(offsets) != 2:
+        raise WeightError(f"{path}: {name} has impossible offsets")
+    start, stop = offsets
+    if stop - start != math.prod(shape) * ITEM_SIZE[dtype]:
+        raise WeightError(
+            f"{path}: {name} is {shape} of {dtype}, which is not {stop - start} bytes"
+        )
+    return StoredTensor(path, name, dtype, tuple(shape), data + start, data + stop)
+
+
+def _whole_numbers(values: object, limit: int) -> bool:
+    # type() and not isinstance(): True is an int to Python.
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < limit for v in values)
+
+
+def _check_tiling(path: Path, tensors: list[StoredTensor], data: int, size: int) -> None:
+    """The tensors must fill the file after its header: no gap, no overlap, no byte left over."""
+    end = data
+    for tensor in sorted(tensors, key=lambda t: (t.start, t.stop)):
+        if tensor.start != end:
+            raise WeightError(f"{path}: {tensor.name} begins at byte {tensor.start}, not at {end}")
+        end = tensor.stop
+    if end != size:
+        raise WeightError(f"{path} should have {end} bytes and has {size}: interrupted download?")

@@ -1,0 +1,199 @@
+"""The autoencoder: the only place where pixels become latents and latents become pixels.
+
+A picture shrinks by 2 at every level but the last (8 times in all officially) while its channels
+grow; the diffusion happens in the small space, and the decoder walks the same way back.
+
+    image 3 -> 128 -> 256 -> 512 -> 512 -> mean, logvar 4+4     (encoder, halving thrice)
+    image 3 <- 128 <- 256 <- 512 <- 512 <- latent 4             (decoder, doubling thrice)
+
+Source: the KL-f8 autoencoder of Rombach et al. 2022; parameters carry the names of the diffusers
+layout.
+
+B batch, C channels, H W height and width of an image, h w of a latent (h = H/f)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minisd.config import VAEConfig
+from minisd.ops import Ops
+
+# Not torch's 1e-5, which is what the UNet's res blocks use (CompVis ldm/modules/diffusionmodules).
+NORM_EPS = 1e-6
+# Bounds of the log variance, so that exp() stays finite (CompVis ldm/modules/distributions).
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 conv on x where channels change."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        self.norm1 = nn.GroupNorm(groups, c_in, NORM_EPS)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, NORM_EPS)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(self.ops.norm_silu(self.norm1, x))
+        h = self.conv2(self.ops.norm_silu(self.norm2, h))
+        return self.conv_shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """One head over all positions, so that distant parts of a picture agree (on its light, say)."""
+
+    def __init__(self, channels: int, groups: int, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        self.group_norm = nn.GroupNorm(groups, channels, NORM_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.ops.norm(self.group_norm, x).flatten(2).transpose(1, 2)     # (B, h*w, C)
+        h = self.ops.attention(self.to_q(h), self.to_k(h), self.to_v(h), heads=1)
+        h = self.to_out[0](h).transpose(1, 2).reshape(x.shape)               # (B, C, h, w)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """Halves height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One row below and one column to the right only. Symmetric padding gives the same shapes
+        # and a picture shifted by half a cell: the weights were trained with this.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                             # (B, C, H/2, W/2)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+
+
+class Level(nn.Module):
+    """Some res blocks, then a change of size (none at the smallest or the largest level)."""
+
+    def __init__(self, c_in: int, c_out: int, depth: int, groups: int, ops: Ops):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResBlock(c_in if i == 0 else c_out, c_out, groups, ops) for i in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for resample in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = resample(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Res block, attention, res block, at the smallest size."""
+
+    def __init__(self, channels: int, groups: int, ops: Ops):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, groups, ops) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, groups, ops)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) -> moments before quant_conv (B, 8, h, w)."""
+
+    def __init__(self, config: VAEConfig, ops: Ops):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.ops = ops
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, c_out in enumerate(widths):
+            level = Level(widths[max(i - 1, 0)], c_out, config.layers_per_block, groups, ops)
+            if i < len(widths) - 1:
+                level.downsamplers = nn.ModuleList([Downsample(c_out)])
+            self.down_blocks.append(level)
+        self.mid_block = Middle(widths[-1], groups, ops)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        h = self.conv_in(image)                                              # (B, 128, H, W)
+        for level in self.down_blocks:
+            h = level(h)
+        h = self.mid_block(h)                                                # (B, 512, h, w)
+        return self.conv_out(self.ops.norm_silu(self.conv_norm_out, h))      # (B, 8, h, w)
+
+
+class Decoder(nn.Module):
+    """Latent after post_quant_conv (B, 4, h, w) -> image (B, 3, H, W)."""
+
+    def __init__(self, config: VAEConfig, ops: Ops):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.ops = ops
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = Middle(widths[0], groups, ops)
+        self.up_blocks = nn.ModuleList()
+        for i, c_out in enumerate(widths):
+            level = Level(widths[max(i - 1, 0)], c_out, config.layers_per_block + 1, groups, ops)
+            if i < len(widths) - 1:
+                level.upsamplers = nn.ModuleList([Upsample(c_out)])
+            self.up_blocks.append(level)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        h = self.mid_block(self.conv_in(latent))                             # (B, 512, h, w)
+        for level in self.up_blocks:
+            h = level(h)
+        return self.conv_out(self.ops.norm_silu(self.conv_norm_out, h))      # (B, 3, H, W)
+
+
+class VAE(nn.Module):
+    """The whole autoencoder. Images lie in [-1, 1]; latents are scaled to about unit variance."""
+
+    def __init__(self, config: VAEConfig, ops: Ops):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, ops)
+        self.decoder = Decoder(config, ops)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior of an image (B, 3, H, W) in [-1, 1]: mean and log variance, unscaled.
+
+        Both are (B, 4, h, w).
+        """
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)  # (B, 4, h, w)
+        return mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """A scaled latent (B, 4, h, w) of an image (B, 3, H, W) in [-1, 1].
+
+        ``noise`` (B, 4, h, w) samples the posterior; without it the latent is the mean.
+        """
+        mean, logvar = self.moments(image)
+        latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        return self.config.scaling_factor * latent
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """An image (B, 3, H, W), about [-1, 1] and not clamped, from a scaled latent."""
+        return self.decoder(self.post_quant_conv(latent / self.config.scaling_factor))

@@ -1,0 +1,21 @@
+"""What every test starts from: one thread, no network, no gradients."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+# The tensors are tiny: more threads would only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    """Inference throughout; and no test sees what another did to the global generator."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield

@@ -1,0 +1,192 @@
+"""The official models, built from minisd's configs: what every parity test compares with.
+
+Parameters have the same names on both sides, so weights pass from one to the other by a strict
+load_state_dict, and modules of the same name can be compared one by one.
+"""
+
+import gzip
+from dataclasses import replace
+from functools import cache
+from importlib import resources
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from minisd import ddim
+from minisd.clip import TextEncoder
+from minisd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from minisd.ops import TORCH, Ops
+from minisd.sd import StableDiffusion
+from minisd.tokenizer import Tokenizer
+from minisd.unet import UNet
+from minisd.vae import VAE
+
+# The shapes of the official models at a hundredth of the size, and none of the sizes equal: a
+# swapped pair of widths, heads or contexts cannot hide.
+TEXT = TextConfig(
+    vocab_size=49408, hidden_size=20, intermediate_size=48, num_hidden_layers=3,
+    num_attention_heads=4,
+)
+DENOISER = UNetConfig(
+    block_out_channels=(16, 24, 40), has_attention=(True, True, False), num_heads=(2, 3, 5),
+    cross_attention_dim=20, norm_num_groups=4,
+)
+AUTOENCODER = VAEConfig(block_out_channels=(16, 24, 40), norm_num_groups=4)
+SMALL = Config("small", TEXT, DENOISER, AUTOENCODER, sample_size=64)
+SMALL_V = replace(
+    SMALL,
+    text=replace(TEXT, hidden_act="gelu", pad_token_id=0),
+    unet=replace(DENOISER, use_linear_projection=True, num_heads=(4, 6, 10)),
+    schedule=ScheduleConfig(prediction_type="v_prediction"),
+)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal noise that depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every parameter, in float64: as initialised, norms are all alike and a swap is unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    model = model.double().eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        if p.dim() > 1:
+            p.copy_(noise / (2 * p[0].numel()) ** 0.5)
+        else:
+            p.copy_(0.3 * noise + ("norm" in name and name.endswith("weight")))
+    return model
+
+
+def with_weights(official: nn.Module, ours: nn.Module) -> nn.Module:
+    """The official model with our parameters, by name and all of them, in our dtype."""
+    official = official.to(next(ours.parameters()).dtype)  # first, or the copy would round
+    official.load_state_dict(ours.state_dict(), strict=True)
+    return official.eval().requires_grad_(False)
+
+
+def official_unet(config: UNetConfig, sample_size: int = 8) -> UNet2DConditionModel:
+    kinds = ["CrossAttn" if on else "" for on in config.has_attention]
+    return UNet2DConditionModel(
+        sample_size=sample_size, in_channels=config.in_channels, out_channels=config.out_channels,
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in kinds[::-1]],
+        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
+        # In the official configs this key holds the number of heads.
+        attention_head_dim=config.num_heads, cross_attention_dim=config.cross_attention_dim,
+        use_linear_projection=config.use_linear_projection,
+        norm_num_groups=config.norm_num_groups,
+    )
+
+
+def official_vae(config: VAEConfig) -> AutoencoderKL:
+    levels = len(config.block_out_channels)
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels, norm_num_groups=config.norm_num_groups,
+        scaling_factor=config.scaling_factor,
+    )
+
+
+def official_text_encoder(config: TextConfig) -> CLIPTextModel:
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size, hidden_act=config.hidden_act,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        bos_token_id=0, eos_token_id=2, pad_token_id=1,  # as in the published configs; unused
+    ))
+
+
+def official_scheduler(config: ScheduleConfig) -> DDIMScheduler:
+    """DDIM as in the published scheduler_config.json files, with the schedule in float64."""
+    scheduler = DDIMScheduler(
+        num_train_timesteps=config.num_train_timesteps, beta_start=config.beta_start,
+        beta_end=config.beta_end, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, prediction_type=config.prediction_type,
+    )
+    # diffusers keeps this table in float32, which would hide all differences below 1e-7.
+    scheduler.alphas_cumprod = ddim.alphas_cumprod(config)
+    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    return scheduler
+
+
+@cache
+def official_tokenizer(pad_token_id: int) -> CLIPTokenizer:
+    """CLIP's vocabulary from its merges; "!" is id 0, with which SD2 pads."""
+    packed = resources.files("minisd").joinpath("merges.txt.gz").read_bytes()
+    merges = [tuple(line.split()) for line in gzip.decompress(packed).decode().splitlines()[1:]]
+    alphabet = sorted(ByteLevel.alphabet())
+    symbols = alphabet + [byte + "</w>" for byte in alphabet] + ["".join(pair) for pair in merges]
+    vocab = {s: i for i, s in enumerate([*symbols, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(
+        vocab, merges, pad_token=list(vocab)[pad_token_id], model_max_length=77
+    )
+
+
+@cache
+def small_model(config: Config, ops: Ops = TORCH) -> StableDiffusion:
+    """A whole model of ours with random weights, in float64."""
+    return StableDiffusion(
+        config, Tokenizer.clip(config.text.pad_token_id),
+        text_encoder=randomise(TextEncoder(config.text, ops), 1),
+        unet=randomise(UNet(config.unet, ops), 2), vae=randomise(VAE(config.vae, ops), 3),
+    )
+
+
+@cache
+def official_pipeline(kind: type[DiffusionPipeline], sd: StableDiffusion) -> DiffusionPipeline:
+    """diffusers' pipeline of that kind around the weights of our model."""
+    config = sd.config
+    pipeline = kind(
+        vae=with_weights(official_vae(config.vae), sd.vae),
+        text_encoder=with_weights(official_text_encoder(config.text), sd.text_encoder),
+        tokenizer=official_tokenizer(config.text.pad_token_id),
+        unet=with_weights(
+            official_unet(config.unet, config.sample_size // config.vae.downscale), sd.unet
+        ),
+        scheduler=official_scheduler(config.schedule),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """The largest difference; of shapes that differ, or of anything not finite, infinity."""
+    if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
+        return float("inf")
+    return (a.double() - b.double()).abs().max().item()
+
+
+def record(model: nn.Module, *args) -> dict[str, Tensor]:
+    """The result of every module inside model, by name, of one forward pass."""
+    seen = {}
+
+    def keep(name: str):
+        def hook(module, inputs, output):
+            if isinstance(output, Tensor):
+                seen[name] = output.clone()
+        return hook
+
+    hooks = [m.register_forward_hook(keep(name)) for name, m in model.named_modules() if name]
+    try:
+        model(*args)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def errors_by_module(ours: nn.Module, official: nn.Module, *args) -> dict[str, float]:
+    """The error of each module that has the same name on both sides, given the same arguments."""
+    a, b = record(ours, *args), record(official, *args)
+    return {name: error(a[name], b[name]) for name in a if name in b}

@@ -1,0 +1,189 @@
+"""What bad arguments get: one clear sentence before any work, and a model that works afterwards."""
+
+import numpy as np
+import pytest
+import torch
+from oracles import SMALL, small_model
+from PIL import Image
+
+from minisd import arguments
+
+NAN, INF = float("nan"), float("inf")
+PICTURE = Image.new("RGB", (64, 64))
+SHAPE = (1, 4, 16, 16)
+
+# Arguments; the exact type of error; words of its message, which name the argument.
+REFUSED = [
+    ({"prompt": None}, ValueError, "prompt"),
+    ({"prompt": 123}, TypeError, "prompt must be a string, not int"),
+    ({"prompt": b"a"}, TypeError, "prompt must be a string, not bytes"),
+    ({"prompt": []}, ValueError, "prompt is an empty list"),
+    ({"prompt": ["a", None]}, TypeError, r"prompt\[1\] must be a string, not NoneType"),
+    ({"prompt": "ab\ud800"}, ValueError, "2"),
+    ({"negative_prompt": "ab\ud800"}, ValueError, "2"),
+    ({"negative_prompt": 3}, TypeError, "negative_prompt"),
+    ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, ValueError, "2 prompts but 1 negative"),
+    *(({"num_inference_steps": v}, ValueError, "num_inference_steps must be an integer from 1 to 1000")
+      for v in (0, -1, 2.5, "3", True, 1001, None)),
+    *(({"guidance_scale": v}, ValueError, "guidance_scale must be a finite number")
+      for v in (NAN, INF, -INF, "7", None, True)),
+    ({"height": 0}, ValueError, "nearest valid: 4"),
+    ({"height": 7}, ValueError, "nearest valid: 4 or 8"),
+    ({"width": -64}, ValueError, "nearest valid: 4"),
+    ({"width": 64.0}, ValueError, "nearest valid: 64"),
+    ({"width": 10**6}, ValueError, "nearest valid: 8192"),
+    ({"width": "64"}, ValueError, "width must be a multiple of 4"),
+    ({"height": True}, ValueError, "height must be a multiple of 4"),
+    *(({"seed": v}, ValueError, "seed must be an integer from 0 to 4294967295")
+      for v in (-1, 2**32, 1.5, "7", True)),
+    ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, ValueError, "past 4294967295"),
+    ({"seed": [1, 2]}, ValueError, "1 pictures but 2 seeds"),
+    ({"seed": 1, "generator": torch.Generator()}, ValueError, "either seed or generator"),
+    ({"generator": [torch.Generator()] * 2, "seed": None}, ValueError, "1 pictures but 2 generators"),
+    ({"generator": 7, "seed": None}, TypeError, "generator must be a torch.Generator"),
+    *(({"eta": v}, ValueError, "eta must be a finite number from 0 to 1") for v in (NAN, -1, 2)),
+    *(({"strength": v, "image": PICTURE}, ValueError, "strength must be a finite number")
+      for v in (NAN, 1.5, -0.5)),
+    ({"strength": 0, "image": PICTURE}, ValueError, "strength 0 of 2 steps leaves none"),
+    ({"strength": 0.4, "image": PICTURE}, ValueError, "at least 0.5"),
+    ({"strength": 0.5}, ValueError, "strength needs the image"),
+    ({"mask_image": PICTURE}, ValueError, "mask_image needs the image"),
+    ({"image": PICTURE, "latents": torch.zeros(SHAPE)}, ValueError, "either image or latents"),
+    ({"latents": torch.zeros(1, 4, 8, 8)}, ValueError, r"latents must be \(1, 4, 16, 16\)"),
+    ({"latents": torch.zeros(SHAPE, dtype=torch.long)}, ValueError, "floating-point"),
+    ({"latents": torch.full(SHAPE, NAN)}, ValueError, "not finite"),
+    ({"latents": np.zeros(SHAPE)}, TypeError, "latents must be a tensor"),
+    ({"prompt_embeds": torch.zeros(1, 77, 20)}, ValueError, "either prompt or prompt_embeds"),
+    ({"prompt": None, "prompt_embeds": torch.zeros(1, 77, 9)}, ValueError, "prompt_embeds must be"),
+    ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt"),
+    ({"output_type": "gif"}, ValueError, "output_type must be one of pil, pt, np, latent"),
+    ({"image": 3}, TypeError, "picture"),
+    ({"stepps": 3}, TypeError, "stepps"),
+]
+
+
+@pytest.mark.parametrize("call, kind, words", REFUSED, ids=lambda v: str(v)[:60])
+def test_bad_arguments_are_refused_before_any_work(call, kind, words, monkeypatch):
+    sd = small_model(SMALL)
+
+    def work(*args):
+        raise AssertionError("work was done before the arguments were checked")
+
+    with monkeypatch.context() as patched:
+        for part in (sd.text_encoder, sd.unet, sd.vae):
+            patched.setattr(part, "forward", work)
+        with pytest.raises(kind, match=words) as caught:
+            sd(**{"prompt": "a", "num_inference_steps": 2, "seed": 0} | call)
+    assert type(caught.value) is kind and "\n" not in str(caught.value)
+
+
+def test_the_model_works_after_refusals():
+    sd = small_model(SMALL)
+    with pytest.raises(ValueError):
+        sd("a", num_inference_steps=0)
+    assert sd("a", num_inference_steps=1, seed=0).images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("scale", [0.0, -3.0, 1.0, 1e3])
+def test_any_finite_guidance_does_what_the_formula_says(scale):
+    sd = small_model(SMALL)
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    call = dict(latents=x, num_inference_steps=1, seed=0, output_type="latent")
+    c, u = (sd.text_encoder(sd.tokenizer([text])) for text in ("a", ""))
+    t = torch.tensor([1])
+    e_c, e_u = sd.unet(x, t, c), sd.unet(x, t, u)
+    a = sd.alphas[1]
+    e = e_u + scale * (e_c - e_u)
+    x0 = (x - (1 - a) ** 0.5 * e) / a**0.5
+    want = sd.alphas[0] ** 0.5 * x0 + (1 - sd.alphas[0]) ** 0.5 * e
+    got = sd("a", guidance_scale=scale, **call).images
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_exactly_as_many_unet_calls_as_steps(monkeypatch):
+    sd, calls = small_model(SMALL), []
+    monkeypatch.setattr(sd.unet, "forward", lambda x, t, c: calls.append(int(t[0])) or x)
+    for steps in (1, 2, 3, 7, 999, 1000):
+        calls.clear()
+        sd("a", num_inference_steps=steps, seed=0, output_type="latent")
+        assert len(calls) == len(set(calls)) == steps
+        assert calls == sorted(calls, reverse=True) and 0 <= calls[-1] <= calls[0] <= 999
+
+
+def test_without_a_seed_one_is_drawn_and_reported():
+    sd = small_model(SMALL)
+    call = dict(num_inference_steps=1, output_type="latent")
+    first, second = sd("a", **call), sd("a", **call)
+    assert first.seeds != second.seeds
+    assert torch.equal(sd("a", seed=first.seeds[0], **call).images, first.images)
+
+
+def test_seeds_and_order_of_a_batch():
+    sd = small_model(SMALL)
+    call = dict(num_inference_steps=2, output_type="latent", eta=1.0)
+    batch = sd(["a", "b"], num_images_per_prompt=2, seed=5, **call)
+    assert batch.seeds == [5, 6, 7, 8]
+    assert [s["prompt"] for s in batch.settings] == ["a", "a", "b", "b"]
+    for i, prompt in enumerate("aabb"):
+        alone = sd(prompt, seed=5 + i, **call).images
+        torch.testing.assert_close(batch.images[i : i + 1], alone, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:7", 3.5, None])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(ValueError, match="device must be auto or one of .*cpu"):
+        arguments.device(name)
+
+
+@pytest.mark.parametrize("name", ["int8", "float", torch.int32, None, 16])
+def test_a_dtype_that_weights_cannot_have(name):
+    with pytest.raises(ValueError, match="dtype must be auto or one of float16"):
+        arguments.dtype(name, torch.device("cpu"))
+
+
+def test_callbacks_see_and_change_the_latents():
+    sd, seen = small_model(SMALL), []
+
+    def callback(model, step, t, values):
+        assert model is sd
+        seen.append((step, t))
+        return {"latents": torch.zeros_like(values["latents"])} if step == 1 else None
+
+    out = sd("a", num_inference_steps=2, seed=0, output_type="latent",
+             callback_on_step_end=callback)
+    assert seen == [(0, 501), (1, 1)]
+    assert out.images.abs().max() == 0
+
+
+def test_output_types_agree():
+    sd = small_model(SMALL)
+    pt, array, pil, latent = (
+        sd("a", num_inference_steps=1, seed=0, output_type=kind).images
+        for kind in ("pt", "np", "pil", "latent")
+    )
+    assert pt.shape == (1, 3, 64, 64) and 0 <= pt.min() and pt.max() <= 1
+    assert array.shape == (1, 64, 64, 3) and np.array_equal(array, pt.permute(0, 2, 3, 1).numpy())
+    rounded = pt.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(np.asarray(pil[0]), rounded[0])
+    assert latent.shape == SHAPE
+
+
+def test_inpainting_keeps_what_is_known():
+    sd = small_model(SMALL)
+    picture = Image.effect_noise((64, 64), 80).convert("RGB")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    out = sd("a", image=picture, mask_image=mask, num_inference_steps=3, seed=0).images[0]
+    given, got = np.asarray(picture), np.asarray(out)
+    assert np.array_equal(got[:, 32:], given[:, 32:])
+    assert not np.array_equal(got[:, :32], given[:, :32])
+
+
+def test_a_planted_overflow_names_its_stage(monkeypatch):
+    sd = small_model(SMALL)
+    for part, stage in ((sd.unet, "UNet"), (sd.vae, "VAE")):
+        with monkeypatch.context() as patched:
+            method = "decode" if part is sd.vae else "forward"
+            patched.setattr(part, method, lambda x, *_: torch.full_like(x, NAN))
+            with pytest.raises(ArithmeticError, match=stage):
+                sd("a", num_inference_steps=1, seed=0)

@@ -1,0 +1,354 @@
+"""The command line: what it calls, what it names its files, and the code of every failure."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import minisd
+from minisd.__main__ import main
+from minisd.config import SD2_V
+from minisd.hub import HubError
+from minisd.image import read_settings, save
+
+
+class FakeModel:
+    """Stands in for a loaded model: draws plain pictures, and remembers how it was asked."""
+
+    def __init__(self):
+        self.loaded, self.calls, self.failure = [], [], None
+
+    def load(self, path=None, **options):
+        self.loaded.append((path, options))
+        return self
+
+    def __call__(self, prompt, *, seed, progress, image=None, mask_image=None, **call):
+        self.calls.append({"prompt": prompt, "seed": seed, "progress": progress, "image": image,
+                           "mask_image": mask_image, **call})
+        if self.failure and len(self.calls) == self.failure[0]:
+            raise self.failure[1]
+        settings = {"width": 64, "height": 64, "model": "fake", **call, "prompt": prompt,
+                    "seed": seed}
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8))], settings=[settings])
+
+
+@pytest.fixture
+def model(monkeypatch, tmp_path):
+    fake = FakeModel()
+    monkeypatch.setitem(vars(minisd), "load", fake.load)  # without importing the real one
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+def fails(capsys, argv, code, *words):
+    """Run, expect the exit code and one line on stderr that holds the words."""
+    assert main(argv) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("minisd: error: ") and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+# Drawing
+
+
+def test_the_simplest_line_draws_with_the_documented_defaults(model, capsys):
+    assert main(["a red heart", "-o", "heart.png", "--seed", "42"]) == 0
+    assert capsys.readouterr().out == "heart.png  seed 42\n"
+    assert model.loaded == [(None, {"device": "auto", "dtype": "auto", "ops": "auto"})]
+    assert model.calls == [{
+        "prompt": "a red heart", "negative_prompt": "", "num_inference_steps": 50,
+        "guidance_scale": 7.5, "seed": 42, "eta": 0.0, "strength": None, "image": None,
+        "mask_image": None, "progress": None,
+    }]
+    made = read_settings("heart.png")
+    assert made["prompt"] == "a red heart" and made["seed"] == 42
+    assert made["model"] == "tiny" and made["version"] == minisd.__version__
+
+
+def test_every_option_reaches_the_model(model):
+    Image.new("RGB", (8, 8), "red").save("start.png")
+    Image.new("L", (8, 8), 255).save("mask.png")
+    line = ["-m", "models/x.safetensors", "-n", "blur", "-o", "a.png", "--steps", "3",
+            "--guidance", "-1.5", "--seed", "4294967295", "--size", "96x64", "--device", "cuda:1",
+            "--dtype", "float16", "--ops", "reference", "--image", "start.png", "--mask",
+            "mask.png", "--strength", "0.5", "--eta", "1", "--quiet", "a prompt"]
+    assert main(line) == 0
+    assert model.loaded == [
+        ("models/x.safetensors", {"device": "cuda:1", "dtype": "float16", "ops": "reference"})
+    ]
+    call = model.calls[0]
+    assert call.pop("image").getpixel((0, 0)) == (255, 0, 0)
+    assert call.pop("mask_image").getpixel((0, 0)) == (255, 255, 255)
+    assert call == {
+        "prompt": "a prompt", "negative_prompt": "blur", "num_inference_steps": 3,
+        "guidance_scale": -1.5, "seed": 4294967295, "eta": 1.0, "strength": 0.5, "width": 96,
+        "height": 64, "progress": False,
+    }
+    assert read_settings("a.png")["model"] == "x.safetensors"
+
+
+@pytest.mark.parametrize("options, names", [
+    ([], ["minisd-5.png"]),
+    (["-o", "out"], ["out/minisd-5.png"]),
+    (["--count", "2"], ["00000-5.png", "00001-6.png"]),
+    (["--count", "2", "-o", "out/"], ["out/00000-5.png", "out/00001-6.png"]),
+    (["--count", "2", "-o", "out/heart.png"], ["out/heart-00000.png", "out/heart-00001.png"]),
+])
+def test_names(model, tmp_path, capsys, options, names):
+    (tmp_path / "out").mkdir()
+    assert main(["x", "--seed", "5", *options]) == 0
+    lines = [f"{name}  seed {5 + i}" for i, name in enumerate(names)]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert [read_settings(name)["seed"] for name in names] == [5 + i for i in range(len(names))]
+
+
+def test_a_drawn_seed_is_told_and_kept(model, capsys):
+    assert main(["x", "-o", "a.png"]) == main(["x", "-o", "b.png"]) == 0
+    told = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert told == [call["seed"] for call in model.calls]
+    assert told == [read_settings(name)["seed"] for name in ("a.png", "b.png")]
+    assert told[0] != told[1]
+
+
+@pytest.mark.parametrize("line, prompt", [
+    (["--", "info"], "info"), (["-n", "", "words"], "words"), (["--", "-o"], "-o"), ([""], ""),
+    (["information"], "information"),
+])
+def test_prompts_that_look_like_something_else(model, line, prompt):
+    assert main(line) == 0
+    assert model.calls[0]["prompt"] == prompt
+
+
+# Existing files, interruptions
+
+
+def test_an_existing_file_is_refused_before_any_work(model, capsys):
+    Path("a.png").write_text("precious")
+    fails(capsys, ["x", "-o", "a.png"], 5, "a.png exists")
+    assert model.loaded == [] and Path("a.png").read_text() == "precious"
+    assert main(["x", "-o", "a.png", "--overwrite"]) == 0
+    assert read_settings("a.png")["prompt"] == "x"
+
+
+def test_the_last_of_many_names_is_checked_before_the_first_is_made(model, capsys):
+    Path("a-00002.png").write_text("precious")
+    fails(capsys, ["x", "-o", "a.png", "--count", "3"], 5, "a-00002.png")
+    assert model.loaded == []
+
+
+def test_a_picture_of_the_same_settings_is_kept_and_said_so(model, capsys):
+    line = ["x", "-o", "a.png", "--seed", "1"]
+    assert main(line) == 0
+    before = os.stat("a.png").st_mtime_ns
+    capsys.readouterr()
+    assert main(line) == 0
+    assert "a.png  seed 1  (kept" in capsys.readouterr().out
+    assert len(model.loaded) == 1 and os.stat("a.png").st_mtime_ns == before
+
+
+@pytest.mark.parametrize("change", [
+    ["--seed", "2"], ["-n", "blur"], ["--steps", "49"], ["--guidance", "7"], ["--eta", "0.5"],
+    ["--size", "64x64"], ["-m", "other"], ["--image", "start.png"],
+], ids=lambda change: change[0])
+def test_a_picture_of_other_settings_is_not_mistaken_for_it(model, capsys, change):
+    Image.new("RGB", (8, 8)).save("start.png")
+    plain = ["x", "-o", "a.png", "--seed", "1"]
+    for first, second in ((plain, plain + change), (plain + change, plain)):
+        assert main([*first, "--overwrite"]) == 0
+        capsys.readouterr()
+        fails(capsys, second, 5, "a.png exists")
+
+
+def test_an_interruption_keeps_what_is_finished_and_the_next_run_goes_on(model, capsys):
+    line = ["x", "-o", "a.png", "--seed", "1", "--count", "3"]
+    model.failure = (2, KeyboardInterrupt())
+    assert main(line) == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == ("a-00000.png  seed 1\n", "minisd: error: interrupted\n")
+    assert os.listdir() == ["a-00000.png"]
+    assert main(line) == 0
+    assert [call["seed"] for call in model.calls] == [1, 2, 2, 3]
+    assert sorted(os.listdir()) == [f"a-0000{i}.png" for i in range(3)]
+
+
+# Errors
+
+
+@pytest.mark.parametrize("line, word", [
+    ([], "prompt"),
+    (["a", "red", "heart"], "red heart"),
+    (["x", "--step", "3"], "--step"),
+    (["x", "--steps", "0"], "from 1 to 1000"),
+    (["x", "--steps", "1001"], "from 1 to 1000"),
+    (["x", "--steps", "2.5"], "2.5"),
+    (["x", "--guidance", "nan"], "finite"),
+    (["x", "--guidance", "inf"], "finite"),
+    (["x", "--seed", "-1"], "from 0 to 4294967295"),
+    (["x", "--seed", "4294967296"], "from 0 to 4294967295"),
+    (["x", "--seed", "4294967295", "--count", "2"], "4294967295"),
+    (["x", "--size", "512"], "like 512x512"),
+    (["x", "--size", "512x-8"], "like 512x512"),
+    (["x", "--count", "0"], "from 1 to 100000"),
+    (["x", "--eta", "2"], "from 0 to 1"),
+    (["x", "--strength", "0", "--image", "a.png"], "above 0"),
+    (["x", "--strength", "0.5"], "need --image"),
+    (["x", "--mask", "a.png"], "need --image"),
+    (["x", "-o", "a.jpg"], "only PNG"),
+    (["info"], "FILE"),
+    (["download"], "NAME"),
+    (["words", "more"], "more"),
+])
+def test_usage_errors(model, capsys, line, word):
+    fails(capsys, line, 2, word)
+    assert model.loaded == [] and os.listdir() == []
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (ValueError("height must be\na multiple of 8"), 2, ["height must be a multiple of 8\n"]),
+    (ArithmeticError("the VAE gave NaN"), 2, ["the VAE gave NaN"]),
+    (type("WeightError", (ValueError,), {})("x: cut short"), 3, ["x: cut short"]),
+    (HubError("no such model"), 3, ["no such model"]),
+    (FileNotFoundError(2, "No such file or directory", "m"), 3, ["m: No such file"]),
+    (MemoryError(), 4, ["--size"]),
+    (torch.OutOfMemoryError("CUDA out of memory"), 4, ["CUDA out of memory", "--size"]),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 4, ["--size"]),
+    (OSError(28, "No space left on device", "a.png"), 5, ["a.png: No space left on device"]),
+    (KeyError("oops"), 1, ["KeyError", "oops", "--debug"]),
+])
+def test_failures_of_the_model_have_their_codes(model, capsys, error, code, words):
+    model.failure = (1, error)
+    fails(capsys, ["x", "-o", "a.png"], code, *words)
+    assert os.listdir() == []
+
+
+def test_a_real_failed_allocation_is_a_memory_error(model, capsys, monkeypatch):
+    monkeypatch.setitem(vars(minisd), "load", lambda *_, **__: torch.empty(10**15))
+    fails(capsys, ["x"], 4, "--size")
+
+
+def test_the_errors_that_exit_codes_name_are_called_so():
+    assert minisd.WeightError.__name__ == "WeightError"
+    assert HubError.__name__ == "HubError"
+
+
+def test_bad_pictures_and_folders(model, capsys):
+    Path("text.png").write_text("a red heart")
+    fails(capsys, ["x", "--image", "text.png"], 2, "text.png")
+    fails(capsys, ["x", "--image", "https://example.com/a.png"], 2, "download")
+    fails(capsys, ["x", "--image", "none.png"], 3, "none.png")
+    fails(capsys, ["x", "-o", "none/a.png"], 5, "none is not a folder")
+    assert model.loaded == []
+
+
+def test_a_traceback_only_with_debug(model, capsys):
+    model.failure = (1, ValueError("oops"))
+    assert main(["x", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.endswith("\nminisd: error: oops\n")
+
+
+def test_a_warning_is_one_line(model, capsys, monkeypatch):
+    def load(*_, **__):
+        warnings.warn("the prompt is too long,\ndropped: heart")
+        return model
+
+    monkeypatch.setitem(vars(minisd), "load", load)
+    assert main(["x", "-o", "a.png"]) == 0
+    assert capsys.readouterr().err == (
+        "minisd: warning: the prompt is too long, dropped: heart\n"
+    )
+
+
+# The other commands
+
+
+def test_info_of_a_picture_is_its_settings(tmp_path, capsys):
+    settings = {"prompt": 'ein "rotes"\nHerz ❤', "seed": 3}
+    save(Image.new("RGB", (8, 8)), tmp_path / "a.png", settings)
+    assert main(["info", str(tmp_path / "a.png")]) == 0
+    assert json.loads(capsys.readouterr().out) == settings
+
+
+def test_info_of_other_pictures(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    fails(capsys, ["info", str(tmp_path / "a.png")], 2, "a.png")
+    fails(capsys, ["info", str(tmp_path / "none.png")], 3, "none.png")
+
+
+def test_info_of_a_checkpoint_is_four_lines(capsys, monkeypatch):
+    checkpoint = SimpleNamespace(layout="folder", config=SD2_V, dtypes=Counter(F16=1200, F32=1),
+                                 prediction_source="its scheduler_config.json")
+    opened = []
+    room = SimpleNamespace(open_checkpoint=lambda path: opened.append(path) or checkpoint)
+    monkeypatch.setitem(sys.modules, "minisd.checkpoint", room)
+    assert main(["info", "some/folder"]) == 0
+    assert opened == ["some/folder"]
+    assert capsys.readouterr().out.splitlines() == [
+        "layout      folder",
+        "version     Stable Diffusion 2 v",
+        "dtype       F16 (1,200 tensors), F32 (1 tensors)",
+        "prediction  v_prediction (its scheduler_config.json)",
+    ]
+
+
+def test_download_says_where_it_went(capsys, monkeypatch):
+    def fetch(name, log):
+        log("fetching " + name)
+        return Path("/models") / name
+
+    monkeypatch.setattr("minisd.hub.download", fetch)
+    assert main(["download", "sd15"]) == 0
+    assert capsys.readouterr() == ("/models/sd15\n", "fetching sd15\n")
+
+
+def test_words_are_the_whole_words_of_the_vocabulary(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "tiny" / "tokenizer"
+    folder.mkdir(parents=True)
+    tokens = ["a", "a</w>", "he", "heart</w>", "background</w>", "art", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
+    assert main(["words"]) == 0
+    assert capsys.readouterr().out == "background\nheart\n"
+
+
+# As a process
+
+
+def run(*line):
+    root = str(Path(minisd.__file__).parents[1])
+    return subprocess.run([sys.executable, *line], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": root, "COLUMNS": "200"})
+
+
+def test_help_names_every_option_and_command():
+    shown = run("-m", "minisd", "--help")
+    assert shown.returncode == 0 and shown.stderr == ""
+    for word in ("--model", "--negative", "--output", "--steps", "--guidance", "--seed", "--size",
+                 "--count", "--device", "--dtype", "--ops", "--image", "--mask", "--strength",
+                 "--eta", "--overwrite", "--quiet", "--debug", "--version", "minisd info FILE",
+                 "minisd download NAME", "minisd words", "(default: 50)", "(default: 7.5)"):
+        assert word in shown.stdout, word
+
+
+def test_version_and_errors_by_exit_status():
+    assert run("-m", "minisd", "--version").stdout == f"minisd {minisd.__version__}\n"
+    wrong = run("-m", "minisd", "x", "--steps", "0")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", [["x", "--steps", "0"], ["x", "-o", "a.jpg"], ["info", "no.png"]])
+def test_a_refusal_does_not_wait_for_torch(line):
+    code = ("import sys; from minisd.__main__ import main; code = main(sys.argv[1:]);"
+            "sys.exit(99 if 'torch' in sys.modules else code)")
+    assert run("-c", code, *line).returncode in (2, 3)

@@ -1,0 +1,71 @@
+"""The schedule and the step are those of diffusers' DDIMScheduler, as the official models set it."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from oracles import error, official_scheduler, randn
+
+from minisd import ddim
+from minisd.config import PREDICTION_TYPES, ScheduleConfig
+
+A = ddim.alphas_cumprod(ScheduleConfig())
+
+
+def test_alphas_cumprod():
+    assert A.dtype == torch.float64 and A.shape == (1000,)
+    assert (A.diff() < 0).all()
+    # The two ends, as CompVis/stable-diffusion registers them.
+    assert A[0].item() == pytest.approx(0.99915, abs=1e-9)
+    assert A[999].item() == pytest.approx(0.0046601, rel=1e-5)
+    official = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    assert error(A, official.alphas_cumprod) <= 1e-6  # whose table is float32
+
+
+def test_every_number_of_steps():
+    scheduler = official_scheduler(ScheduleConfig())
+    for steps in range(1, 1000):
+        visited = ddim.timesteps(steps)
+        scheduler.set_timesteps(steps)
+        assert visited == scheduler.timesteps.tolist()
+        assert len(visited) == steps and visited[-1] == 1
+    assert ddim.timesteps(1000) == list(range(999, -1, -1))  # diffusers would ask for t = 1000
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 10, 50, 333, 999])
+def test_step(steps, eta, prediction_type):
+    scheduler = official_scheduler(ScheduleConfig(prediction_type=prediction_type))
+    scheduler.set_timesteps(steps)
+    visited = ddim.timesteps(steps)
+    x, prediction, noise = (randn(3, 4, 5, 7, seed=seed) for seed in range(3))
+    x = 3 * x  # beyond 1: nothing is clipped
+    for i in {0, steps // 2, steps - 1}:
+        t, t_next = visited[i], visited[i + 1] if i + 1 < steps else 0
+        theirs = scheduler.step(prediction, t, x, eta=eta, variance_noise=noise if eta else None)
+        a, a_next = A[t].item(), A[t_next].item()
+        ours = ddim.step(
+            x, prediction, a, a_next, prediction_type, eta, noise if eta else None
+        )
+        assert error(ours, theirs.prev_sample) <= 1e-10
+        x0, _ = ddim.split(x, prediction, a, prediction_type)
+        assert error(x0, theirs.pred_original_sample) <= 1e-10
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_split_undoes_add_noise(prediction_type):
+    x0, noise = randn(2, 4, 3, 3), randn(2, 4, 3, 3, seed=1)
+    for a in A[::111].tolist():
+        x = ddim.add_noise(x0, noise, a)
+        v = a**0.5 * noise - (1 - a) ** 0.5 * x0  # Salimans & Ho 2022, eq. in section 4
+        found = ddim.split(x, v if prediction_type == "v_prediction" else noise, a, prediction_type)
+        assert error(found[0], x0) <= 1e-10
+        assert error(found[1], noise) <= 1e-10
+
+
+def test_add_noise():
+    scheduler = official_scheduler(ScheduleConfig())
+    x0, noise = randn(2, 4, 3, 3), randn(2, 4, 3, 3, seed=1)
+    for t in (0, 1, 500, 999):
+        theirs = scheduler.add_noise(x0, noise, torch.tensor([t, t]))
+        assert error(ddim.add_noise(x0, noise, A[t].item()), theirs) <= 1e-12

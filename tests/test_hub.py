@@ -1,0 +1,314 @@
+"""Downloads through the real huggingface_hub client, from a small Hub on the loopback address."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants
+import pytest
+
+import minisd.hub
+from minisd.hub import KNOWN, HubError, cached, download, wanted
+
+REPOSITORY = "owner/model"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+
+READ_BY_MINISD = {
+    "model_index.json": b'{"_class_name": "StableDiffusionPipeline"}',
+    "scheduler/scheduler_config.json": b"{}",
+    "text_encoder/config.json": b'{"text": 1}',
+    "text_encoder/model.fp16.safetensors": b"half a text encoder",
+    "tokenizer/merges.txt": b"#version: 0.2\n",
+    "tokenizer/special_tokens_map.json": b'{"special": 1}',
+    "tokenizer/tokenizer_config.json": b'{"config": 1}',
+    "tokenizer/vocab.json": b'{"a": 0}',
+    "unet/config.json": b'{"unet": 1}',
+    UNET: bytes(range(256)) * 2000,
+    "vae/config.json": b'{"vae": 1}',
+    VAE: b"vae weights" * 1000,
+}
+LEFT_ALONE = {
+    ".gitattributes": b"*.bin lfs",
+    "README.md": b"# Model",
+    "feature_extractor/preprocessor_config.json": b"{}",
+    "safety_checker/config.json": b'{"safety": 1}',
+    "safety_checker/model.safetensors": b"safety",
+    "text_encoder/pytorch_model.bin": b"pickle",
+    "unet/diffusion_pytorch_model.bin": b"pickle",
+    "unet/diffusion_pytorch_model.fp16.safetensors": b"half a unet",
+    "unet/diffusion_pytorch_model.non_ema.safetensors": b"the other weights",
+    "v1-5-pruned-emaonly.ckpt": b"pickle",
+    "v1-5-pruned-emaonly.safetensors": b"single file",
+}
+
+
+class Hub(ThreadingHTTPServer):
+    """One repository, as the Hub serves it, and the faults that a test asks for."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Request)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files = {**READ_BY_MINISD, **LEFT_ALONE}
+        self.status = {}  # path of a request -> the error status it gets
+        self.cut_once = set()  # files of which the first answer stops half-way
+        self.requests = []  # (method, path of the request, its Range header)
+
+    def fetched(self) -> set[str]:
+        prefix = f"/{REPOSITORY}/resolve/{COMMIT}/"
+        gets = {path for method, path, _ in self.requests if method == "GET"}
+        return {path.removeprefix(prefix) for path in gets if path.startswith(prefix)}
+
+
+class _Request(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub, path = self.server, unquote(urlsplit(self.path).path)
+        hub.requests.append((self.command, path, self.headers["Range"]))
+        api, resolve = f"/api/models/{REPOSITORY}", f"/{REPOSITORY}/resolve/{COMMIT}/"
+        if path in hub.status:
+            code = {"X-Error-Code": "GatedRepo"} if hub.status[path] == 403 else {}
+            self._answer(hub.status[path], b"{}", code)
+        elif path in (api, f"{api}/revision/main"):
+            self._answer(200, json.dumps(self._info()).encode())
+        elif path == f"{api}/tree/{COMMIT}":
+            rows = [{"type": "file", "path": f["rfilename"], **f} for f in self._info()["siblings"]]
+            self._answer(200, json.dumps([{**row, "oid": row["blobId"]} for row in rows]).encode())
+        elif path.startswith(resolve) and path.removeprefix(resolve) in hub.files:
+            self._file(path.removeprefix(resolve))
+        else:
+            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    def _info(self):
+        """The Hub publishes the sha256 of large files (here: of the weights) and sizes of all."""
+        siblings = []
+        for name, body in self.server.files.items():
+            row = {"rfilename": name, "size": len(body), "blobId": hashlib.sha1(body).hexdigest()}
+            if name.endswith(".safetensors"):
+                digest = hashlib.sha256(body).hexdigest()
+                row["lfs"] = {"size": len(body), "sha256": digest, "oid": digest, "pointerSize": 1}
+            siblings.append(row)
+        return {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}
+
+    def _file(self, name):
+        body, status = self.server.files[name], 200
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(body).hexdigest()}"'}
+        if self.headers["Range"]:
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            body, status = body[start:], 206
+        cut = self.command == "GET" and name in self.server.cut_once
+        self.server.cut_once -= {name} if cut else set()
+        self._answer(status, body, headers, send=len(body) // 2 if cut else None)
+
+    def _answer(self, status, body, headers={}, send=None):
+        self.send_response(status)
+        for key, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:send])
+        self.close_connection = send is not None
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    # Tests forbid the network; this one ends at the loopback address, whatever the client asks.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    server = Hub()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    open("/tmp/reqs","a").write(str(server.requests)+"\n");server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def test_fetches_what_minisd_reads_and_no_more(hub, tmp_path):
+    folder = download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+    assert _files(folder) == READ_BY_MINISD
+    assert hub.fetched() == set(READ_BY_MINISD)
+
+
+def test_short_names(hub, tmp_path, monkeypatch):
+    monkeypatch.setitem(KNOWN, "short", REPOSITORY)
+    folder = download("short", endpoint=hub.url, cache_dir=tmp_path)
+    assert folder == cached("short", cache_dir=tmp_path) == cached(REPOSITORY, cache_dir=tmp_path)
+
+
+def test_shows_the_revision_and_the_sha256_of_every_file(hub, tmp_path):
+    lines = []
+    download(REPOSITORY, log=lines.append, endpoint=hub.url, cache_dir=tmp_path)
+    assert lines[0] == f"{REPOSITORY} at revision {COMMIT}"
+    assert sorted(lines[1:]) == sorted(
+        f"{hashlib.sha256(body).hexdigest()}  {name}" for name, body in READ_BY_MINISD.items()
+    )
+
+
+def test_a_cut_connection_is_resumed_where_it_stopped(hub, tmp_path):
+    hub.cut_once = {UNET}
+    folder = download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+    assert _files(folder) == READ_BY_MINISD
+    ranges = [asked for method, path, asked in hub.requests if method == "GET" and UNET in path]
+    assert ranges == [None, f"bytes={len(READ_BY_MINISD[UNET]) // 2}-"]
+
+
+def test_a_second_call_fetches_only_what_is_missing(hub, tmp_path):
+    broken = f"/{REPOSITORY}/resolve/{COMMIT}/{VAE}"
+    hub.status = {broken: 500}
+    with pytest.raises(HubError, match=f"^{REPOSITORY} was not downloaded, run it again to go on"):
+        download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+    assert cached(REPOSITORY, cache_dir=tmp_path) is None
+    # The client stops at the first error, so how much had arrived by then may vary.
+    arrived = set(_files(tmp_path / "models--owner--model" / "snapshots" / COMMIT))
+    hub.status, hub.requests = {}, []
+    folder = download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+    assert _files(folder) == READ_BY_MINISD
+    assert hub.fetched() == set(READ_BY_MINISD) - arrived >= {VAE, "model_index.json"}
+
+
+def test_nothing_is_fetched_twice(hub, tmp_path):
+    first = download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+    hub.requests = []
+    assert download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path) == first
+    assert hub.fetched() == set()
+
+
+def test_a_damaged_file_is_named_and_replaced(hub, tmp_path):
+    folder = download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+    stored = (folder / UNET).resolve()
+    stored.write_bytes(b"damaged")
+    with pytest.raises(HubError, match=f"damaged: delete {stored} and"):
+        download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+    stored.unlink()
+    assert _files(download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)) == READ_BY_MINISD
+
+
+def test_cached_needs_no_network(hub, tmp_path):
+    assert cached(REPOSITORY, cache_dir=tmp_path) is None
+    folder = download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+    hub.requests = []
+    assert cached(REPOSITORY, cache_dir=tmp_path) == folder
+    assert cached("owner/other", cache_dir=tmp_path) is None
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["v1-5.safetensors", "/models/sd/x", "a--b/c", "../x", "", "a/b/c"])
+def test_cached_takes_any_string(name, tmp_path):
+    assert cached(name, cache_dir=tmp_path) is None
+
+
+def test_unknown_short_name():
+    with pytest.raises(HubError, match="unknown model 'sd3': known are sd1.4, sd1.5, sd2.1, sd2.1-b"):
+        download("sd3")
+
+
+@pytest.mark.parametrize(
+    "status, words",
+    [
+        (401, "does not exist on the Hub, or it is private"),
+        (403, "is gated: accept its terms"),
+        (404, "does not exist on the Hub, or it is private"),
+        (500, "was not downloaded, run it again to go on"),
+    ],
+)
+def test_refusals_of_the_server(status, words, hub, tmp_path):
+    hub.status = {f"/api/models/{REPOSITORY}": status}
+    with pytest.raises(HubError, match=f"^{REPOSITORY} {words}") as caught:
+        download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert _files(tmp_path) == {}
+
+
+def test_no_connection(hub, tmp_path):
+    hub.server_close()  # the port stays known and answers no more
+    with pytest.raises(HubError, match=f"^{REPOSITORY} was not downloaded, run it again .*Connect"):
+        download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+
+
+def test_offline_asks_nothing(hub, tmp_path):
+    """HF_HUB_OFFLINE is read when huggingface_hub is imported: hence another process."""
+    line = f"from minisd.hub import download; download({REPOSITORY!r})"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+    root = str(Path(minisd.hub.__file__).parents[1])
+    ended = subprocess.run(
+        [sys.executable, "-c", line],
+        env={**os.environ, "PYTHONPATH": root, **offline},
+        capture_output=True,
+        text=True,
+    )
+    said = f"minisd.hub.HubError: {REPOSITORY} was not downloaded: HF_HUB_OFFLINE is set"
+    assert ended.stderr.splitlines()[-1].startswith(said)
+    assert hub.requests == []
+
+
+def test_importing_is_cheap():
+    line = "import sys, minisd.hub; sys.exit('huggingface_hub' in sys.modules)"
+    root = str(Path(minisd.hub.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root}
+    assert subprocess.run([sys.executable, "-c", line], env=environment).returncode == 0
+
+
+# --- which files ----------------------------------------------------------------------------------
+
+SETTINGS = ["model_index.json", "unet/config.json"]
+OTHERS = ["vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+STEM = "unet/diffusion_pytorch_model"
+SHARDS = [
+    f"{STEM}-00001-of-00002.safetensors",
+    f"{STEM}-00002-of-00002.safetensors",
+    f"{STEM}.safetensors.index.json",
+]
+HALF, FULL = f"{STEM}.fp16.safetensors", f"{STEM}.safetensors"
+
+
+@pytest.mark.parametrize(
+    "there, taken",
+    [
+        ([HALF, FULL, *SHARDS], [FULL]),
+        ([HALF, *SHARDS], SHARDS),
+        ([HALF, f"{STEM}.bin", f"{STEM}.non_ema.safetensors"], [HALF]),
+    ],
+)
+def test_one_set_of_weights(there, taken):
+    assert set(wanted(SETTINGS + OTHERS + there)) == {"unet/config.json", *OTHERS, *taken}
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ([*OTHERS, FULL], "no model_index.json"),
+        ([*SETTINGS, *OTHERS], "no safetensors weights for the unet"),
+        ([*SETTINGS, *OTHERS, f"{STEM}.bin"], "no safetensors weights for the unet"),
+    ],
+)
+def test_repositories_that_minisd_cannot_read(files, words):
+    with pytest.raises(HubError, match=words):
+        wanted(files)
+
+
+def test_no_file_leaves_its_folder():
+    strange = ["tokenizer/../../x.json", "tokenizer/a/b.json", "tokenizer\\x.json", "x/unet/config.json"]
+    assert not set(strange) & set(wanted(SETTINGS + OTHERS + [FULL] + strange))

@@ -1,0 +1,133 @@
+"""The reference ops are the formulas, in NumPy float64; the torch ops are the reference ops."""
+
+import numpy as np
+import pytest
+import torch
+from oracles import error, randn
+
+from minisd.ops import REFERENCE, TORCH, choose
+
+# Floating point noise of a few hundred sums of numbers of size one.
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
+PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=lambda ops: ops.name)
+DTYPE = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+
+ATTENTION = [  # (B, Lq, Lk, heads, d, causal)
+    (1, 1, 1, 1, 1, False),  # nothing to sum
+    (3, 7, 5, 3, 20, False),  # no size a power of two, more queries than keys
+    (2, 5, 77, 8, 40, False),  # cross-attention of SD1
+    (1, 77, 77, 12, 64, True),  # its text encoder
+    (2, 130, 130, 1, 24, False),  # one head, as in the autoencoder
+    (2, 9, 9, 2, 160, True),  # SD1's widest head
+]
+GROUP_NORM = [  # (shape, groups)
+    ((1, 4, 1, 1), 2),
+    ((3, 12, 5, 7), 4),
+    ((2, 320, 3, 5), 32),
+    ((2, 6, 11), 3),  # (B, C, L)
+    ((2, 8, 4, 4), 8),  # a group for each channel
+    ((2, 8, 4, 4), 1),
+]
+
+
+def attention_inputs(batch, lq, lk, heads, d, dtype):
+    """Off-centre, and views with strides of their own, as chunks of one projection are."""
+    width = heads * d
+    q = (-2.3 + 0.5 * randn(batch, lq, 2 * width, dtype=dtype))[..., :width]
+    kv = 0.7 + randn(batch, lk, 2 * width, seed=1, dtype=dtype)
+    return q, kv[..., :width], kv[..., width:]
+
+
+def numpy_attention(q, k, v, heads, causal):
+    q, k, v = (x.double().numpy() for x in (q, k, v))
+    out, d = np.zeros(q.shape), q.shape[-1] // heads
+    for b in range(q.shape[0]):
+        for h in range(heads):
+            head = slice(h * d, (h + 1) * d)
+            for i in range(q.shape[1]):
+                seen = slice(0, i + 1 if causal else None)
+                scores = k[b, seen, head] @ q[b, i, head] / np.sqrt(d)
+                weights = np.exp(scores - scores.max())
+                out[b, i, head] = weights @ v[b, seen, head] / weights.sum()
+    return torch.from_numpy(out)
+
+
+def numpy_group_norm_silu(x, weight, bias, groups, eps, silu):
+    x, weight, bias = (t.double().numpy() for t in (x, weight, bias))
+    out, width = np.zeros(x.shape), x.shape[1] // groups
+    for b in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            group = x[b, c // width * width : (c // width + 1) * width]
+            y = (x[b, c] - group.mean()) / np.sqrt(group.var() + eps) * weight[c] + bias[c]
+            out[b, c] = y / (1 + np.exp(-y)) if silu else y
+    return torch.from_numpy(out)
+
+
+@PAIR
+@DTYPE
+@pytest.mark.parametrize("batch, lq, lk, heads, d, causal", ATTENTION)
+def test_attention(batch, lq, lk, heads, d, causal, dtype, ops):
+    q, k, v = attention_inputs(batch, lq, lk, heads, d, dtype)
+    kept = [x.clone() for x in (q, k, v)]
+    out = ops.attention(q, k, v, heads, causal=causal)
+    assert out.dtype == dtype
+    assert error(out, numpy_attention(q, k, v, heads, causal)) <= BOUNDS[dtype]
+    assert all(torch.equal(a, b) for a, b in zip(kept, (q, k, v)))
+
+
+@PAIR
+@DTYPE
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shape, groups", GROUP_NORM)
+def test_group_norm_silu(shape, groups, silu, dtype, ops):
+    x = (-2.3 + 0.5 * randn(*shape, 2, dtype=dtype))[..., 1]  # a view with gaps
+    weight = 1 + randn(shape[1], seed=1, dtype=dtype)
+    bias = randn(shape[1], seed=2, dtype=dtype)
+    kept = x.clone()
+    out = ops.group_norm_silu(x, weight, bias, groups, 1e-5, silu)
+    assert out.dtype == dtype
+    assert error(out, numpy_group_norm_silu(x, weight, bias, groups, 1e-5, silu)) <= BOUNDS[dtype]
+    assert torch.equal(x, kept)
+
+
+@PAIR
+def test_group_norm_in_channels_last(ops):
+    x = (-2.3 + 0.5 * randn(2, 12, 5, 7)).to(memory_format=torch.channels_last)
+    weight, bias = randn(12, seed=1), randn(12, seed=2)
+    out = ops.group_norm_silu(x, weight, bias, 4, 1e-6, True)
+    assert error(out, numpy_group_norm_silu(x, weight, bias, 4, 1e-6, True)) <= 1e-12
+
+
+@PAIR
+def test_group_norm_keeps_its_digits_far_from_zero(ops):
+    """E[x^2] - E[x]^2 in float32 would be wrong in the first digit here."""
+    x = 1000 + 0.5 * randn(2, 8, 16, 16, dtype=torch.float32)
+    weight, bias = randn(8, seed=1, dtype=torch.float32), randn(8, seed=2, dtype=torch.float32)
+    out = ops.group_norm_silu(x, weight, bias, 2, 1e-5, False)
+    assert error(out, numpy_group_norm_silu(x, weight, bias, 2, 1e-5, False)) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_survives_large_scores(dtype):
+    """q k^T is 5 million here, where float16 ends at 65504."""
+    q, k = (300 + 10 * randn(1, 6, 64, seed=seed, dtype=dtype) for seed in (0, 1))
+    v = randn(1, 6, 64, seed=2, dtype=dtype)
+    out = REFERENCE.attention(q, k, v, 1)
+    assert out.dtype == dtype
+    assert error(out, numpy_attention(q, k, v, 1, False)) <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_group_norm(dtype):
+    x = 200 + 100 * randn(2, 8, 9, 9, dtype=dtype)  # whose squares end past 65504
+    weight, bias = (randn(8, seed=seed, dtype=dtype) for seed in (1, 2))
+    out = REFERENCE.group_norm_silu(x, weight, bias, 2, 1e-5, True)
+    assert out.dtype == dtype
+    exact = numpy_group_norm_silu(x, weight, bias, 2, 1e-5, True)
+    assert error(out, exact) <= torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_choose():
+    assert choose("torch") is TORCH and choose("reference") is REFERENCE
+    with pytest.raises(ValueError, match="ops must be one of"):
+        choose("numpy")

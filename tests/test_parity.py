@@ -1,0 +1,161 @@
+"""From prompt to latents and pixels, minisd is diffusers' pipelines: one model, built both ways.
+
+Every case runs both with the same weights, prompts and seeds, in float64.
+"""
+
+from dataclasses import replace
+
+import diffusers.models.autoencoders.vae as vae_module
+import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion as text_module
+import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img as image_module
+import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint as inpaint_module
+import diffusers.schedulers.scheduling_ddim as ddim_module
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from oracles import SMALL, SMALL_V, error, official_pipeline, randn, small_model
+from PIL import Image
+
+from minisd.ops import REFERENCE, TORCH
+
+INPAINT = replace(SMALL, unet=replace(SMALL.unet, in_channels=9))
+INPAINT_V = replace(SMALL_V, unet=replace(SMALL_V.unet, in_channels=9))
+MODELS = pytest.mark.parametrize("config", [SMALL, SMALL_V], ids=["eps", "v"])
+WIDTH, HEIGHT = 56, 40
+CALL = dict(
+    prompt="a red heart on a blue background", negative_prompt="blurry, two hearts",
+    num_inference_steps=10, guidance_scale=7.5,
+)
+BOUND = 1e-10
+
+
+@pytest.fixture(autouse=True)
+def _noise_in_float32(monkeypatch):
+    """diffusers draws noise in the model's dtype, minisd always in float32."""
+    def drawn(shape, generator=None, device=None, dtype=None, layout=None):
+        return randn_tensor(shape, generator, device, torch.float32, layout).to(dtype)
+
+    for module in (vae_module, text_module, image_module, inpaint_module, ddim_module):
+        monkeypatch.setattr(module, "randn_tensor", drawn)
+
+
+def picture() -> Image.Image:
+    pixels = 255 * randn(HEIGHT, WIDTH, 3, seed=5).sigmoid()
+    return Image.fromarray(pixels.byte().numpy())
+
+
+def mask() -> Image.Image:
+    """Greys on both sides of the threshold, 127.5, and right at it."""
+    levels = np.linspace(0, 255, WIDTH).round().astype(np.uint8)
+    levels[:4] = 127, 128, 127, 128
+    return Image.fromarray(np.tile(levels, (HEIGHT, 1)))
+
+
+def both(kind, config, call, pictures=1, output_type="latent", ops=TORCH, ours={}, theirs={}):
+    """What minisd and diffusers make of one call; ``ours`` and ``theirs`` only one of them hears."""
+    sd, call = small_model(config, ops), {**CALL, "output_type": output_type, **call}
+    out = sd(seed=7, **{**call, **ours})
+    assert out.seeds == [7 + i for i in range(pictures)]
+    generators = [torch.Generator().manual_seed(seed) for seed in out.seeds]
+    official = official_pipeline(kind, sd)(generator=generators, **{**call, **theirs})
+    return out.images, official.images
+
+
+def text_to_image(config, call={}, **options):
+    call = {"width": WIDTH, "height": HEIGHT, **call}
+    return both(StableDiffusionPipeline, config, call, **options)
+
+
+@MODELS
+@pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=lambda ops: ops.name)
+def test_text_to_image(config, ops):
+    assert error(*text_to_image(config, ops=ops)) <= BOUND
+
+
+OPTIONS = {
+    "no guidance": dict(guidance_scale=1.0),  # the half without the prompt is not computed at all
+    "no negative prompt": dict(negative_prompt=None),
+    "one step": dict(num_inference_steps=1),
+    "steps that do not divide 1000": dict(num_inference_steps=7),
+    "half the noise of DDPM": dict(eta=0.5),
+    "all the noise of DDPM": dict(eta=1.0),
+    "default size": dict(width=None, height=None),
+    "more than 77 tokens": dict(prompt="a very long prompt " * 40),
+}
+
+
+@MODELS
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.filterwarnings("ignore:the prompt is")
+def test_options(config, option):
+    call = {"num_inference_steps": 4, **OPTIONS[option]}
+    assert error(*text_to_image(config, call)) <= BOUND
+
+
+@MODELS
+def test_prompts_in_batches(config):
+    """All of the first prompt, then of the second; a generator for each picture."""
+    call = dict(
+        prompt=["a heart", "two stars", "a boat at night"], negative_prompt=["a", "b", "c"],
+        num_images_per_prompt=2, eta=0.3, num_inference_steps=4,
+    )
+    ours, official = text_to_image(config, call, pictures=6)
+    assert ours.shape == (6, 4, HEIGHT // 4, WIDTH // 4)
+    assert error(ours, official) <= BOUND
+
+
+@MODELS
+def test_latents_are_given(config):
+    latents = randn(2, 4, HEIGHT // 4, WIDTH // 4, seed=3)
+    call = dict(num_images_per_prompt=2, latents=latents, eta=1.0)
+    assert error(*text_to_image(config, call, pictures=2)) <= BOUND
+
+
+def test_contexts_instead_of_text():
+    call = dict(
+        prompt=None, negative_prompt=None,
+        prompt_embeds=randn(1, 77, 20), negative_prompt_embeds=randn(1, 77, 20, seed=1),
+    )
+    assert error(*text_to_image(SMALL, call)) <= BOUND
+
+
+@MODELS
+def test_pixels(config):
+    ours, official = text_to_image(config, output_type="pt")
+    assert ours.shape == (1, 3, HEIGHT, WIDTH)
+    assert 0 < ours.mean() < 1 and ours.std() > 0.01
+    assert error(ours, official) <= BOUND
+    ours, official = text_to_image(config, output_type="pil")
+    assert np.array_equal(np.array(ours[0]), np.array(official[0]))
+
+
+@MODELS
+@pytest.mark.parametrize("strength, eta", [(0.85, 0.0), (0.55, 0.5), (1.0, 0.0), (0.1, 0.0)])
+def test_image_to_image(config, strength, eta):
+    call = dict(image=picture(), strength=strength, eta=eta, num_images_per_prompt=2)
+    assert error(*both(
+        StableDiffusionImg2ImgPipeline, config, call, pictures=2,
+        ours=dict(width=WIDTH, height=HEIGHT),  # diffusers takes the picture's own size
+    )) <= BOUND
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.75])
+@pytest.mark.parametrize("config", [INPAINT, INPAINT_V, SMALL, SMALL_V], ids=[
+    "9 channels eps", "9 channels v", "4 channels eps", "4 channels v"
+])
+def test_inpainting(config, strength):
+    call = dict(
+        image=picture(), mask_image=mask(), strength=strength, num_images_per_prompt=2,
+        width=WIDTH, height=HEIGHT,
+    )
+    assert error(*both(
+        StableDiffusionInpaintPipeline, config, call, pictures=2,
+        # diffusers encodes as many pictures as it is given, minisd one for each seed.
+        theirs=dict(image=[picture()] * 2, mask_image=[mask()] * 2),
+    )) <= BOUND

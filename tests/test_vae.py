@@ -1,0 +1,95 @@
+"""The autoencoder is diffusers' AutoencoderKL, both ways, and so is its posterior."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import (
+    AUTOENCODER, error, errors_by_module, official_vae, randn, randomise, with_weights,
+)
+
+from minisd.config import SD1
+from minisd.ops import REFERENCE, TORCH
+from minisd.vae import VAE, ResBlock
+
+PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=lambda ops: ops.name)
+DTYPES = pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+
+
+def pair(config=AUTOENCODER, ops=TORCH, dtype=torch.float64):
+    ours = randomise(VAE(config, ops)).to(dtype)
+    return ours, with_weights(official_vae(config), ours)
+
+
+def picture(h=24, w=20, dtype=torch.float64):
+    return randn(3, 3, h, w, seed=1, dtype=dtype).tanh()
+
+
+@PAIR
+@DTYPES
+def test_every_module_of_the_encoder(ops, dtype, bound):
+    ours, official = pair(ops=ops, dtype=dtype)
+    errors = errors_by_module(ours.encoder, official.encoder, picture(dtype=dtype))
+    assert len(errors) > 30 and "conv_out" in errors
+    assert max(errors.values()) <= bound, max(errors, key=errors.get)
+
+
+@PAIR
+@DTYPES
+def test_every_module_of_the_decoder(ops, dtype, bound):
+    ours, official = pair(ops=ops, dtype=dtype)
+    latent = randn(3, 4, 6, 5, dtype=dtype)
+    errors = errors_by_module(ours.decoder, official.decoder, latent)
+    assert len(errors) > 40 and "conv_out" in errors
+    assert max(errors.values()) <= bound, max(errors, key=errors.get)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4])
+def test_encode_and_decode(levels):
+    config = replace(AUTOENCODER, block_out_channels=(8, 12, 16, 20)[:levels], layers_per_block=1)
+    ours, official = pair(config)
+    f = config.downscale
+    assert f == 2 ** (levels - 1)
+    image, noise = picture(3 * f, 5 * f), randn(3, 4, 3, 5, seed=2)
+    posterior, scale = official.encode(image).latent_dist, official.config.scaling_factor
+    mean, logvar = ours.moments(image)
+    assert error(mean, posterior.mean) <= 1e-10
+    assert error(logvar, posterior.logvar) <= 1e-10
+    assert error(ours.encode(image), scale * posterior.mode()) <= 1e-10
+    sample = scale * (posterior.mean + posterior.std * noise)
+    assert error(ours.encode(image, noise), sample) <= 1e-10
+    assert error(ours.decode(noise), official.decode(noise / scale).sample) <= 1e-10
+
+
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_log_variance_is_clamped_as_officially(shift):
+    ours, official = pair()
+    for model in (ours, official):
+        model.quant_conv.bias[4:] += shift
+    posterior = official.encode(picture()).latent_dist
+    mean, logvar = ours.moments(picture())
+    assert logvar.unique().numel() == 1
+    assert error(logvar, posterior.logvar) <= 1e-10
+    noise = randn(*mean.shape, seed=2)
+    sample = 0.18215 * (posterior.mean + posterior.std * noise)
+    assert error(ours.encode(picture(), noise), sample) <= 1e-10 * max(1, posterior.std.max())
+
+
+def test_a_res_block_of_the_official_width():
+    from diffusers.models.resnet import ResnetBlock2D
+
+    ours = randomise(ResBlock(128, 256, 32, TORCH)).float()
+    official = with_weights(
+        ResnetBlock2D(in_channels=128, out_channels=256, temb_channels=None, eps=1e-6), ours
+    )
+    x = randn(1, 128, 5, 3, dtype=torch.float32)
+    assert error(ours(x), official(x, None)) <= 1e-5
+
+
+def test_names_and_shapes_of_the_official_model():
+    with torch.device("meta"):
+        ours, official = VAE(SD1.vae, TORCH), official_vae(SD1.vae)
+    shapes = {name: p.shape for name, p in ours.state_dict().items()}
+    assert shapes == {name: p.shape for name, p in official.state_dict().items()}
+    assert len(shapes) == 248
+    assert sum(shape.numel() for shape in shapes.values()) == 83_653_863
