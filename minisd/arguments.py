@@ -6,11 +6,16 @@ A wrong type is a TypeError and a wrong value a ValueError, save that a number o
 
 import math
 import secrets
+from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
+from minisd import ddim
+from minisd.config import Config
+
+OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 # torch's CPU generator reads only 32 bits of a seed: larger ones would repeat smaller ones.
 MAX_SEED = 2**32 - 1
 # How much of the way is walked again unless said: without and with a mask.
@@ -24,14 +29,79 @@ DTYPES = {
 }
 
 
-def integer(name: str, value: object, low: int, high: int) -> int:
+@dataclass(frozen=True)
+class Request:
+    """A call's arguments, checked and complete. The lists have one entry per prompt."""
+
+    prompts: list[str] | None    # None where embeddings were given instead
+    negatives: list[str] | None
+    copies: int                  # of each prompt
+    height: int
+    width: int
+    steps: int
+    timesteps: list[int]         # those to be walked: fewer than steps, given an image
+    guidance_scale: float
+    eta: float
+    strength: float | None
+    generators: list[torch.Generator]
+    latents: Tensor | None
+    shape: tuple[int, ...]       # of the latents: (B, 4, h, w)
+    config: Config
+
+    def settings(self) -> list[dict]:
+        """For each picture, what it takes to make it again."""
+        same = {
+            "width": self.width, "height": self.height, "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale, "eta": self.eta, "strength": self.strength,
+            "model": self.config.name, "prediction_type": self.config.schedule.prediction_type,
+        }
+        return [
+            {"prompt": self.prompts and self.prompts[i // self.copies],
+             "negative_prompt": self.negatives and self.negatives[i // self.copies],
+             "seed": generator.initial_seed(), **same}
+            for i, generator in enumerate(self.generators)
+        ]
+
+
+def check(
+    config: Config, prompt: object, negative_prompt: object, height: object, width: object,
+    num_inference_steps: object, guidance_scale: object, num_images_per_prompt: object,
+    eta: object, seed: object, generator: object, latents: object, prompt_embeds: object,
+    negative_prompt_embeds: object, image: object, mask_image: object, strength: object,
+    output_type: object,
+) -> Request:
+    """The request that these arguments make, or one TypeError or ValueError."""
+    f, trained = config.vae.downscale, config.schedule.num_train_timesteps
+    context_shape = (config.text.max_position_embeddings, config.text.hidden_size)
+    count, positives, negatives = _prompts(
+        prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, context_shape)
+    copies = _integer("num_images_per_prompt", num_images_per_prompt, 1, 10_000)
+    steps = _integer("num_inference_steps", num_inference_steps, 1, trained)
+    guidance_scale = _real("guidance_scale", guidance_scale)
+    eta = _real("eta", eta, 0.0, 1.0)
+    height = _side("height", height, f, config.sample_size)
+    width = _side("width", width, f, config.sample_size)
+    strength, left = _strength(strength, steps, image, mask_image)
+    _task(config.unet.in_channels, image, mask_image, latents)
+    generators = _generators(count * copies, seed, generator)
+    shape = (len(generators), config.vae.latent_channels, height // f, width // f)
+    check_latents(latents, shape)
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, "
+                         f"not {output_type!r}")
+    timesteps = ddim.timesteps(steps, trained)[-left:]
+    return Request(positives, negatives, copies, height, width, steps, timesteps, guidance_scale,
+                   eta, strength, generators, latents, shape, config)
+
+
+def _integer(name: str, value: object, low: int, high: int) -> int:
     """``value`` as an int from ``low`` to ``high``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
         raise ValueError(f"{name} must be an integer from {low} to {high}, not {value!r}")
     return int(value)
 
 
-def real(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+def _real(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
     """``value`` as a finite float from ``low`` to ``high``."""
     number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not low <= value <= high:
@@ -40,20 +110,13 @@ def real(name: str, value: object, low: float = -math.inf, high: float = math.in
     return float(value)
 
 
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> str:
-    """``value``, which must be one of the words."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-    return value
-
-
-def strength(value: object, steps: int, image: object, mask: object) -> tuple[float | None, int]:
+def _strength(value: object, steps: int, image: object, mask: object) -> tuple[float | None, int]:
     """The strength in (0, 1], or None without an image; and how many of the steps are to be done."""
     if image is None:
         if value is not None:
             raise ValueError("strength needs the image that it is about")
         return None, steps
-    value = DEFAULT_STRENGTH[mask is not None] if value is None else real("strength", value, 0, 1)
+    value = DEFAULT_STRENGTH[mask is not None] if value is None else _real("strength", value, 0, 1)
     left = int(value * steps)  # truncated, as the official scripts do: 0.75 of 50 is 37
     if left == 0:
         raise ValueError(f"strength {value:g} of {steps} steps leaves none to do: "
@@ -61,7 +124,7 @@ def strength(value: object, steps: int, image: object, mask: object) -> tuple[fl
     return value, left
 
 
-def task(in_channels: int, image: object, mask: object, latents: object) -> None:
+def _task(in_channels: int, image: object, mask: object, latents: object) -> None:
     """Refuse pictures and masks that do not go together, or not with the model."""
     if mask is not None and image is None:
         raise ValueError("mask_image needs the image that it is the mask of")
@@ -71,7 +134,7 @@ def task(in_channels: int, image: object, mask: object, latents: object) -> None
         raise ValueError("give either image or latents to start from, not both")
 
 
-def side(name: str, value: object, multiple: int, default: int) -> int:
+def _side(name: str, value: object, multiple: int, default: int) -> int:
     """A height or width in pixels: a multiple of ``multiple``, at most MAX_SIDE."""
     if value is None:
         return default
@@ -92,13 +155,13 @@ def _nearest(value: float, multiple: int) -> str:
     return " or ".join(str(int(n * multiple)) for n in sorted({below, above}))
 
 
-def prompts(
-    prompt: object, negative: object, embeds: Tensor | None, negative_embeds: Tensor | None,
+def _prompts(
+    prompt: object, negative: object, embeds: object, negative_embeds: object,
     context_shape: tuple[int, int],
-) -> tuple[list[str | None], list[str | None]]:
-    """The prompt and the negative prompt of each picture asked for; None where embeds are given.
+) -> tuple[int, list[str] | None, list[str] | None]:
+    """How many prompts there are, and their texts: None where embeddings are given instead.
 
-    ``context_shape`` is what each of the embeds must be: (tokens, width).
+    ``context_shape`` is what each of the embeddings must be: (tokens, width).
     """
     _embeddings("prompt_embeds", embeds, context_shape)
     _embeddings("negative_prompt_embeds", negative_embeds, context_shape)
@@ -106,19 +169,17 @@ def prompts(
         raise ValueError("give either prompt or prompt_embeds")
     if negative_embeds is not None and negative:
         raise ValueError("give either negative_prompt or negative_prompt_embeds")
-    positives = _texts("prompt", prompt) if embeds is None else [None] * len(embeds)
-    if negative_embeds is not None:
-        negatives = [None] * len(negative_embeds)
-    elif isinstance(negative, (list, tuple)):
-        negatives = _texts("negative_prompt", negative)
-    else:
-        negatives = _texts("negative_prompt", negative or "") * len(positives)
-    if len(positives) != len(negatives):
-        raise ValueError(
-            f"there are {len(positives)} prompts but {len(negatives)} negative prompts: "
-            "give one for all or one for each"
-        )
-    return positives, negatives
+    positives = _texts("prompt", prompt) if embeds is None else None
+    count = len(positives if embeds is None else embeds)
+    negatives = None
+    if negative_embeds is None:
+        negatives = _texts("negative_prompt", "" if negative is None else negative)
+        negatives *= 1 if isinstance(negative, (list, tuple)) else count
+    there = len(negatives if negative_embeds is None else negative_embeds)
+    if there != count:
+        raise ValueError(f"there are {count} prompts but {there} negative prompts: "
+                         "give one for all or one for each")
+    return count, positives, negatives
 
 
 def _texts(name: str, value: object) -> list[str]:
@@ -144,7 +205,7 @@ def _embeddings(name: str, value: object, shape: tuple[int, int]) -> None:
         raise ValueError(f"{name} holds values that are not finite")
 
 
-def latents(value: object, shape: tuple[int, ...]) -> None:
+def check_latents(value: object, shape: tuple[int, ...]) -> None:
     """Latents, where there are any, must be of ``shape``, of floats and finite."""
     if value is None:
         return
@@ -158,7 +219,7 @@ def latents(value: object, shape: tuple[int, ...]) -> None:
         raise ValueError("latents hold values that are not finite")
 
 
-def generators(count: int, seed: object, generator: object) -> list[torch.Generator]:
+def _generators(count: int, seed: object, generator: object) -> list[torch.Generator]:
     """One torch generator for each of ``count`` pictures, from a seed or from the caller's own."""
     if generator is not None:
         if seed is not None:
@@ -170,18 +231,18 @@ def generators(count: int, seed: object, generator: object) -> list[torch.Genera
             raise ValueError(f"there are {count} pictures but {len(given)} generators")
         return given
     # On the CPU whatever the device, so that a seed is the same picture everywhere.
-    return [torch.Generator("cpu").manual_seed(s) for s in seeds(count, seed)]
+    return [torch.Generator("cpu").manual_seed(s) for s in _seeds(count, seed)]
 
 
-def seeds(count: int, seed: object) -> list[int]:
+def _seeds(count: int, seed: object) -> list[int]:
     """The seed of each picture: seed, seed + 1, ...; as listed; or drawn where there is none."""
     if isinstance(seed, (list, tuple)):
         if len(seed) != count:
             raise ValueError(f"there are {count} pictures but {len(seed)} seeds")
-        return [integer(f"seed[{i}]", s, 0, MAX_SEED) for i, s in enumerate(seed)]
+        return [_integer(f"seed[{i}]", s, 0, MAX_SEED) for i, s in enumerate(seed)]
     if seed is None:
         seed = secrets.randbelow(MAX_SEED - count + 2)
-    first = integer("seed", seed, 0, MAX_SEED)
+    first = _integer("seed", seed, 0, MAX_SEED)
     if first + count - 1 > MAX_SEED:
         raise ValueError(f"seed {first} + {count - 1} for the last picture is past {MAX_SEED}")
     return [first + i for i in range(count)]

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisd import arguments, checkpoint, ddim, ops as bodies, image as pictures
+from minisd.arguments import Request
 from minisd.clip import TextEncoder
 from minisd.config import Config
 from minisd.tokenizer import Tokenizer
@@ -126,121 +127,102 @@ class StableDiffusion:
         Raises TypeError or ValueError for a bad argument and ImageError for a bad picture, before
         any work; ArithmeticError if latents or picture come out other than finite.
         """
-        config, f = self.config, self.vae.config.downscale
-        positives, negatives = arguments.prompts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds,
-            context_shape=(self.tokenizer.length, config.text.hidden_size))
-        copies = arguments.integer("num_images_per_prompt", num_images_per_prompt, 1, 10_000)
-        trained = config.schedule.num_train_timesteps
-        steps = arguments.integer("num_inference_steps", num_inference_steps, 1, trained)
-        guidance_scale = arguments.real("guidance_scale", guidance_scale)
-        eta = arguments.real("eta", eta, 0.0, 1.0)
-        height = arguments.side("height", height, f, config.sample_size)
-        width = arguments.side("width", width, f, config.sample_size)
-        strength, steps_left = arguments.strength(strength, steps, image, mask_image)
-        arguments.task(self.unet.config.in_channels, image, mask_image, latents)
-        generators = arguments.generators(len(positives) * copies, seed, generator)
-        shape = (len(generators), self.vae.config.latent_channels, height // f, width // f)
-        arguments.latents(latents, shape)
-        arguments.one_of("output_type", output_type, ("pil", "pt", "np", "latent"))
-        ids, empty_ids = (
-            self.tokenizer(texts) if embeds is None else None
-            for texts, embeds in ((positives, prompt_embeds), (negatives, negative_prompt_embeds))
-        )
-
+        r = arguments.check(
+            self.config, prompt, negative_prompt, height, width, num_inference_steps,
+            guidance_scale, num_images_per_prompt, eta, seed, generator, latents, prompt_embeds,
+            negative_prompt_embeds, image, mask_image, strength, output_type)
         # Half-precision models still add up their steps in float32.
-        state = torch.promote_types(self.unet.conv_in.weight.dtype, torch.float32)
-        like = torch.empty(1, *shape[1:], dtype=state, device=self.unet.conv_in.weight.device)
+        state = torch.promote_types(self._dtype, torch.float32)
+        like = torch.empty(1, *r.shape[1:], dtype=state, device=self._device)
         if image is not None:
-            image = pictures.to_tensor(pictures.open_image(image), width, height).to(like)
+            image = pictures.to_tensor(image, r.width, r.height).to(like)    # (1, 3, H, W)
         if mask_image is not None:
-            mask_image = pictures.mask_to_tensor(mask_image, width, height).to(like)
-        context = self._context(ids, prompt_embeds).repeat_interleave(copies, dim=0)
-        if guidance_scale != 1.0:
-            empty = self._context(empty_ids, negative_prompt_embeds)         # (prompts, 77, D)
-            context = torch.cat([empty.repeat_interleave(copies, dim=0), context])
+            mask_image = pictures.mask_to_tensor(mask_image, r.width, r.height).to(like)
+        ids = prompt_embeds if r.prompts is None else self.tokenizer(r.prompts)
+        empty = negative_prompt_embeds if r.negatives is None else self.tokenizer(r.negatives)
 
-        noise = Noise(generators, like)
-        timesteps = ddim.timesteps(steps, trained)[-steps_left:]
-        x, known, extra = self._start(timesteps[0], latents, image, mask_image, strength, noise)
-        x = self._denoise(x, timesteps, context, guidance_scale, eta, noise, known, extra,
-                          callback_on_step_end, progress)
-        settings = [
-            {"prompt": positives[i // copies], "negative_prompt": negatives[i // copies],
-             "seed": g.initial_seed(), "width": width, "height": height,
-             "num_inference_steps": steps, "guidance_scale": guidance_scale, "eta": eta,
-             "strength": strength, "model": config.name,
-             "prediction_type": config.schedule.prediction_type}
-            for i, g in enumerate(generators)
-        ]
-        return Output(self._images(x, known, output_type), [s["seed"] for s in settings], settings)
+        context = self._context(ids).repeat_interleave(r.copies, dim=0)      # (B, 77, D)
+        if r.guidance_scale != 1.0:
+            empty = self._context(empty).repeat_interleave(r.copies, dim=0)  # (B, 77, D)
+            context = torch.cat([empty, context])                            # (2B, 77, D)
+        noise = Noise(r.generators, like)
+        x, known, extra = self._start(r, image, mask_image, noise)
+        x = self._denoise(r, x, context, noise, known, extra, callback_on_step_end, progress)
+        images = self._images(x, known, output_type)
+        return Output(images, [g.initial_seed() for g in r.generators], r.settings())
 
-    def _context(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        """Ids (prompts, 77), or contexts given instead -> (prompts, 77, D) as the UNet wants it."""
-        weight = self.unet.conv_in.weight
-        if embeds is None:
-            embeds = self.text_encoder(ids.to(weight.device))
-        return embeds.to(weight)                                             # (prompts, 77, D)
+    @property
+    def _device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
 
-    def _start(self, t: int, latents: Tensor | None, image: Tensor | None, mask: Tensor | None,
-               strength: float | None, noise: Noise) -> tuple[Tensor, Known | None, Tensor | None]:
-        """The first x, what inpainting keeps, and the UNet's extra input channels."""
-        own_mask = self.unet.config.in_channels != self.vae.config.latent_channels
-        pure_noise = image is None or (mask is not None and strength == 1.0)
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    def _context(self, given: Tensor) -> Tensor:
+        """Ids (prompts, 77), or contexts as they are -> (prompts, 77, D) as the UNet wants it."""
+        if not given.is_floating_point():
+            given = self.text_encoder(given.to(self._device))                # (prompts, 77, D)
+        return given.to(self._device, self._dtype)
+
+    def _start(self, r: Request, image: Tensor | None, mask: Tensor | None,
+               noise: Noise) -> tuple[Tensor, Known | None, Tensor | None]:
+        """The first x, what inpainting keeps, and the extra input channels of an inpainting UNet.
+
+        The order of the draws is that of diffusers, so that a seed means the same picture.
+        """
+        knows_masks = self.config.unet.in_channels != self.config.vae.latent_channels
+        pure_noise = image is None or (mask is not None and r.strength == 1.0)
         x0 = None
-        if not pure_noise or (mask is not None and not own_mask):
+        if not pure_noise or (mask is not None and not knows_masks):
             x0 = self._encode(image, noise.draw())                           # (B, 4, h, w)
-        e = latents.to(noise.like) if latents is not None else noise.draw()  # (B, 4, h, w)
-        x = e if pure_noise else ddim.add_noise(x0, e, self.alphas[t])
+        e = noise.draw() if r.latents is None else r.latents.to(noise.like)  # (B, 4, h, w)
+        x = e if pure_noise else ddim.add_noise(x0, e, self.alphas[r.timesteps[0]])
         if mask is None:
             return x, None, None
-        if not own_mask:
+        if not knows_masks:
             return x, Known(image, mask, x0, e), None
-        # An inpainting UNet is shown the mask and the picture with a grey hole, at every step.
-        hole = self._encode(image * (1 - mask), noise.draw())                # (B, 4, h, w)
+        # The mask, and the picture with a grey hole, which the UNet is shown at every step.
+        holed = self._encode(image * (1 - mask), noise.draw())               # (B, 4, h, w)
         small = F.interpolate(mask, size=x.shape[-2:]).expand(len(x), -1, -1, -1)
-        return x, None, torch.cat([small, hole], dim=1)                      # (B, 5, h, w)
+        return x, None, torch.cat([small, holed], dim=1)                     # (B, 5, h, w)
 
     def _encode(self, image: Tensor, noise: Tensor) -> Tensor:
-        """An image (1, 3, H, W) -> B sampled latents (B, 4, h, w)."""
-        image, like = image.to(self.unet.conv_in.weight), noise
-        return self.vae.encode(image, noise.to(image)).to(like)
+        """An image (1, 3, H, W) -> B latents (B, 4, h, w), each sampled with its own noise."""
+        return self.vae.encode(image.to(self._dtype), noise.to(self._dtype)).to(noise)
 
-    def _denoise(
-        self, x: Tensor, timesteps: list[int], context: Tensor, guidance_scale: float, eta: float,
-        noise: Noise, known: Known | None, extra: Tensor | None, callback: Callable | None,
-        progress: bool | None,
-    ) -> Tensor:
-        """Walk x (B, 4, h, w) down the timesteps: the whole of Stable Diffusion in one loop."""
-        schedule = self.config.schedule
-        # The step after the last timestep is that of timestep 0, not a = 1.
-        alphas = [self.alphas[t] for t in timesteps] + [self.alphas[0]]
-        bar = tqdm(timesteps, disable=None if progress is None else not progress)
+    def _denoise(self, r: Request, x: Tensor, context: Tensor, noise: Noise, known: Known | None,
+                 extra: Tensor | None, callback: Callable | None, progress: bool | None) -> Tensor:
+        """Walk x (B, 4, h, w) down the timesteps: Stable Diffusion is this loop."""
+        # After the last timestep comes the noise level of timestep 0, which is not quite none.
+        alphas = [self.alphas[t] for t in r.timesteps] + [self.alphas[0]]
+        bar = tqdm(r.timesteps, disable=None if progress is None else not progress)
         for i, t in enumerate(bar):
-            prediction = self._predict(x, t, context, guidance_scale, extra)
-            fresh = noise.draw() if eta > 0 else None
-            x = ddim.step(x, prediction, alphas[i], alphas[i + 1], schedule.prediction_type,
-                          eta, fresh)
+            prediction = self._predict(x, t, context, r.guidance_scale, extra)
+            fresh = noise.draw() if r.eta > 0 else None
+            x = ddim.step(x, prediction, alphas[i], alphas[i + 1],
+                          self.config.schedule.prediction_type, r.eta, fresh)
             if known is not None:
-                x = known.put_back(x, alphas[i + 1] if i + 1 < len(timesteps) else 1.0)
+                x = known.put_back(x, alphas[i + 1] if i + 1 < len(r.timesteps) else 1.0)
             if callback is not None:
                 changed = (callback(self, i, t, {"latents": x}) or {}).get("latents", x)
-                arguments.latents(changed, tuple(x.shape))
+                arguments.check_latents(changed, r.shape)
                 x = changed.to(x)
         return _finite(x, "the UNet")
 
     def _predict(self, x: Tensor, t: int, context: Tensor, guidance_scale: float,
                  extra: Tensor | None) -> Tensor:
-        """The UNet's answer for x (B, 4, h, w), with guidance where there are two contexts each."""
+        """The UNet's answer for x (B, 4, h, w), with guidance unless its scale is 1."""
         if extra is not None:
             x = torch.cat([x, extra], dim=1)                                 # (B, 9, h, w)
-        x = x.repeat(len(context) // len(x), 1, 1, 1)                        # (B or 2B, C, h, w)
+        if guidance_scale != 1.0:
+            x = torch.cat([x, x])                                            # (2B, C, h, w)
         ts = torch.full((len(x),), t, device=x.device)
-        prediction = self.unet(x.to(context), ts, context).to(x)
+        prediction = self.unet(x.to(context), ts, context).to(x)             # (B or 2B, 4, h, w)
         if guidance_scale == 1.0:
-            return prediction                                                # (B, 4, h, w)
-        without, with_prompt = prediction.chunk(2)
-        return without + guidance_scale * (with_prompt - without)            # (B, 4, h, w)
+            return prediction
+        without, with_prompt = prediction.chunk(2)                           # (B, 4, h, w)
+        return without + guidance_scale * (with_prompt - without)
 
     def _images(self, x: Tensor, known: Known | None, output_type: str) -> Any:
         """Latents (B, 4, h, w) -> what the caller asked for."""
@@ -258,8 +240,8 @@ class StableDiffusion:
 
     def _decode(self, x: Tensor) -> Tensor:
         """One latent (1, 4, h, w) -> an image in about [-1, 1]; one at a time, to save memory."""
-        image = self.vae.decode(x.to(self.unet.conv_in.weight)).to(x)        # (1, 3, H, W)
-        if not image.isfinite().all() and self.unet.conv_in.weight.dtype != x.dtype:
+        image = self.vae.decode(x.to(self._dtype)).to(x)                     # (1, 3, H, W)
+        if not image.isfinite().all() and self._dtype != x.dtype:
             # Some published VAEs overflow in float16 on some pictures.
             image = copy.deepcopy(self.vae).to(x.dtype).decode(x)            # (1, 3, H, W)
         return _finite(image, "the VAE")

@@ -11,6 +11,7 @@ from importlib import resources
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils.torch_utils import randn_tensor
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -190,3 +191,14 @@ def errors_by_module(ours: nn.Module, official: nn.Module, *args) -> dict[str, f
     """The error of each module that has the same name on both sides, given the same arguments."""
     a, b = record(ours, *args), record(official, *args)
     return {name: error(a[name], b[name]) for name in a if name in b}
+
+
+def draw_noise_in_float32(monkeypatch) -> None:
+    """Make diffusers draw as minisd does: it draws in the model's dtype, minisd in float32."""
+    def drawn(shape, generator=None, device=None, dtype=None, layout=None):
+        return randn_tensor(shape, generator, device, torch.float32, layout).to(dtype)
+
+    folder = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
+    for module in (folder, f"{folder}_img2img", f"{folder}_inpaint",
+                   "diffusers.models.autoencoders.vae", "diffusers.schedulers.scheduling_ddim"):
+        monkeypatch.setattr(f"{module}.randn_tensor", drawn)

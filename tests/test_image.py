@@ -196,7 +196,7 @@ def test_mutated_files_raise_nothing_but_image_error(tmp_path):
     save(noise(24, 24), tmp_path / "good.png", SETTINGS)
     good = (tmp_path / "good.png").read_bytes()
     outcomes = {True: 0, False: 0}
-    for _ in range(1000):
+    for _ in range(400):
         bad = bytearray(good)
         for _ in range(draw.randint(1, 4)):
             bad[draw.randrange(len(bad))] = draw.randrange(256)
@@ -208,7 +208,7 @@ def test_mutated_files_raise_nothing_but_image_error(tmp_path):
                 outcomes[True] += 1
             except ImageError:
                 outcomes[False] += 1
-    assert min(outcomes.values()) > 100
+    assert min(outcomes.values()) > 50
 
 
 # Writing

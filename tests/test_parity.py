@@ -5,11 +5,6 @@ Every case runs both with the same weights, prompts and seeds, in float64.
 
 from dataclasses import replace
 
-import diffusers.models.autoencoders.vae as vae_module
-import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion as text_module
-import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img as image_module
-import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint as inpaint_module
-import diffusers.schedulers.scheduling_ddim as ddim_module
 import numpy as np
 import pytest
 import torch
@@ -18,8 +13,9 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from diffusers.utils.torch_utils import randn_tensor
-from oracles import SMALL, SMALL_V, error, official_pipeline, randn, small_model
+from oracles import (
+    SMALL, SMALL_V, draw_noise_in_float32, error, official_pipeline, randn, small_model,
+)
 from PIL import Image
 
 from minisd.ops import REFERENCE, TORCH
@@ -36,13 +32,8 @@ BOUND = 1e-10
 
 
 @pytest.fixture(autouse=True)
-def _noise_in_float32(monkeypatch):
-    """diffusers draws noise in the model's dtype, minisd always in float32."""
-    def drawn(shape, generator=None, device=None, dtype=None, layout=None):
-        return randn_tensor(shape, generator, device, torch.float32, layout).to(dtype)
-
-    for module in (vae_module, text_module, image_module, inpaint_module, ddim_module):
-        monkeypatch.setattr(module, "randn_tensor", drawn)
+def _noise(monkeypatch):
+    draw_noise_in_float32(monkeypatch)
 
 
 def picture() -> Image.Image:

@@ -1,63 +1,231 @@
-"""The recipe of the shipped model: two npm packages in, a small Stable Diffusion out, on a CPU."""
+"""The recipe of the shipped model: emoji in, a small Stable Diffusion out, on a CPU.
+
+    python weights/train_tiny.py --state DIR --out weights/tiny
+
+The stages (data, autoencoder, latents, diffusion, export) resume where they were left, so kill it
+at will; pass other ``--vae-steps`` or ``--steps`` to train for longer or shorter.
+
+B pictures in a batch, N pictures in all, D width of the context
+"""
 
 import argparse
-import hashlib
 import json
 import os
 import random
-import re
-import subprocess
-import tarfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_data import BACKGROUNDS, SIZE, catalogue, composite, draw, fetch, vocabulary
+from torch import Tensor, nn
 
-PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emoji-datasource-google@16.0.0")
-SIZE, MARGIN = 64, 2  # the margin keeps the outermost pixels pure background
-BACKGROUNDS = {
-    "red": (215, 40, 45), "orange": (245, 140, 30), "yellow": (250, 220, 70),
-    "green": (60, 165, 70), "teal": (0, 135, 140), "blue": (40, 90, 220),
-    "purple": (130, 60, 190), "pink": (250, 155, 195), "brown": (120, 75, 45),
-    "black": (20, 20, 22), "gray": (130, 132, 135), "white": (250, 250, 250),
-}  # fmt: skip
-SKIN = {
-    "1f3fb": "light", "1f3fc": "medium light", "1f3fd": "medium",
-    "1f3fe": "medium dark", "1f3ff": "dark",
-}  # fmt: skip
+from minisd import ddim
+from minisd.clip import TextEncoder
+from minisd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from minisd.ops import TORCH, reference_attention
+from minisd.tokenizer import Tokenizer
+from minisd.unet import UNet
+from minisd.vae import VAE
 
-
-def fetch(state):
-    """Both packages, unpacked below ``state / "data"``."""
-    for package in PACKAGES:
-        folder = state / "data" / package.strip("@").rsplit("@", 1)[0].replace("/", "-")
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            subprocess.run(["npm", "pack", package], cwd=folder, check=True)
-            with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-                wanted = [m for m in archive if m.name.endswith((".webp", "/emoji.json"))]
-                archive.extractall(folder, wanted, filter="data")
-
-
-def picture(path):
-    """RGBA, colour premultiplied by alpha, (4, 64, 64) uint8."""
-    image = Image.open(path).convert("RGBA")
-    side = SIZE - 2 * MARGIN
-    canvas = Image.new("RGBa", (SIZE, SIZE))
-    canvas.paste(image.convert("RGBa").resize((side, side), Image.Resampling.BOX), (MARGIN, MARGIN))
-    return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
-
-
-def key(code):
-    """A code point sequence as both packages can agree on it."""
-    return "-".join(p.lstrip("0") for p in code.lower().split("-") if p != "fe0f")
+WIDTH = 192
+CONFIG = Config(
+    "minisd tiny",
+    text=TextConfig(
+        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2, num_attention_heads=4
+    ),
+    # Attention only at 4x4: there a parameter costs 64 times fewer operations than at 16x16.
+    unet=UNetConfig(
+        block_out_channels=(48, 96, 176),
+        layers_per_block=1,
+        has_attention=(False, False, True),
+        num_heads=(4, 4, 4),
+        cross_attention_dim=WIDTH,
+        norm_num_groups=16,
+    ),
+    vae=VAEConfig(
+        block_out_channels=(24, 48, 96), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0
+    ),
+    schedule=ScheduleConfig(prediction_type="v_prediction"),
+    sample_size=SIZE,
+)
+# The backward pass of torch's fused attention is several times slower in bfloat16 on a CPU.
+OPS = replace(TORCH, attention=reference_attention)
+KL_WEIGHT, EDGE_WEIGHT = 2e-4, 0.5
+WARM_UP, LOG_EVERY, SAVE_SECONDS = 200, 50, 180
 
 
-def composite(rgba, colour):
-    """(B, 4, 64, 64) uint8 over (B, 3) in 0..255 -> (B, 3, 64, 64) in [-1, 1]."""
-    rgb, alpha = rgba[:, :3].float(), rgba[:, 3:].float() / 255
-    return (rgb + (1 - alpha) * colour[:, :, None, None]) / 127.5 - 1
+class Run:
+    """One training stage: AdamW, warm-up, constant rate, linear decay, EMA, a log, and resuming."""
+
+    def __init__(self, folder: Path, models: dict[str, nn.Module], steps: int, rate: float):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.steps, self.rate = folder, steps, rate
+        self.params = {
+            f"{part}.{name}": p for part, m in models.items() for name, p in m.named_parameters()
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.params.values(), betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self.ema = {name: p.detach().clone() for name, p in self.params.items()}
+        self.step, self.seconds, self.losses, self.clock = 0, 0.0, [], time.time()
+        self.saved = self.clock
+        if (folder / "state.json").exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        known = json.loads((self.folder / "state.json").read_text())
+        self.step, self.seconds = known["step"], known["seconds"]
+        for label, tensor in load_file(self.folder / known["file"]).items():
+            kind, name = label.split("/")
+            state = self.optimizer.state[self.params[name]]
+            if kind == "param":
+                self.params[name].data.copy_(tensor)
+            elif kind == "ema":
+                self.ema[name].copy_(tensor)
+            else:
+                state[kind], state["step"] = tensor, torch.tensor(float(self.step))
+
+    def _save(self) -> None:
+        """The new file first, then the pointer to it, then the old file goes."""
+        tensors = {f"param/{n}": p.detach() for n, p in self.params.items()}
+        tensors |= {f"ema/{n}": t for n, t in self.ema.items()}
+        for name, p in self.params.items():
+            moments = self.optimizer.state[p]
+            tensors |= {f"{kind}/{name}": moments[kind] for kind in ("exp_avg", "exp_avg_sq")}
+        file = self.folder / f"{self.step}.safetensors"
+        save_file(tensors, file)
+        known = {"file": file.name, "step": self.step, "seconds": self.seconds}
+        (self.folder / "state.tmp").write_text(json.dumps(known))
+        os.replace(self.folder / "state.tmp", self.folder / "state.json")
+        for old in self.folder.glob("*.safetensors"):
+            if old != file:
+                old.unlink()
+        self.saved = time.time()
+
+    def update(self, loss: Tensor, **figures: float) -> None:
+        """One optimiser step; a line of the log and a saved state every so often."""
+        loss.backward()
+        left = 5 * (1 - self.step / self.steps)  # the last fifth decays
+        self.optimizer.param_groups[0]["lr"] = self.rate * min((self.step + 1) / WARM_UP, 1, left)
+        nn.utils.clip_grad_norm_(self.params.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        keep = min(0.999, (1 + self.step) / (10 + self.step))
+        params = [p.detach() for p in self.params.values()]
+        torch._foreach_lerp_(list(self.ema.values()), params, 1 - keep)
+        self.losses.append({"loss": loss.item(), **figures})
+        now = time.time()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        if self.step % LOG_EVERY == 0:
+            mean = {k: sum(f[k] for f in self.losses) / len(self.losses) for k in self.losses[0]}
+            line = {"step": self.step, "seconds": round(self.seconds)} | mean
+            with open(self.folder / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+            self.losses = []
+        if now - self.saved > SAVE_SECONDS or self.step == self.steps:
+            self._save()
+
+    def load_ema(self, models: dict[str, nn.Module]) -> None:
+        for part, model in models.items():
+            for name, p in model.named_parameters():
+                p.data.copy_(self.ema[f"{part}.{name}"])
+            model.eval().requires_grad_(False)
+
+
+def edges(image: Tensor) -> tuple[Tensor, Tensor]:
+    return image.diff(dim=-1), image.diff(dim=-2)
+
+
+def random_composites(rgba: Tensor, seed: int, count: int) -> tuple[Tensor, torch.Generator]:
+    """Pictures on any colour, a quarter of them on none of the named ones; (B, 3, 64, 64)."""
+    g = torch.Generator().manual_seed(seed)
+    chosen = rgba[torch.randint(len(rgba), (count,), generator=g)]
+    chosen = chosen.flip(-1) if seed % 2 else chosen
+    named = torch.tensor(list(BACKGROUNDS.values())).float()
+    named = named[torch.randint(len(named), (count,), generator=g)]
+    free = torch.rand(count, 3, generator=g) * 255
+    return composite(chosen, torch.where(torch.rand(count, 1, generator=g) < 0.25, free, named)), g
+
+
+def train_vae(state: Path, steps: int, batch: int = 8) -> VAE:
+    """L1 on pixels and on their differences, and a trace of KL that keeps the latents smooth."""
+    torch.manual_seed(0)
+    vae = VAE(CONFIG.vae, TORCH)
+    run = Run(state / "vae", {"vae": vae}, steps, rate=1e-3)
+    rgba = load_file(state / "objects.safetensors")["rgba"]
+    while run.step < steps:
+        image, g = random_composites(rgba, run.step, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, logvar = (m.float() for m in vae.moments(image))
+            noise = torch.randn(mean.shape, generator=g)
+            made = vae.decode(mean + torch.exp(logvar / 2) * noise).float()
+        error = (made - image).abs().mean()
+        edge = sum((a - b).abs().mean() for a, b in zip(edges(made), edges(image)))
+        kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
+        mse = ((made - image) / 2).square().mean().item()
+        run.update(error + EDGE_WEIGHT * edge + KL_WEIGHT * kl, mse=mse, kl=kl.item())
+    run.load_ema({"vae": vae})
+    return vae
+
+
+@torch.no_grad()
+def make_latents(state: Path, vae: VAE) -> None:
+    """Every picture on every background, once: latents.safetensors, (N, 12, 4, 16, 16) float16."""
+    rgba = load_file(state / "objects.safetensors")["rgba"]
+    colours = torch.tensor(list(BACKGROUNDS.values())).float()
+    rows = []
+    for one in rgba:
+        images = composite(one.expand(len(colours), -1, -1, -1), colours)
+        with torch.autocast("cpu", torch.bfloat16):
+            rows.append(vae.moments(images)[0].half())
+    save_file({"latents": torch.stack(rows)}, state / "latents.safetensors")
+
+
+class Examples:
+    """What the diffusion is trained on: scaled latents, token ids, noise, timesteps, velocities."""
+
+    def __init__(self, state: Path, tokenizer: Tokenizer):
+        self.objects = json.loads((state / "objects.json").read_text())["objects"]
+        self.latents = load_file(state / "latents.safetensors")["latents"]
+        self.scale = 1 / self.latents.float().std().item()
+        self.tokenizer = tokenizer
+        self.alphas = ddim.alphas_cumprod(CONFIG.schedule).float()
+
+    def batch(self, seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x_t (2B, 4, 16, 16), t (2B,), ids (B, 77), v: each picture at two opposite timesteps."""
+        g, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+        chosen = [draw(self.objects, rng) for _ in range(count)]
+        ids = self.tokenizer([caption for _, _, caption in chosen])          # (B, 77)
+        x0 = torch.stack([self.latents[i, b] for i, b, _ in chosen]).float() * self.scale
+        x0 = x0.repeat(2, 1, 1, 1)                                           # (2B, 4, 16, 16)
+        t = torch.randint(len(self.alphas), (count,), generator=g)
+        t = torch.cat([t, (t + len(self.alphas) // 2) % len(self.alphas)])   # (2B,)
+        a = self.alphas[t, None, None, None]
+        noise = torch.randn(x0.shape, generator=g)
+        return a.sqrt() * x0 + (1 - a).sqrt() * noise, t, ids, a.sqrt() * noise - (1 - a).sqrt() * x0
+
+
+def train_diffusion(state: Path, steps: int, batch: int = 32) -> tuple[Config, dict]:
+    """The text encoder and the UNet, together, on the velocity. Returns what export needs."""
+    tokenizer = Tokenizer.from_folder(state / "tokenizer")
+    examples = Examples(state, tokenizer)
+    text = replace(
+        CONFIG.text, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_token_id
+    )
+    config = replace(CONFIG, text=text, vae=replace(CONFIG.vae, scaling_factor=examples.scale))
+    torch.manual_seed(0)
+    models = {"text_encoder": TextEncoder(text, OPS), "unet": UNet(config.unet, OPS)}
+    nn.init.normal_(models["text_encoder"].embeddings.token_embedding.weight, std=0.1)
+    nn.init.normal_(models["text_encoder"].embeddings.position_embedding.weight, std=0.02)
+    run = Run(state / "diffusion", models, steps, rate=8e-4)
+    while run.step < steps:
+        x, t, ids, v = examples.batch(run.step, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            context = models["text_encoder"](ids).repeat(2, 1, 1)            # (2B, 77, D)
+            made = models["unet"](x, t, context).float()
+        run.update((made - v).square().mean())
+    run.load_ema(models)
+    return config, models
