@@ -79,7 +79,10 @@ def draw(argv: list[str]) -> None:
         call["image"] = pictures.open_image(args.image)
     if args.mask:
         call["mask_image"] = pictures.open_image(args.mask)
-    sd = minisd.load(args.model, device=args.device, dtype=args.dtype, ops=args.ops)
+    from minisd import hub
+
+    model = hub.KNOWN.get(args.model, args.model)
+    sd = minisd.load(model, device=args.device, dtype=args.dtype, ops=args.ops)
     for path, seed in plan:
         out = sd(args.prompt, seed=seed, progress=False if args.quiet else None, **call)
         pictures.save(out.images[0], path, out.settings[0] | _record(args), args.overwrite)
@@ -159,8 +162,8 @@ def _drawing_parser() -> _Parser:
     )
     option = parser.add_argument
     option("prompt", help="what to draw, in quotes")
-    option("-m", "--model", help="a .safetensors file, a diffusers folder, or what `minisd"
-           " download` has fetched (default: the shipped tiny model)")
+    option("-m", "--model", help="a .safetensors file, a diffusers folder, or the NAME that"
+           " `minisd download` has fetched (default: the shipped tiny model)")
     option("-n", "--negative", default="", help="what to keep out (default: nothing)")
     option("-o", "--output", help="a name ending in .png, or a folder (default: minisd-SEED.png);"
            " with --count, heart.png becomes heart-00000.png and so on, and without a name"

@@ -1,7 +1,7 @@
 """The one file that may reach the network: official weights, fetched when asked and never before.
 
-Files land in huggingface_hub's own cache, which other programs share: what is already there is not
-fetched again, and HF_HUB_OFFLINE, HF_TOKEN and the like mean what they mean there.
+Files land in huggingface_hub's own cache, which other programs share; a file that is there is not
+fetched again. HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT are read by that library alone.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ FORMS = (
     r"\.safetensors",
     r"(-\d+-of-\d+\.safetensors|\.safetensors\.index\.json)",
     r"\.fp16\.safetensors",
+    r"(\.fp16-\d+-of-\d+\.safetensors|\.safetensors\.index\.fp16\.json)",
 )
 
 
@@ -40,13 +41,7 @@ class HubError(RuntimeError):
     """A download that did not happen, and why, in one sentence."""
 
 
-def download(
-    name: str,
-    *,
-    log: Callable[[str], None] = lambda line: None,
-    endpoint: str | None = None,
-    cache_dir: str | Path | None = None,
-) -> Path:
+def download(name: str, *, log: Callable[[str], None] = lambda line: None) -> Path:
     """Fetch what minisd reads of a model and return its folder, in diffusers layout.
 
     ``name`` is one of ``KNOWN`` or any "owner/name". ``log`` receives a line with the revision (a
@@ -55,11 +50,10 @@ def download(
     repository = _repository(name)
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-    where = {"endpoint": endpoint, "cache_dir": cache_dir}
     try:
-        info = HfApi(endpoint).model_info(repository, files_metadata=True)
+        info = HfApi().model_info(repository, files_metadata=True)
         files = wanted([file.rfilename for file in info.siblings])
-        folder = Path(snapshot_download(repository, allow_patterns=files, **where))
+        folder = Path(snapshot_download(repository, allow_patterns=files))
         if folder.name != info.sha:
             raise HubError("changed while it was read; run it again")
         log(f"{repository} at revision {info.sha}")
@@ -67,7 +61,7 @@ def download(
         for file in sorted(files):
             log(f"{_checked_sha256(folder / file, published.get(file))}  {file}")
         # Last of all: where this file is, the others are, and whole. ``cached`` relies on it.
-        hf_hub_download(repository, INDEX, revision=info.sha, **where)
+        hf_hub_download(repository, INDEX, revision=info.sha)
         log(f"{_checked_sha256(folder / INDEX, None)}  {INDEX}")
     except HubError as error:
         raise HubError(f"{repository} {error}") from None
@@ -76,14 +70,14 @@ def download(
     return folder
 
 
-def cached(name: str, *, cache_dir: str | Path | None = None) -> Path | None:
+def cached(name: str) -> Path | None:
     """The folder that an earlier ``download`` finished, without the network; None if there is
     none, or if this is no name of a model at all.
     """
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        index = try_to_load_from_cache(_repository(name), INDEX, cache_dir=cache_dir)
+        index = try_to_load_from_cache(_repository(name), INDEX)
     except (HubError, ValueError):  # the latter is huggingface_hub's own check of the name
         return None
     return Path(index).parent if isinstance(index, str) else None

@@ -279,19 +279,31 @@ def load(
         path = resources.files("minisd_weights") / "tiny"
     found = checkpoint.open_checkpoint(path, config=config, vae=vae,
                                        prediction_type=prediction_type)
+    tokenizer = _tokenizer(found)
     with torch.device("meta"):
         parts = {
             "text_encoder": TextEncoder(found.config.text, body),
             "unet": UNet(found.config.unet, body),
             "vae": VAE(found.config.vae, body),
         }
-    for part, module in parts.items():
+    for part, module in parts.items():  # all of them, before any weight is read
         checkpoint.check(found, part, module)
     for part, module in parts.items():
         checkpoint.fill(found, part, module, dtype, device)
         module.eval().requires_grad_(False)
-    if found.tokenizer_folder is not None:
-        tokenizer = Tokenizer.from_folder(found.tokenizer_folder)
-    else:
-        tokenizer = Tokenizer.clip(found.config.text.pad_token_id)
     return StableDiffusion(found.config, tokenizer, **parts)
+
+
+def _tokenizer(found: checkpoint.Checkpoint) -> Tokenizer:
+    """The folder's own tokenizer, else CLIP's; WeightError unless it fits the text encoder."""
+    if found.tokenizer_folder is None:
+        return Tokenizer.clip(found.config.text.pad_token_id)
+    try:
+        tokenizer = Tokenizer.from_folder(found.tokenizer_folder)
+    except ValueError as error:
+        raise checkpoint.WeightError(str(error)) from None
+    if tokenizer.vocab_size != found.config.text.vocab_size:
+        raise checkpoint.WeightError(
+            f"{found.tokenizer_folder} has {tokenizer.vocab_size} tokens, but the text encoder "
+            f"knows {found.config.text.vocab_size}")
+    return tokenizer

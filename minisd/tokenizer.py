@@ -80,19 +80,15 @@ class Tokenizer:
         _check_vocabulary(path, vocab)
         merges = _check_merges(path, vocab, merges)
         settings = _read_settings(folder)
-        tokens = {
-            "bos_token": _token(folder, settings, "bos_token", BOS, vocab),
-            "eos_token": _token(folder, settings, "eos_token", EOS, vocab),
-            "unk_token": _token(folder, settings, "unk_token", EOS, vocab),
-        }
-        pad_token = _token(folder, settings, "pad_token", EOS, vocab)
+        defaults = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+        tokens = {key: _token(folder, settings, key, defaults[key], vocab) for key in defaults}
+        pad_token_id = vocab[tokens.pop("pad_token")]
         length = settings.get("model_max_length", LENGTH)
         if type(length) is not int or length < 3:
             raise ValueError(f"{folder}: model_max_length is {length!r}, not an integer above 2")
         # transformers writes 10^30 for "never set"; CLIP has no more than 77 positions anyway.
-        return cls(
-            vocab, merges, pad_token_id=vocab[pad_token], length=min(length, LENGTH), **tokens
-        )
+        length = min(length, LENGTH)
+        return cls(vocab, merges, pad_token_id=pad_token_id, length=length, **tokens)
 
     def __call__(self, prompts: str | list[str]) -> torch.Tensor:
         """Ids of the prompts, (B, length) int64. What does not fit is cut, with a warning that

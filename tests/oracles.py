@@ -52,7 +52,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter, in float64: as initialised, norms are all alike and a swap is unseen."""
+    """Draw every parameter, in float64: new norms are all alike, and a swap would not be seen."""
     generator = torch.Generator().manual_seed(seed)
     model = model.double().eval().requires_grad_(False)
     for name, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The schedule and the step are those of diffusers' DDIMScheduler, as the official models set it."""
+"""The schedule and the step are those of diffusers' DDIMScheduler, set as officially."""
 
 import pytest
 import torch

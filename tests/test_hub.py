@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import huggingface_hub.constants
 import pytest
 
 import minisd.hub
@@ -80,17 +79,20 @@ class _Request(BaseHTTPRequestHandler):
         hub.requests.append((self.command, path, self.headers["Range"]))
         api, resolve = f"/api/models/{REPOSITORY}", f"/{REPOSITORY}/resolve/{COMMIT}/"
         if path in hub.status:
-            code = {"X-Error-Code": "GatedRepo"} if hub.status[path] == 403 else {}
-            self._answer(hub.status[path], b"{}", code)
+            code = {401: "RepoNotFound", 403: "GatedRepo"}.get(hub.status[path], "Other")
+            self._answer(hub.status[path], b"{}", {"X-Error-Code": code})
         elif path in (api, f"{api}/revision/main"):
-            self._answer(200, json.dumps(self._info()).encode())
+            self._answer(200, json.dumps(self._info()).encode(), {})
         elif path == f"{api}/tree/{COMMIT}":
-            rows = [{"type": "file", "path": f["rfilename"], **f} for f in self._info()["siblings"]]
-            self._answer(200, json.dumps([{**row, "oid": row["blobId"]} for row in rows]).encode())
+            rows = [
+                {"type": "file", "path": row["rfilename"], "oid": row["blobId"], **row}
+                for row in self._info()["siblings"]
+            ]
+            self._answer(200, json.dumps(rows).encode(), {})
         elif path.startswith(resolve) and path.removeprefix(resolve) in hub.files:
             self._file(path.removeprefix(resolve))
         else:
-            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            self._answer(404, b"{}", {})
 
     def _info(self):
         """The Hub publishes the sha256 of large files (here: of the weights) and sizes of all."""
@@ -114,7 +116,7 @@ class _Request(BaseHTTPRequestHandler):
         self.server.cut_once -= {name} if cut else set()
         self._answer(status, body, headers, send=len(body) // 2 if cut else None)
 
-    def _answer(self, status, body, headers={}, send=None):
+    def _answer(self, status, body, headers, send=None):
         self.send_response(status)
         for key, value in {"Content-Length": len(body), **headers}.items():
             self.send_header(key, str(value))
@@ -128,11 +130,8 @@ class _Request(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    # Tests forbid the network; this one ends at the loopback address, whatever the client asks.
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+def hub():
     server = Hub()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -141,88 +140,91 @@ def hub(monkeypatch):
     server.server_close()
 
 
-def _files(folder: Path) -> dict[str, bytes]:
-    found = (path for path in folder.rglob("*") if path.is_file())
+PROGRAM = """
+import json, sys
+from minisd import hub
+lines, told = [], {}
+try:
+    told["folder"] = str(hub.download(sys.argv[1], log=lines.append))
+except hub.HubError as error:
+    told["error"] = str(error)
+cached = hub.cached(sys.argv[1])
+print(json.dumps({"lines": lines, "cached": cached and str(cached), **told}))
+"""
+
+
+def _python(*line, **environment) -> str:
+    """What a fresh process prints: huggingface_hub reads the environment when it is imported."""
+    root = str(Path(minisd.hub.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root} | environment
+    command = [sys.executable, *line]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """Download ``REPOSITORY`` in a process of its own; what it returned, logged or raised."""
+
+    def download(**environment):
+        here = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        return json.loads(_python("-c", PROGRAM, REPOSITORY, **here | environment))
+
+    return download
+
+
+def _files(folder: str | Path) -> dict[str, bytes]:
+    found = (path for path in Path(folder).rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
-def test_fetches_what_minisd_reads_and_no_more(hub, tmp_path):
-    folder = download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
-    assert _files(folder) == READ_BY_MINISD
+def test_fetches_what_minisd_reads_and_no_more(hub, run):
+    told = run()
+    assert _files(told["folder"]) == READ_BY_MINISD
     assert hub.fetched() == set(READ_BY_MINISD)
-
-
-def test_short_names(hub, tmp_path, monkeypatch):
-    monkeypatch.setitem(KNOWN, "short", REPOSITORY)
-    folder = download("short", endpoint=hub.url, cache_dir=tmp_path)
-    assert folder == cached("short", cache_dir=tmp_path) == cached(REPOSITORY, cache_dir=tmp_path)
-
-
-def test_shows_the_revision_and_the_sha256_of_every_file(hub, tmp_path):
-    lines = []
-    download(REPOSITORY, log=lines.append, endpoint=hub.url, cache_dir=tmp_path)
-    assert lines[0] == f"{REPOSITORY} at revision {COMMIT}"
-    assert sorted(lines[1:]) == sorted(
+    # And it says which revision this is, and what came, in the words of the sha256sum command.
+    assert told["lines"][0] == f"{REPOSITORY} at revision {COMMIT}"
+    assert sorted(told["lines"][1:]) == sorted(
         f"{hashlib.sha256(body).hexdigest()}  {name}" for name, body in READ_BY_MINISD.items()
     )
 
 
-def test_a_cut_connection_is_resumed_where_it_stopped(hub, tmp_path):
+def test_a_cut_connection_is_resumed_where_it_stopped(hub, run):
+    # The client keeps what arrived in pieces of 10 MiB: of the 12 sent before the cut, 10.
+    hub.files[UNET] = bytes(24 << 20)
     hub.cut_once = {UNET}
-    folder = download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
-    assert _files(folder) == READ_BY_MINISD
+    assert _files(run()["folder"])[UNET] == hub.files[UNET]
     ranges = [asked for method, path, asked in hub.requests if method == "GET" and UNET in path]
-    assert ranges == [None, f"bytes={len(READ_BY_MINISD[UNET]) // 2}-"]
+    assert ranges == [None, f"bytes={10 << 20}-"]
 
 
-def test_a_second_call_fetches_only_what_is_missing(hub, tmp_path):
-    broken = f"/{REPOSITORY}/resolve/{COMMIT}/{VAE}"
-    hub.status = {broken: 500}
-    with pytest.raises(HubError, match=f"^{REPOSITORY} was not downloaded, run it again to go on"):
-        download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
-    assert cached(REPOSITORY, cache_dir=tmp_path) is None
+def test_a_second_call_fetches_only_what_is_missing(hub, run, tmp_path):
+    hub.status = {f"/{REPOSITORY}/resolve/{COMMIT}/{VAE}": 400}
+    told = run()
+    assert told["error"].startswith(f"{REPOSITORY} was not downloaded, run it again to go on (")
+    assert told["cached"] is None
     # The client stops at the first error, so how much had arrived by then may vary.
-    arrived = set(_files(tmp_path / "models--owner--model" / "snapshots" / COMMIT))
+    arrived = set(_files(tmp_path / "hub" / "models--owner--model" / "snapshots" / COMMIT))
     hub.status, hub.requests = {}, []
-    folder = download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
-    assert _files(folder) == READ_BY_MINISD
+    assert _files(run()["folder"]) == READ_BY_MINISD
     assert hub.fetched() == set(READ_BY_MINISD) - arrived >= {VAE, "model_index.json"}
 
 
-def test_nothing_is_fetched_twice(hub, tmp_path):
-    first = download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+def test_nothing_is_fetched_twice_and_cached_finds_it(hub, run):
+    first = run()
+    assert first["cached"] == first["folder"]
     hub.requests = []
-    assert download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path) == first
+    assert run()["folder"] == first["folder"]
     assert hub.fetched() == set()
 
 
-def test_a_damaged_file_is_named_and_replaced(hub, tmp_path):
-    folder = download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
-    stored = (folder / UNET).resolve()
+def test_a_damaged_file_is_named_and_replaced(run):
+    stored = (Path(run()["folder"]) / UNET).resolve()
     stored.write_bytes(b"damaged")
-    with pytest.raises(HubError, match=f"damaged: delete {stored} and"):
-        download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+    assert run()["error"] == f"{REPOSITORY} is damaged: delete {stored} and run it again"
     stored.unlink()
-    assert _files(download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)) == READ_BY_MINISD
-
-
-def test_cached_needs_no_network(hub, tmp_path):
-    assert cached(REPOSITORY, cache_dir=tmp_path) is None
-    folder = download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
-    hub.requests = []
-    assert cached(REPOSITORY, cache_dir=tmp_path) == folder
-    assert cached("owner/other", cache_dir=tmp_path) is None
-    assert hub.requests == []
-
-
-@pytest.mark.parametrize("name", ["v1-5.safetensors", "/models/sd/x", "a--b/c", "../x", "", "a/b/c"])
-def test_cached_takes_any_string(name, tmp_path):
-    assert cached(name, cache_dir=tmp_path) is None
-
-
-def test_unknown_short_name():
-    with pytest.raises(HubError, match="unknown model 'sd3': known are sd1.4, sd1.5, sd2.1, sd2.1-b"):
-        download("sd3")
+    assert _files(run()["folder"]) == READ_BY_MINISD
 
 
 @pytest.mark.parametrize(
@@ -230,45 +232,44 @@ def test_unknown_short_name():
     [
         (401, "does not exist on the Hub, or it is private"),
         (403, "is gated: accept its terms"),
-        (404, "does not exist on the Hub, or it is private"),
-        (500, "was not downloaded, run it again to go on"),
+        (400, "was not downloaded, run it again to go on (BadRequestError: "),
     ],
 )
-def test_refusals_of_the_server(status, words, hub, tmp_path):
+def test_refusals_of_the_server(status, words, hub, run, tmp_path):
     hub.status = {f"/api/models/{REPOSITORY}": status}
-    with pytest.raises(HubError, match=f"^{REPOSITORY} {words}") as caught:
-        download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
-    assert "\n" not in str(caught.value)
+    told = run()
+    assert told["error"].startswith(f"{REPOSITORY} {words}") and "\n" not in told["error"]
     assert _files(tmp_path) == {}
 
 
-def test_no_connection(hub, tmp_path):
+def test_no_connection(hub, run):
     hub.server_close()  # the port stays known and answers no more
-    with pytest.raises(HubError, match=f"^{REPOSITORY} was not downloaded, run it again .*Connect"):
-        download(REPOSITORY, endpoint=hub.url, cache_dir=tmp_path)
+    assert "was not downloaded, run it again to go on (Connect" in run()["error"]
 
 
-def test_offline_asks_nothing(hub, tmp_path):
-    """HF_HUB_OFFLINE is read when huggingface_hub is imported: hence another process."""
-    line = f"from minisd.hub import download; download({REPOSITORY!r})"
-    offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
-    root = str(Path(minisd.hub.__file__).parents[1])
-    ended = subprocess.run(
-        [sys.executable, "-c", line],
-        env={**os.environ, "PYTHONPATH": root, **offline},
-        capture_output=True,
-        text=True,
-    )
-    said = f"minisd.hub.HubError: {REPOSITORY} was not downloaded: HF_HUB_OFFLINE is set"
-    assert ended.stderr.splitlines()[-1].startswith(said)
+def test_offline_asks_nothing(hub, run):
+    online = run()
+    hub.requests = []
+    told = run(HF_HUB_OFFLINE="1")
+    assert told["error"].startswith(f"{REPOSITORY} was not downloaded: HF_HUB_OFFLINE is set")
+    assert told["cached"] == online["folder"]
     assert hub.requests == []
 
 
 def test_importing_is_cheap():
-    line = "import sys, minisd.hub; sys.exit('huggingface_hub' in sys.modules)"
-    root = str(Path(minisd.hub.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root}
-    assert subprocess.run([sys.executable, "-c", line], env=environment).returncode == 0
+    line = "import sys, minisd.hub; print('huggingface_hub' in sys.modules)"
+    assert _python("-c", line) == "False\n"
+
+
+@pytest.mark.parametrize("name", ["v1-5.safetensors", "/models/x", "a--b/c", "../x", "", "a/b/c"])
+def test_cached_takes_any_string(name):
+    assert cached(name) is None
+
+
+def test_names():
+    with pytest.raises(HubError, match="unknown model 'sd3': known are sd1.4, sd1.5, sd2.1, "):
+        download("sd3")
+    assert all(len(repository.split("/")) == 2 for repository in KNOWN.values())
 
 
 # --- which files ----------------------------------------------------------------------------------
@@ -281,6 +282,7 @@ SHARDS = [
     f"{STEM}-00002-of-00002.safetensors",
     f"{STEM}.safetensors.index.json",
 ]
+HALF_SHARDS = [f"{STEM}.fp16-00001-of-00001.safetensors", f"{STEM}.safetensors.index.fp16.json"]
 HALF, FULL = f"{STEM}.fp16.safetensors", f"{STEM}.safetensors"
 
 
@@ -290,6 +292,7 @@ HALF, FULL = f"{STEM}.fp16.safetensors", f"{STEM}.safetensors"
         ([HALF, FULL, *SHARDS], [FULL]),
         ([HALF, *SHARDS], SHARDS),
         ([HALF, f"{STEM}.bin", f"{STEM}.non_ema.safetensors"], [HALF]),
+        (HALF_SHARDS, HALF_SHARDS),
     ],
 )
 def test_one_set_of_weights(there, taken):
@@ -310,5 +313,5 @@ def test_repositories_that_minisd_cannot_read(files, words):
 
 
 def test_no_file_leaves_its_folder():
-    strange = ["tokenizer/../../x.json", "tokenizer/a/b.json", "tokenizer\\x.json", "x/unet/config.json"]
+    strange = ["tokenizer/../../x.json", "tokenizer\\..\\x.json", "x/unet/config.json"]
     assert not set(strange) & set(wanted(SETTINGS + OTHERS + [FULL] + strange))

@@ -48,18 +48,18 @@ def mask() -> Image.Image:
     return Image.fromarray(np.tile(levels, (HEIGHT, 1)))
 
 
-def both(kind, config, call, pictures=1, output_type="latent", ops=TORCH, ours={}, theirs={}):
-    """What minisd and diffusers make of one call; ``ours`` and ``theirs`` only one of them hears."""
-    sd, call = small_model(config, ops), {**CALL, "output_type": output_type, **call}
-    out = sd(seed=7, **{**call, **ours})
+def both(kind, config, call, pictures=1, output_type="latent", ops=TORCH, ours=None, theirs=None):
+    """What minisd and diffusers make of a call; ``ours`` and ``theirs`` only one of them hears."""
+    sd, call = small_model(config, ops), CALL | {"output_type": output_type} | call
+    out = sd(seed=7, **call | (ours or {}))
     assert out.seeds == [7 + i for i in range(pictures)]
     generators = [torch.Generator().manual_seed(seed) for seed in out.seeds]
-    official = official_pipeline(kind, sd)(generator=generators, **{**call, **theirs})
+    official = official_pipeline(kind, sd)(generator=generators, **call | (theirs or {}))
     return out.images, official.images
 
 
-def text_to_image(config, call={}, **options):
-    call = {"width": WIDTH, "height": HEIGHT, **call}
+def text_to_image(config, call=None, **options):
+    call = {"width": WIDTH, "height": HEIGHT} | (call or {})
     return both(StableDiffusionPipeline, config, call, **options)
 
 

@@ -74,6 +74,7 @@ def test_timestep_embedding(width):
     assert timestep_embedding(t.half(), width).dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("config", [SD1.unet, SD2.unet], ids=["SD1", "SD2"])
 def test_a_transformer_of_the_official_width(config):
     channels, heads = config.block_out_channels[0], config.num_heads[0]

@@ -14,6 +14,7 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import tiny_layout
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -190,21 +191,4 @@ def vocabulary(state: Path) -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # the order in which CLIP numbers bytes
     symbols = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges]
     symbols += ["<|startoftext|>", "<|endoftext|>"]
-    write_tokenizer(state / "tokenizer", {s: i for i, s in enumerate(symbols)}, merges)
-
-
-def write_tokenizer(folder: Path, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    """The four files that transformers' CLIPTokenizer reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-    special = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-    }
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    tiny_layout.write_tokenizer(state / "tokenizer", symbols, merges)

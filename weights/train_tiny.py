@@ -13,12 +13,13 @@ import json
 import os
 import random
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_data import BACKGROUNDS, SIZE, catalogue, composite, draw, fetch, vocabulary
+from tiny_layout import export
 from torch import Tensor, nn
 
 from minisd import ddim
@@ -150,12 +151,10 @@ def random_composites(rgba: Tensor, seed: int, count: int) -> tuple[Tensor, torc
     return composite(chosen, torch.where(torch.rand(count, 1, generator=g) < 0.25, free, named)), g
 
 
-def train_vae(state: Path, steps: int, batch: int = 8) -> VAE:
+def train_vae(state: Path, vae: VAE, models: dict[str, nn.Module], steps: int, batch: int) -> None:
     """L1 on pixels and on their differences, and a trace of KL that keeps the latents smooth."""
-    torch.manual_seed(0)
-    vae = VAE(CONFIG.vae, TORCH)
-    run = Run(state / "vae", {"vae": vae}, steps, rate=1e-3)
-    rgba = load_file(state / "objects.safetensors")["rgba"]
+    run = Run(state, models, steps, rate=1e-3)
+    rgba = load_file(state.parent / "objects.safetensors")["rgba"]
     while run.step < steps:
         image, g = random_composites(rgba, run.step, batch)
         with torch.autocast("cpu", torch.bfloat16):
@@ -167,7 +166,18 @@ def train_vae(state: Path, steps: int, batch: int = 8) -> VAE:
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
         mse = ((made - image) / 2).square().mean().item()
         run.update(error + EDGE_WEIGHT * edge + KL_WEIGHT * kl, mse=mse, kl=kl.item())
-    run.load_ema({"vae": vae})
+    run.load_ema(models)
+
+
+def autoencoder(state: Path, steps: int, decoder_steps: int) -> VAE:
+    """Both halves together, then, the latents being settled, the decoder on its own."""
+    torch.manual_seed(0)
+    vae = VAE(CONFIG.vae, TORCH)
+    train_vae(state / "vae", vae, {"vae": vae}, steps, batch=8)
+    models = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    for model in models.values():
+        model.requires_grad_(True)
+    train_vae(state / "decoder", vae, models, decoder_steps, batch=8)
     return vae
 
 
@@ -208,7 +218,7 @@ class Examples:
         return a.sqrt() * x0 + (1 - a).sqrt() * noise, t, ids, a.sqrt() * noise - (1 - a).sqrt() * x0
 
 
-def train_diffusion(state: Path, steps: int, batch: int = 32) -> tuple[Config, dict]:
+def train_diffusion(state: Path, steps: int, batch: int = 16) -> tuple[Config, dict]:
     """The text encoder and the UNet, together, on the velocity. Returns what export needs."""
     tokenizer = Tokenizer.from_folder(state / "tokenizer")
     examples = Examples(state, tokenizer)
@@ -229,3 +239,28 @@ def train_diffusion(state: Path, steps: int, batch: int = 32) -> tuple[Config, d
         run.update((made - v).square().mean())
     run.load_ema(models)
     return config, models
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--state", type=Path, default=Path.home() / ".cache/minisd/train_tiny")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
+    parser.add_argument("--vae-steps", type=int, default=2700)
+    parser.add_argument("--decoder-steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if not (args.state / "tokenizer").exists():
+        fetch(args.state)
+        catalogue(args.state)
+        vocabulary(args.state)
+    vae = autoencoder(args.state, args.vae_steps, args.decoder_steps)
+    if not (args.state / "latents.safetensors").exists():
+        make_latents(args.state, vae)
+    config, models = train_diffusion(args.state, args.steps)
+    export(args.state / "tokenizer", args.out, config, models | {"vae": vae})
+
+
+if __name__ == "__main__":
+    main()

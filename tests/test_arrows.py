@@ -1,0 +1,159 @@
+"""Who may know whom: the imports of every file, against the arrows written here as data."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# file of minisd -> the files of minisd that it may import, anywhere in it
+ARROWS = {
+    "__init__": {"checkpoint", "image", "sd"},
+    "__main__": {"checkpoint", "hub", "image", "sd"},
+    "sd": {"arguments", "checkpoint", "clip", "config", "ddim", "image", "ops", "tokenizer",
+           "unet", "vae"},
+    "arguments": {"config", "ddim"},
+    "clip": {"config", "ops"},
+    "unet": {"config", "ops"},
+    "vae": {"config", "ops"},
+    "ddim": {"config"},
+    "ops": set(),
+    "config": set(),
+    "tokenizer": set(),
+    "image": set(),
+    "hub": set(),
+    "checkpoint": {"config", "diffusers_config", "names", "recognise", "safetensors_file"},
+    "recognise": {"config", "diffusers_config", "names", "safetensors_file"},
+    "diffusers_config": {"config", "names", "safetensors_file"},
+    "names": {"config"},
+    "safetensors_file": set(),
+}
+# Everything else that minisd may import: what pyproject.toml declares, by import name.
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEPENDENCIES = {re.match(r"\w+", line)[0] for line in PROJECT["dependencies"]}
+DECLARED = DEPENDENCIES - {"pillow"} | {"PIL"}
+# Who may ask for the kernels, and only inside a function.
+ASK_FOR_KERNELS = {"ops", "sd"}
+# The only kernel files that know the model.
+BRIDGE = {"fused_unet", "fused_step"}
+# What nothing that is installed may import.
+BESIDE = {"bench", "tests", "train_tiny", "weights", "kernels"}
+# What a file never says: it would be another's business.
+NOUNS = {
+    "ddim": ["unet", "prompt", "guidance", "vae"],
+    "unet": ["prompt", "guidance", "file", "cuda"],
+}
+
+MINISD = sorted((ROOT / "minisd").glob("*.py"))
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+FILES = pytest.mark.parametrize("path", MINISD, ids=lambda path: path.stem)
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Full names of all that is imported in a tree, those of `from x import y` as "x.y"."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name the whole path"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def at_import(tree: ast.Module) -> set[str]:
+    """What is imported when the module is, not when one of its functions is called."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    nodes, names = list(tree.body), set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= imports(node)
+        elif not isinstance(node, functions):
+            nodes += ast.iter_child_nodes(node)
+    return names
+
+
+def roots(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@FILES
+def test_arrows(path):
+    names = imports(ast.parse(path.read_text()))
+    inside = {name.split(".")[1] for name in names if name.startswith("minisd.")}
+    allowed = ARROWS[path.stem]  # a new file needs its arrows
+    assert inside <= allowed
+    outside = roots(names) - set(sys.stdlib_module_names) - {"minisd"}
+    kernels = {"minisd_kernels"} if path.stem in ASK_FOR_KERNELS else set()
+    assert outside <= DECLARED | kernels
+
+
+@FILES
+def test_kernels_are_asked_for_inside_functions(path):
+    assert not roots(at_import(ast.parse(path.read_text()))) & {"minisd_kernels", "triton"}
+
+
+def test_kernels_do_not_know_the_model():
+    for path in KERNELS:
+        names = roots(imports(ast.parse(path.read_text())))
+        assert path.stem in BRIDGE or "minisd" not in names, path.name
+
+
+def test_nothing_imports_what_is_not_installed():
+    for path in [*MINISD, *KERNELS, ROOT / "weights" / "__init__.py"]:
+        names = imports(ast.parse(path.read_text())) if path.exists() else set()
+        assert not roots(names) & BESIDE and "minisd_weights.train_tiny" not in names, path.name
+
+
+@pytest.mark.parametrize("stem", NOUNS)
+def test_nouns(stem):
+    text = (ROOT / "minisd" / f"{stem}.py").read_text().lower()
+    said = [noun for noun in NOUNS[stem] if re.search(rf"\b{noun}s?\b", text)]
+    assert not said
+
+
+@FILES
+def test_what_no_file_does(path):
+    """No pickle, no code from data, no socket; no print and no environment but at the entry."""
+    tree = ast.parse(path.read_text())
+    assert not roots(imports(tree)) & {"pickle", "marshal", "shelve", "socket", "urllib", "http"}
+    used = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    used |= {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not used & {"eval", "exec", "compile", "torch.load", "__import__"}
+    if path.stem != "__main__":
+        assert not used & {"print", "os.environ", "os.getenv"}
+
+
+CHEAP = """
+import socket, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"triton", "minisd_kernels", "diffusers", "transformers"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+def refuse(*args, **kwargs):
+    raise OSError("a socket was opened")
+
+sys.meta_path.insert(0, Blocked())
+socket.socket.__init__ = socket.create_connection = socket.getaddrinfo = refuse
+import minisd
+assert "torch" not in sys.modules, "import minisd should be cheap"
+minisd.load, minisd.StableDiffusion, minisd.WeightError, minisd.ImageError  # now all is imported
+assert "torch" in sys.modules
+import minisd.hub, minisd.__main__
+from minisd.ops import choose
+choose("auto")
+"""
+
+
+def test_importing_opens_no_socket_and_needs_no_triton():
+    done = subprocess.run([sys.executable, "-c", CHEAP], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr == ""

@@ -1,0 +1,161 @@
+"""The aligned shape comments are true: each is compared with the tensor that its line makes.
+
+A comment such as `# (B, h*w, C)` ends a statement and gives the shape of its result. Within one
+call of a function a letter stands for one number. The models run at their official sizes, without
+any data (torch's meta device), so the numbers in comments are checked too.
+"""
+
+import ast
+import copy
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from oracles import SMALL, randn, small_model
+from PIL import Image
+
+import minisd
+from minisd.clip import TextEncoder
+from minisd.config import SD1, SD2
+from minisd.ops import REFERENCE, TORCH
+from minisd.unet import UNet
+from minisd.vae import VAE
+
+MINISD = Path(minisd.__file__).parent
+# The files, and the letters of height and width of an argument x where they are not bound later.
+MODELS = {MINISD / "ops.py": "", MINISD / "clip.py": "", MINISD / "unet.py": "hw",
+          MINISD / "vae.py": "HW"}
+LOOP = {MINISD / "sd.py": "", MINISD / "tokenizer.py": ""}
+
+
+class Line(NamedTuple):
+    where: str
+    first: int
+    last: int
+    targets: list[str]  # none for a return
+    dims: list[str]
+
+
+def shape_lines(path: Path) -> list[Line]:
+    """The statements of a file that end in a shape comment."""
+    source = path.read_text()
+    comments = [re.search(r" # \((.*)\)$", text) for text in source.splitlines()]
+    return [
+        Line(f"{path.name}:{node.end_lineno}", node.lineno, node.end_lineno,
+             [n.id for t in getattr(node, "targets", ()) for n in ast.walk(t)
+              if isinstance(n, ast.Name)],
+             comment[1].split(", "))
+        for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Assign, ast.Return))
+        if (comment := comments[node.end_lineno - 1])
+    ]
+
+
+def agrees(dim: str, size: int, known: dict[str, int]) -> bool:
+    """Whether a dimension of a comment can be of that size; binds a letter when first seen."""
+    if match := re.fullmatch(r"(\d?)([A-Za-z]+)", dim):  # B or 2B
+        times = int(match[1] or 1)
+        return known.setdefault(match[2], size // times) * times == size
+    if "..." in dim or not set(re.findall(r"[A-Za-z]+", dim)) <= known.keys():
+        return True
+    return math.ceil(eval(dim, {}, known)) == size
+
+
+def complaint(line: Line, value, known: dict[str, int]) -> str:
+    """What is wrong with the comment on a value, or nothing."""
+    sizes = tuple((value[-1] if isinstance(value, tuple) else value).shape)
+    dims = line.dims
+    if dims[-1] == "...":
+        dims = dims + ["..."] * (len(sizes) - len(dims))
+    fits = len(dims) == len(sizes) and all(
+        any(agrees(choice, size, known) for choice in dim.split(" or "))
+        for dim, size in zip(dims, sizes)
+    )
+    return "" if fits else f"{line.where}: {line.dims} is {sizes}, where {known}"
+
+
+def trace(files: dict[Path, str], run) -> list[str]:
+    """Everything wrong with the shape comments of the files while ``run()`` runs."""
+    lines = {str(path): shape_lines(path) for path in files}
+    letters = {str(path): pair for path, pair in files.items()}
+    missed, wrong = {line.where for found in lines.values() for line in found}, []
+
+    def enter(frame, event, arg):
+        path = frame.f_code.co_filename
+        if path not in lines or frame.f_code.co_name.startswith("<"):
+            return None
+        x, pending = frame.f_locals.get("x"), None
+        known = dict(zip(letters[path], x.shape[-2:])) if letters[path] and x is not None else {}
+
+        def finish(returned=None):
+            missed.discard(pending.where)
+            values = [frame.f_locals[name] for name in pending.targets] or [returned]
+            for value in values:
+                own = dict(known)
+                wrong.append(complaint(pending, value, own))
+            if len(values) == 1:  # q, k and v share a comment, not a number of tokens
+                known.update(own)
+
+        def step(frame, event, arg):
+            nonlocal pending
+            inside = pending and pending.first <= frame.f_lineno <= pending.last
+            if pending and event != "exception" and not (inside and event == "line"):
+                finish(arg)
+            if not inside or event != "line":
+                at = frame.f_lineno if event == "line" else -1
+                pending = next((x for x in lines[path] if x.first <= at <= x.last), None)
+            return step
+
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return [f"{where} was never run" for where in missed] + [text for text in wrong if text]
+
+
+def test_the_models():
+    calls = []
+    with torch.device("meta"):
+        for config, ops in ((SD1, REFERENCE), (SD2, TORCH)):
+            encoder = TextEncoder(replace(config.text, num_hidden_layers=1), ops)
+            unet, vae = UNet(config.unet, ops), VAE(config.vae, ops)
+            ids, x = torch.zeros(2, 77, dtype=torch.int64), torch.zeros(2, 4, 64, 48)
+            context = torch.zeros(2, 77, config.text.hidden_size)
+            calls += [(encoder, ids), (unet, x, ids[:, 0], context),
+                      (vae.encode, torch.zeros(2, 3, 512, 384)), (vae.decode, x)]
+    assert trace(MODELS, lambda: [f(*args) for f, *args in calls]) == []
+
+
+def test_the_loop():
+    model, inpaint = (small_model(replace(SMALL, unet=replace(SMALL.unet, in_channels=channels)))
+                      for channels in (4, 9))
+    call = dict(num_images_per_prompt=2, num_inference_steps=2, width=24, height=16, seed=0)
+    grey = dict(image=Image.new("RGB", (24, 16)), mask_image=Image.new("L", (24, 16), 255))
+    broken = copy.deepcopy(model)
+    for part in (broken.text_encoder, broken.unet, broken.vae):
+        part.half()
+    broken.vae.decoder.conv_out.bias.fill_(float("inf"))
+
+    def run():
+        model("a heart", **call, **grey)
+        inpaint("a heart", **call, **grey)
+        model(["a heart", "a boat"], output_type="np", guidance_scale=1.0, **call)
+        with pytest.raises(ArithmeticError):
+            broken("a heart", **call)
+
+    assert trace(LOOP, run) == []
+
+
+def test_a_wrong_comment_is_found(tmp_path):
+    path, scope = tmp_path / "wrong.py", {}
+    path.write_text("def f(x):\n    y = x.mT  # (B, h, C)\n    return y.flatten(1)  # (B, C, h)\n")
+    exec(compile(path.read_text(), str(path), "exec"), scope)
+    assert len(trace({path: ""}, lambda: scope["f"](randn(2, 3, 5)))) == 1

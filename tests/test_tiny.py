@@ -1,0 +1,84 @@
+"""The model in the box: small enough, loadable by diffusers as it stands, and the same there."""
+
+from contextlib import nullcontext
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPTokenizer
+
+import minisd
+from minisd.__main__ import main
+
+TINY = resources.files("minisd_weights") / "tiny"
+PROMPT = "a red heart on a blue background"
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return minisd.load()
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = StableDiffusionPipeline.from_pretrained(str(TINY), torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_size_and_licence_of_the_folder():
+    files = [p for p in TINY.rglob("*") if p.is_file()]
+    assert 1e6 < sum(p.stat().st_size for p in files) < 24e6
+    assert not [p.name for p in files if p.suffix not in (".json", ".safetensors", ".txt")]
+
+
+def test_the_same_picture_in_diffusers(sd, pipeline):
+    ours = sd(PROMPT, num_inference_steps=10, seed=3, negative_prompt="green")
+    theirs = pipeline(
+        PROMPT, num_inference_steps=10, generator=torch.Generator().manual_seed(3),
+        negative_prompt="green",
+    )
+    a, b = (np.asarray(out.images[0]).astype(int) for out in (ours, theirs))
+    # The two add up float32 in another order; rounding to 8 bits may then fall either way.
+    assert a.shape == b.shape and np.abs(a - b).max() <= 1
+
+
+@pytest.mark.parametrize("text", [PROMPT, "", "two ROCKETS, 7 o'clock!", "élan 🚀 مرحبا", "a" * 300])
+def test_the_same_ids_in_transformers(sd, text):
+    theirs = CLIPTokenizer.from_pretrained(str(TINY / "tokenizer"))
+    ids = theirs(text, padding="max_length", truncation=True, max_length=77).input_ids
+    with pytest.warns() if len(text) > 200 else nullcontext():
+        assert sd.tokenizer([text]).tolist() == [ids]
+
+
+def test_words_of_captions_are_single_tokens(sd):
+    ids = sd.tokenizer([PROMPT])[0].tolist()
+    assert ids.index(sd.tokenizer.eos_token_id) == 1 + len(PROMPT.split())
+
+
+def test_the_background_is_the_colour_asked_for(sd):
+    pixels = np.asarray(sd(PROMPT, num_inference_steps=20, seed=0).images[0]).astype(float)
+    red, green, blue = pixels[:4].mean(axis=(0, 1))
+    assert blue > 1.5 * red and blue > 1.5 * green
+    centre = pixels[24:40, 24:40].mean(axis=(0, 1))
+    assert centre[0] > 1.5 * centre[2]
+
+
+def test_reference_and_torch_ops_draw_the_same(sd):
+    call = dict(num_inference_steps=4, seed=1, output_type="latent")
+    a, b = sd(PROMPT, **call).images, minisd.load(ops="reference")(PROMPT, **call).images
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_from_the_command_line_and_back(tmp_path, capsys):
+    path = tmp_path / "heart.png"
+    assert main([PROMPT, "-o", str(path), "--steps", "3", "--seed", "7", "--quiet"]) == 0
+    assert Image.open(path).size == (64, 64)
+    capsys.readouterr()
+    assert main(["info", str(path)]) == 0
+    assert PROMPT in capsys.readouterr().out
+    assert main(["words"]) == 0
+    assert {"red", "heart", "background"} <= set(capsys.readouterr().out.split())
