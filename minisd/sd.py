@@ -4,8 +4,7 @@
                                                           v
     seed --> noise x_T --> [ unet + guidance + DDIM step ] x S --> latent --vae--> picture
 
-The only room that knows all the others. Guidance lives here, and so does every choice of device,
-dtype and seed.
+Guidance lives here, and so does every choice of device, dtype and seed.
 
 B pictures, H W height and width in pixels, h w of the latent, D width of the context
 """
@@ -132,8 +131,8 @@ class StableDiffusion:
             guidance_scale, num_images_per_prompt, eta, seed, generator, latents, prompt_embeds,
             negative_prompt_embeds, image, mask_image, strength, output_type)
         # Half-precision models still add up their steps in float32.
-        state = torch.promote_types(self._dtype, torch.float32)
-        like = torch.empty(1, *r.shape[1:], dtype=state, device=self._device)
+        state = torch.promote_types(self._weight.dtype, torch.float32)
+        like = torch.empty(1, *r.shape[1:], dtype=state, device=self._weight.device)
         if image is not None:
             image = pictures.to_tensor(image, r.width, r.height).to(like)    # (1, 3, H, W)
         if mask_image is not None:
@@ -148,29 +147,24 @@ class StableDiffusion:
         noise = Noise(r.generators, like)
         x, known, extra = self._start(r, image, mask_image, noise)
         x = self._denoise(r, x, context, noise, known, extra, callback_on_step_end, progress)
-        images = self._images(x, known, output_type)
-        return Output(images, [g.initial_seed() for g in r.generators], r.settings())
+        seeds = [g.initial_seed() for g in r.generators]
+        return Output(self._images(x, known, output_type), seeds, r.settings())
 
     @property
-    def _device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.unet.conv_in.weight.dtype
+    def _weight(self) -> Tensor:
+        """Any weight: it has the device and the dtype of the model."""
+        return self.unet.conv_in.weight
 
     def _context(self, given: Tensor) -> Tensor:
         """Ids (prompts, 77), or contexts as they are -> (prompts, 77, D) as the UNet wants it."""
         if not given.is_floating_point():
-            given = self.text_encoder(given.to(self._device))                # (prompts, 77, D)
-        return given.to(self._device, self._dtype)
+            given = self.text_encoder(given.to(self._weight.device))         # (prompts, 77, D)
+        return given.to(self._weight)
 
     def _start(self, r: Request, image: Tensor | None, mask: Tensor | None,
                noise: Noise) -> tuple[Tensor, Known | None, Tensor | None]:
-        """The first x, what inpainting keeps, and the extra input channels of an inpainting UNet.
-
-        The order of the draws is that of diffusers, so that a seed means the same picture.
-        """
+        """The first x, what inpainting keeps, and the extra input channels of an inpainting UNet."""
+        # The order of the draws is that of diffusers, so that a seed means the same picture.
         knows_masks = self.config.unet.in_channels != self.config.vae.latent_channels
         pure_noise = image is None or (mask is not None and r.strength == 1.0)
         x0 = None
@@ -189,7 +183,7 @@ class StableDiffusion:
 
     def _encode(self, image: Tensor, noise: Tensor) -> Tensor:
         """An image (1, 3, H, W) -> B latents (B, 4, h, w), each sampled with its own noise."""
-        return self.vae.encode(image.to(self._dtype), noise.to(self._dtype)).to(noise)
+        return self.vae.encode(image.to(self._weight), noise.to(self._weight)).to(noise)
 
     def _denoise(self, r: Request, x: Tensor, context: Tensor, noise: Noise, known: Known | None,
                  extra: Tensor | None, callback: Callable | None, progress: bool | None) -> Tensor:
@@ -232,16 +226,14 @@ class StableDiffusion:
         if known is not None:
             image = known.paste(image)
         image = ((image + 1) / 2).clamp(0, 1)                                # (B, 3, H, W)
-        if output_type == "pt":
-            return image
         if output_type == "np":
             return image.permute(0, 2, 3, 1).cpu().numpy()                   # (B, H, W, 3)
-        return pictures.to_pil(image)
+        return image if output_type == "pt" else pictures.to_pil(image)
 
     def _decode(self, x: Tensor) -> Tensor:
         """One latent (1, 4, h, w) -> an image in about [-1, 1]; one at a time, to save memory."""
-        image = self.vae.decode(x.to(self._dtype)).to(x)                     # (1, 3, H, W)
-        if not image.isfinite().all() and self._dtype != x.dtype:
+        image = self.vae.decode(x.to(self._weight)).to(x)                    # (1, 3, H, W)
+        if not image.isfinite().all() and self._weight.dtype != x.dtype:
             # Some published VAEs overflow in float16 on some pictures.
             image = copy.deepcopy(self.vae).to(x.dtype).decode(x)            # (1, 3, H, W)
         return _finite(image, "the VAE")
@@ -249,8 +241,8 @@ class StableDiffusion:
 
 def _finite(x: Tensor, stage: str) -> Tensor:
     if not x.isfinite().all():
-        raise ArithmeticError(f"{stage} gave values that are not finite: "
-                              'try dtype="float32", or a smaller guidance_scale')
+        remedy = 'try dtype="float32" or a smaller guidance_scale'
+        raise ArithmeticError(f"{stage} gave values that are not finite: {remedy}")
     return x
 
 

@@ -101,6 +101,7 @@ def export(tokenizer_folder: Path, out: Path, config: Config, models: dict[str, 
         prefix = "text_model." if text else ""
         tensors = {prefix + n: p.detach().half() for n, p in model.named_parameters()}
         save_file(tensors, out / part / file, metadata={"format": "pt"})
+        (out / part / file).chmod(0o644)  # save_file leaves it readable by its owner alone
     (out / "tokenizer").mkdir(exist_ok=True)
     for file in tokenizer_folder.iterdir():
         (out / "tokenizer" / file.name).write_bytes(file.read_bytes())
