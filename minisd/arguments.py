@@ -111,7 +111,7 @@ def _real(name: str, value: object, low: float = -math.inf, high: float = math.i
 
 
 def _strength(value: object, steps: int, image: object, mask: object) -> tuple[float | None, int]:
-    """The strength in (0, 1], or None without an image; and how many of the steps are to be done."""
+    """The strength in (0, 1], or None without an image; and how many steps are to be done."""
     if image is None:
         if value is not None:
             raise ValueError("strength needs the image that it is about")

@@ -70,7 +70,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One whole model. ``sample_size`` is the side, in pixels, of the pictures it was trained on."""
+    """One whole model. ``sample_size`` is the side in pixels of what it was trained on."""
 
     name: str
     text: TextConfig = field(default_factory=TextConfig)

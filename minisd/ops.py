@@ -57,7 +57,9 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False
+) -> Tensor:
     """Attention Is All You Need (Vaswani et al. 2017), eq. 1, for each head."""
     dtype = q.dtype
     # In half precision q k^T reaches past 65504 in SD2 at 768x768, and the picture turns black.

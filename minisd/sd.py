@@ -122,7 +122,6 @@ class StableDiffusion:
 
         ``callback_on_step_end(sd, step, t, {"latents": x})`` may return {"latents": another x}.
         ``progress``: whether to draw a bar; None draws one on a terminal only.
-
         Raises TypeError or ValueError for a bad argument and ImageError for a bad picture, before
         any work; ArithmeticError if latents or picture come out other than finite.
         """
@@ -163,7 +162,7 @@ class StableDiffusion:
 
     def _start(self, r: Request, image: Tensor | None, mask: Tensor | None,
                noise: Noise) -> tuple[Tensor, Known | None, Tensor | None]:
-        """The first x, what inpainting keeps, and the extra input channels of an inpainting UNet."""
+        """The first x, what inpainting keeps, and an inpainting UNet's extra input channels."""
         # The order of the draws is that of diffusers, so that a seed means the same picture.
         knows_masks = self.config.unet.in_channels != self.config.vae.latent_channels
         pure_noise = image is None or (mask is not None and r.strength == 1.0)

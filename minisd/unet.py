@@ -82,7 +82,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries from x, keys and values from the context (from x itself where it is self-attention)."""
+    """Queries from x, keys and values from the context; in self-attention that is x too."""
 
     def __init__(self, channels: int, context_width: int, heads: int, ops: Ops):
         super().__init__()

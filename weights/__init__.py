@@ -1,0 +1,1 @@
+"""The shipped model, as package data: ``tiny/`` is a folder in diffusers layout."""
