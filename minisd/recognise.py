@@ -83,7 +83,7 @@ def find_prediction(
     unet = config.unet
     if (unet.cross_attention_dim, unet.in_channels) != (1024, 4) or TELLTALE not in tensors:
         return "epsilon", "as all official models of these sizes"
-    bias = read_tensor(tensors[TELLTALE], torch.float32, torch.device("cpu"))
+    bias = read_tensor(tensors[TELLTALE], torch.float32)
     std = bias.std(correction=0).item()
     guess = "v_prediction" if std > TELLTALE_STD else "epsilon"
     sign = ">" if std > TELLTALE_STD else "<="

@@ -30,7 +30,7 @@ ITEM_SIZE = {
 
 # What weights may be stored as: integers and 8-bit floats need scales that this format lacks.
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-CHUNK = 4 * 2**20  # bytes read at a time, few enough to be converted in the cache
+CHUNK = 4 * 2**20  # bytes read at a time, few enough to stay in the cache
 
 TO_CONVERT = (
     "minisd never opens pickles, which can run code; load it where you trust it and save it with "
@@ -94,26 +94,32 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def read_tensor(stored: StoredTensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor's values in ``dtype`` on ``device``, using one chunk of memory beside the result.
+def read_tensor(
+    stored: StoredTensor, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A tensor's values in ``dtype`` on ``device``, using at most a chunk of memory beside them.
 
     WeightError where a value is NaN or infinite, or where the file has ended meanwhile.
     """
     if stored.dtype not in DTYPES:
         raise WeightError(f"{stored.path}: {stored.name} is {stored.dtype}, not {list(DTYPES)}")
-    tensor, source = torch.empty(stored.shape, dtype=dtype, device=device), DTYPES[stored.dtype]
-    size = stored.stop - stored.start
-    scratch = memoryview(bytearray(min(CHUNK, size)))
+    source, device = DTYPES[stored.dtype], torch.device(device)
+    tensor = torch.empty(stored.shape, dtype=dtype, device=device)
+    step = CHUNK // source.itemsize
+    direct = dtype == source and device.type == "cpu"
+    scratch = None if direct else torch.empty(min(step, tensor.numel()), dtype=source)
     # Read, not mapped: a mapped file that somebody cuts short kills the process.
     with open(stored.path, "rb") as file:
         file.seek(stored.start)
-        for place in range(0, size, CHUNK):
-            chunk = scratch[: size - place]
-            if file.readinto(chunk) != len(chunk):
+        for target in tensor.view(-1).split(step):
+            values = target if direct else scratch[: len(target)]
+            raw = values.view(torch.uint8).numpy()
+            if file.readinto(raw) != len(raw):
                 raise WeightError(f"{stored.path} ended within {stored.name} while it was read")
-            values, first = torch.frombuffer(chunk, dtype=source), place // source.itemsize
-            tensor.view(-1)[first : first + len(values)].copy_(values)
-    if size and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+            if not direct:
+                target.copy_(values)
+    # Of the result: a float32 weight can be too large for float16.
+    if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
         raise WeightError(f"{stored.path}: {stored.name} has NaN or infinity, read as {dtype}")
     return tensor
 

@@ -24,7 +24,7 @@ def sd():
 
 @pytest.fixture(scope="module")
 def pipeline():
-    pipeline = StableDiffusionPipeline.from_pretrained(str(TINY), torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(str(TINY))  # float32
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -76,7 +76,8 @@ def test_reference_and_torch_ops_draw_the_same(sd):
 def test_from_the_command_line_and_back(tmp_path, capsys):
     path = tmp_path / "heart.png"
     assert main([PROMPT, "-o", str(path), "--steps", "3", "--seed", "7", "--quiet"]) == 0
-    assert Image.open(path).size == (64, 64)
+    with Image.open(path) as image:
+        assert image.size == (64, 64)
     capsys.readouterr()
     assert main(["info", str(path)]) == 0
     assert PROMPT in capsys.readouterr().out
