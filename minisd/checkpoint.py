@@ -74,7 +74,7 @@ def open_checkpoint(
     """Recognise a .safetensors file, a folder in diffusers layout, or a cached "owner/name".
 
     ``config``: the sizes of a single file, or a folder of diffusers JSON files that has them.
-    ``vae``: a file whose VAE is used instead. ``prediction_type``: outranks what is found.
+    ``vae``: a file, or a folder of diffusers, whose VAE is used instead. ``prediction_type``: outranks what is found.
     Raises FileNotFoundError, or WeightError where this is no Stable Diffusion 1 or 2.
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
@@ -164,8 +164,9 @@ def _open_file(
 
 
 def _open_vae(path: Path, config: Config) -> dict[str, StoredTensor]:
+    tensors = _folder_tensors(path, STEMS["vae"]) if path.is_dir() else read_header(path)
     rows = {"vae": names.stand_alone_vae(config.vae)}
-    return _assign(read_header(path), rows, {"": "vae"}, config)["vae"]
+    return _assign(tensors, rows, {"": "vae"}, config)["vae"]
 
 
 def _open_folder(folder: Path, prediction_type: str | None) -> Checkpoint:

@@ -82,7 +82,7 @@ def find_prediction(
             return _read_sidecar(sidecar), f"from {sidecar}"
     unet = config.unet
     if (unet.cross_attention_dim, unet.in_channels) != (1024, 4) or TELLTALE not in tensors:
-        return "epsilon", "as all official models of these sizes"
+        return "epsilon", "the default, as nothing says otherwise"
     bias = read_tensor(tensors[TELLTALE], torch.float32)
     std = bias.std(correction=0).item()
     guess = "v_prediction" if std > TELLTALE_STD else "epsilon"

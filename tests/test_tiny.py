@@ -24,7 +24,7 @@ def sd():
 
 @pytest.fixture(scope="module")
 def pipeline():
-    pipeline = StableDiffusionPipeline.from_pretrained(str(TINY))  # float32
+    pipeline = StableDiffusionPipeline.from_pretrained(str(TINY)).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

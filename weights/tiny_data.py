@@ -162,7 +162,7 @@ def draw(objects: list[dict], rng: random.Random) -> tuple[int, int, str]:
     variant = rng.randrange(len(tones)) if rng.random() < 0.4 else 0
     backgrounds = list(BACKGROUNDS)
     background = rng.choice([b for b in backgrounds if b not in thing["held_out"]])
-    name = thing["names"][0] if rng.random() < 0.65 else rng.choice(thing["names"])
+    name = thing["names"][0] if rng.random() < 0.75 else rng.choice(thing["names"])
     name += tones[variant]
     caption = article(name) if rng.random() < 0.75 else name
     kind = rng.random()

@@ -55,6 +55,7 @@ CONFIG = Config(
 OPS = replace(TORCH, attention=reference_attention)
 KL_WEIGHT, EDGE_WEIGHT = 2e-4, 0.5
 WARM_UP, LOG_EVERY, SAVE_SECONDS = 200, 50, 180
+WORD_PACE = 10
 
 
 class Run:
@@ -66,8 +67,12 @@ class Run:
         self.params = {
             f"{part}.{name}": p for part, m in models.items() for name, p in m.named_parameters()
         }
+        # A word is met once in hundreds of steps, so that its vector must move further each time.
+        words = [p for name, p in self.params.items() if "token_embedding" in name]
+        others = [p for name, p in self.params.items() if "token_embedding" not in name]
+        groups = [{"params": others, "pace": 1}, {"params": words, "pace": WORD_PACE}]
         self.optimizer = torch.optim.AdamW(
-            self.params.values(), betas=(0.9, 0.99), weight_decay=0.01, fused=True
+            groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
         self.ema = {name: p.detach().clone() for name, p in self.params.items()}
         self.step, self.seconds, self.losses, self.clock = 0, 0.0, [], time.time()
@@ -109,7 +114,9 @@ class Run:
         """One optimiser step; a line of the log and a saved state every so often."""
         loss.backward()
         left = 5 * (1 - self.step / self.steps)  # the last fifth decays
-        self.optimizer.param_groups[0]["lr"] = self.rate * min((self.step + 1) / WARM_UP, 1, left)
+        for group in self.optimizer.param_groups:
+            warm = min((self.step + 1) / WARM_UP, 1)
+            group["lr"] = self.rate * group["pace"] * min(warm, left)
         nn.utils.clip_grad_norm_(self.params.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -211,8 +218,10 @@ class Examples:
         ids = self.tokenizer([caption for _, _, caption in chosen])          # (B, 77)
         x0 = torch.stack([self.latents[i, b] for i, b, _ in chosen]).float() * self.scale
         x0 = x0.repeat(2, 1, 1, 1)                                           # (2B, 4, 16, 16)
-        t = torch.randint(len(self.alphas), (count,), generator=g)
-        t = torch.cat([t, (t + len(self.alphas) // 2) % len(self.alphas)])   # (2B,)
+        # Rather noisy than not: there only the words can say what to draw.
+        u = torch.rand(count, generator=g)
+        u = torch.cat([u, (u + 0.5) % 1]) ** 0.7
+        t = (u * len(self.alphas)).long()                                    # (2B,)
         a = self.alphas[t, None, None, None]
         noise = torch.randn(x0.shape, generator=g)
         return a.sqrt() * x0 + (1 - a).sqrt() * noise, t, ids, a.sqrt() * noise - (1 - a).sqrt() * x0

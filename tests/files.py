@@ -1,0 +1,119 @@
+"""Checkpoint files for tests: official names and shapes, small random weights, broken headers.
+
+manifests/ lists every tensor that the single-file checkpoints hold, as the reference classes of
+CompVis/stable-diffusion, Stability-AI/stablediffusion and OpenCLIP declare them: name, shape.
+"""
+
+import json
+import math
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from oracles import (
+    official_pipeline,
+    official_text_encoder,
+    official_unet,
+    official_vae,
+    randomise,
+    small_model,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minisd import names
+from minisd.config import Config
+
+MANIFESTS = Path(__file__).parent / "manifests"
+ITEM_SIZE = {"I8": 1, "F16": 2, "F32": 4, "F64": 8}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def manifest(name: str) -> Shapes:
+    lines = (MANIFESTS / f"{name}.txt").read_text().splitlines()
+    return {row[0]: tuple(map(int, row[1:])) for row in map(str.split, lines)}
+
+
+def official_shapes(config: Config) -> dict[str, Shapes]:
+    """Part -> the tensors of an official single file, under their full names."""
+    old = config.unet.cross_attention_dim == 768
+    unet = manifest("v1_unet") | ({} if old else manifest("v2_unet_differences"))
+    unet["input_blocks.0.0.weight"] = (320, config.unet.in_channels, 3, 3)
+    text = "cond_stage_model.transformer." if old else "cond_stage_model.model."
+    return {
+        "text_encoder": _prefixed(text, manifest("v1_text" if old else "v2_text")),
+        "unet": _prefixed("model.diffusion_model.", unet),
+        "vae": _prefixed("first_stage_model.", manifest("vae")),
+    }
+
+
+def all_shapes(config: Config) -> Shapes:
+    return {name: shape for part in official_shapes(config).values() for name, shape in part.items()}
+
+
+def _prefixed(prefix: str, rows: dict) -> dict:
+    return {prefix + name: row for name, row in rows.items()}
+
+
+def official_modules(config: Config) -> dict[str, nn.Module]:
+    """The official classes at these sizes."""
+    return {
+        "text_encoder": official_text_encoder(config.text),
+        "unet": official_unet(config.unet, config.sample_size // config.vae.downscale),
+        "vae": official_vae(config.vae),
+    }
+
+
+def random_modules(config: Config) -> dict[str, nn.Module]:
+    parts = official_modules(config)
+    return {part: randomise(module, i).float() for i, (part, module) in enumerate(parts.items())}
+
+
+def as_single_file(config: Config, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The modules' weights under the names, and in the stacks, of a single file."""
+    tensors = {}
+    for part, rows in names.single_file(config).items():
+        left = dict(modules[part].state_dict())
+        for name, parameters in rows.items():
+            if all(parameter in left for parameter in parameters):
+                tensors[name] = torch.cat([left.pop(parameter) for parameter in parameters])
+        assert not left
+    return tensors
+
+
+def save_folder(config: Config, folder: Path) -> Path:
+    """A folder as diffusers writes it, with our small model's weights in float64."""
+    official_pipeline(StableDiffusionPipeline, small_model(config)).save_pretrained(folder)
+    return folder
+
+
+def save(path: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def header(shapes: Shapes, dtype: str = "F16") -> dict:
+    """A safetensors header for these tensors, one after the other."""
+    rows, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * ITEM_SIZE[dtype]
+        rows[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    return rows
+
+
+def write(path: Path, head: dict | bytes, size: int | None = None) -> Path:
+    """A file with that header and zeros for data, which take no space on the disk."""
+    if isinstance(head, dict):
+        size = max((row["data_offsets"][1] for row in head.values()), default=0)
+        head = json.dumps(head).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.truncate(8 + len(head) + (size or 0))
+    return path
+
+
+def with_unet(config: Config, **changes) -> Config:
+    return replace(config, unet=replace(config.unet, **changes))
