@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
                 COMMANDS[argv[0]](argv[1:])
             else:
                 draw(argv)
+        except BrokenPipeError:  # `minisd words | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (Exception, KeyboardInterrupt) as error:
             if "--debug" in argv:
                 traceback.print_exc()
@@ -121,11 +123,8 @@ def download(argv: list[str]) -> None:
 def words(argv: list[str]) -> None:
     """List the words that the shipped model knows, one a line."""
     _Parser(prog="minisd words", description=words.__doc__).parse_args(argv)
-    vocabulary = resources.files("minisd_weights") / "tiny" / "tokenizer" / "vocab.json"
-    tokens = json.loads(vocabulary.read_text(encoding="utf-8"))
-    ends = (token.removesuffix("</w>") for token in tokens if token.endswith("</w>"))
-    # Single characters are there to spell other words with.
-    print("\n".join(sorted(word for word in ends if len(word) > 1)))
+    known = resources.files("minisd_weights") / "tiny" / "words.txt"
+    print(known.read_text(encoding="utf-8"), end="")
 
 
 COMMANDS = {"info": info, "download": download, "words": words}

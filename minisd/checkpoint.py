@@ -74,7 +74,8 @@ def open_checkpoint(
     """Recognise a .safetensors file, a folder in diffusers layout, or a cached "owner/name".
 
     ``config``: the sizes of a single file, or a folder of diffusers JSON files that has them.
-    ``vae``: a file, or a folder of diffusers, whose VAE is used instead. ``prediction_type``: outranks what is found.
+    ``vae``: a file, or a folder with a diffusers file, whose VAE is used instead.
+    ``prediction_type``: outranks what is found.
     Raises FileNotFoundError, or WeightError where this is no Stable Diffusion 1 or 2.
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
@@ -176,8 +177,10 @@ def _open_folder(folder: Path, prediction_type: str | None) -> Checkpoint:
             f"{folder} has no model_index.json, which a folder in diffusers layout has beside "
             f"{', '.join(names.PARTS)}"
         )
-    for field, wanted in {"_class_name": PIPELINES, **{k: (v,) for k, v in CLASSES.items()}}.items():
-        JsonFile(index).choice(field, wanted[0], wanted)
+    file = JsonFile(index)
+    file.choice("_class_name", PIPELINES[0], PIPELINES)
+    for part, kind in CLASSES.items():
+        file.choice(part, kind, (kind,))
     config, source = read_config(folder), "given by the caller"
     if prediction_type is None:
         prediction_type, source = read_schedule(folder).prediction_type, f"from {SCHEDULER}"
@@ -244,7 +247,7 @@ def _assign(
             unknown.append(tensor)
             continue
         part, parameters = table.get(name, (part, (name,)))
-        for parameter, piece in zip(parameters, tensor.unstack(len(parameters))):
+        for parameter, piece in zip(parameters, tensor.unstack(len(parameters)), strict=True):
             if parameter in parts[part]:
                 twice = f"{parts[part][parameter].name} and {name}"
                 raise WeightError(f"{tensor.path} has one tensor twice: {twice}")

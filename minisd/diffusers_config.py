@@ -191,7 +191,7 @@ def _heads(
     heads = tuple(value) if isinstance(value, list) else (value,) * len(widths)
     fits = len(heads) == len(widths) and all(map(_is_width, heads))
     used = (*attends[:-1], True)  # the middle block always attends, with the last level's heads
-    if not fits or any(use and w % n for w, n, use in zip(widths, heads, used)):
+    if not fits or any(use and w % n for w, n, use in zip(widths, heads, used, strict=True)):
         raise file.fault("attention_head_dim", f"numbers of heads that divide {list(widths)}")
     return heads
 
@@ -217,14 +217,14 @@ def _groups(file: JsonFile, widths: tuple[int, ...]) -> int:
 
 
 def _check_fit(folder: Path, text: TextConfig, unet: UNetConfig, vae: VAEConfig) -> None:
-    latent = vae.latent_channels
+    latent, inpainting = vae.latent_channels, 2 * vae.latent_channels + 1
     if unet.cross_attention_dim != text.hidden_size:
-        fault = f"reads contexts {unet.cross_attention_dim} wide, but the text encoder's are "
-        fault += str(text.hidden_size)
+        widths = f"{unet.cross_attention_dim} wide, but the text encoder's are {text.hidden_size}"
+        fault = f"reads contexts {widths}"
     elif unet.out_channels != latent:
         fault = f"has {unet.out_channels} output channels, but the VAE's latents have {latent}"
-    elif unet.in_channels not in (latent, 2 * latent + 1):
-        fault = f"has {unet.in_channels} input channels; {latent} is usual, {2 * latent + 1} inpaints"
+    elif unet.in_channels not in (latent, inpainting):
+        fault = f"has {unet.in_channels} input channels, neither {latent} nor {inpainting}"
     else:
         return
     raise WeightError(f"{folder}: the UNet {fault}")

@@ -51,7 +51,7 @@ def refuse(path: Path, tensors: Tensors) -> None:
 
 def recognise(path: Path, tensors: Tensors) -> Config:
     """The official model of these sizes; WeightError where there is none."""
-    shapes = {name: tensors[name].shape if name in tensors else None for name in (CONV_IN, CONTEXT_KEY)}
+    shapes = {name: getattr(tensors.get(name), "shape", None) for name in (CONV_IN, CONTEXT_KEY)}
     for config in (SD1, SD1_INPAINT, SD2, SD2_INPAINT):
         width = config.unet.block_out_channels[0]
         inputs, context = config.unet.in_channels, config.unet.cross_attention_dim
@@ -95,8 +95,9 @@ def settle(config: Config, prediction_type: str) -> Config:
     if config == SD2 and prediction_type == "v_prediction":
         return SD2_V
     schedule = replace(config.schedule, prediction_type=prediction_type)
-    same = [o for o in OFFICIAL if (o.text, o.unet, o.vae) == (config.text, config.unet, config.vae)]
-    same.sort(key=lambda official: official.schedule != schedule)
+    sizes = (config.text, config.unet, config.vae)
+    same = [known for known in OFFICIAL if (known.text, known.unet, known.vae) == sizes]
+    same.sort(key=lambda known: known.schedule != schedule)
     name = config.name or (same[0].name if same else "Stable Diffusion of unusual size")
     return replace(config, schedule=schedule, name=name)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MAX_HEADER = 4 * 2**20  # an SD1 checkpoint with all of its training state needs 0.3 MB
+MAX_HEADER = 3 * 2**20  # an SD1 checkpoint with all of its training state needs 0.3 MB
 MAX_TENSORS = 10_000  # the same has 1,900
 MAX_RANK = 8
 MAX_DIMENSION = 2**32

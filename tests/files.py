@@ -51,7 +51,8 @@ def official_shapes(config: Config) -> dict[str, Shapes]:
 
 
 def all_shapes(config: Config) -> Shapes:
-    return {name: shape for part in official_shapes(config).values() for name, shape in part.items()}
+    parts = official_shapes(config).values()
+    return {name: shape for part in parts for name, shape in part.items()}
 
 
 def _prefixed(prefix: str, rows: dict) -> dict:

@@ -191,7 +191,7 @@ POSITIONS = torch.arange(77)[None]
         (SMALL_V, lambda t: t | {
             "cond_stage_model.model.transformer.text_model.embeddings.position_ids": POSITIONS}),
         (SMALL_V, lambda t: t | {
-            "cond_stage_model.model.transformer.resblocks.3.ln_1.weight": torch.full([9], torch.nan)}),
+            "cond_stage_model.model.transformer.resblocks.3.ln_1.weight": torch.tensor(torch.nan)}),
         (SMALL, lambda t: t | {"model_ema.x": torch.zeros(2), "global_step": torch.tensor(7)}),
         (SMALL, lambda t: rename(t, *[(f"attn_1.{old}.", f"attn_1.{new}.") for old, new in [
             ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")]])),
@@ -241,6 +241,13 @@ def test_stand_alone_vae_replaces_the_vae(prefix, style, modules, folder, tmp_pa
         tensors = rename(tensors, *OLD_ATTENTION)
     tensors = {prefix + name: tensor for name, tensor in tensors.items()}
     vae = save(tmp_path / "vae.safetensors", tensors | {"loss.logvar": torch.zeros(1)})
+    found = filled(open_checkpoint(folder(SMALL), vae=vae))
+    assert_equal(found, modules[SMALL] | {"vae": other})
+
+
+def test_folder_with_a_vae_replaces_the_vae(modules, folder, tmp_path):
+    other = modules[SMALL_V]["vae"]
+    vae = save(tmp_path / "diffusion_pytorch_model.safetensors", other.state_dict()).parent
     found = filled(open_checkpoint(folder(SMALL), vae=vae))
     assert_equal(found, modules[SMALL] | {"vae": other})
 

@@ -5,7 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from oracles import (
-    TEXT, error, errors_by_module, official_text_encoder, randomise, with_weights,
+    TEXT,
+    error,
+    errors_by_module,
+    official_text_encoder,
+    randomise,
+    with_weights,
 )
 
 from minisd.clip import TextEncoder

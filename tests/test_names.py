@@ -9,12 +9,18 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from files import as_single_file, official_modules, official_shapes, random_modules, with_unet
+from files import (
+    as_single_file,
+    official_modules,
+    official_shapes,
+    random_modules,
+    with_unet,
+)
 from oracles import SMALL, SMALL_V
 
 from minisd import names
-from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT
 from minisd.clip import TextEncoder
+from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT
 from minisd.ops import TORCH
 from minisd.unet import UNet
 from minisd.vae import VAE
@@ -85,7 +91,8 @@ def test_folder_names_are_ours_but_for_the_text_prefix_and_old_attention(config)
             if part == "text_encoder":
                 assert rows[part][f"text_model.{name}"] == (name,)
     middle = "encoder.mid_block.attentions.0"
-    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+    renamed = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    for old, new in renamed.items():
         assert rows["vae"][f"{middle}.{old}.weight"] == (f"{middle}.{new}.weight",)
 
 

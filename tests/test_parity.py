@@ -14,7 +14,13 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from oracles import (
-    SMALL, SMALL_V, draw_noise_in_float32, error, official_pipeline, randn, small_model,
+    SMALL,
+    SMALL_V,
+    draw_noise_in_float32,
+    error,
+    official_pipeline,
+    randn,
+    small_model,
 )
 from PIL import Image
 

@@ -22,6 +22,7 @@ from test_image import SETTINGS, noise
 from minisd import image as pictures
 from minisd.image import ImageError, read_settings, save, to_tensor
 
+
 def test_pixels_are_rounded():
     values = torch.tensor([0.0, 1 / 255, 0.4999 / 255, 0.5001 / 255, 254.6 / 255, 1.0])
     pixels = values.reshape(1, 1, 1, 6).expand(2, 3, 1, 6)

@@ -1,5 +1,7 @@
 """The model in the box: small enough, loadable by diffusers as it stands, and the same there."""
 
+import subprocess
+import sys
 from contextlib import nullcontext
 from importlib import resources
 
@@ -83,3 +85,11 @@ def test_from_the_command_line_and_back(tmp_path, capsys):
     assert PROMPT in capsys.readouterr().out
     assert main(["words"]) == 0
     assert {"red", "heart", "background"} <= set(capsys.readouterr().out.split())
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    child = subprocess.Popen([sys.executable, "-m", "minisd", "words"], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    child.stdout.close()
+    assert child.communicate()[1] == b""
+    assert child.returncode == 0

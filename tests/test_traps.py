@@ -21,9 +21,22 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from oracles import (
-    AUTOENCODER, DENOISER, SMALL, TEXT, draw_noise_in_float32, error, official_pipeline,
-    official_scheduler, official_text_encoder, official_tokenizer, official_unet, official_vae,
-    randn, randomise, small_model, with_weights,
+    AUTOENCODER,
+    DENOISER,
+    SMALL,
+    TEXT,
+    draw_noise_in_float32,
+    error,
+    official_pipeline,
+    official_scheduler,
+    official_text_encoder,
+    official_tokenizer,
+    official_unet,
+    official_vae,
+    randn,
+    randomise,
+    small_model,
+    with_weights,
 )
 from PIL import Image
 from traps import TRAPS

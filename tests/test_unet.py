@@ -8,7 +8,13 @@ from diffusers.models.attention_processor import Attention as official_attention
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from oracles import (
-    DENOISER, error, errors_by_module, official_unet, randn, randomise, with_weights,
+    DENOISER,
+    error,
+    errors_by_module,
+    official_unet,
+    randn,
+    randomise,
+    with_weights,
 )
 
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT

@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from oracles import (
-    AUTOENCODER, error, errors_by_module, official_vae, randn, randomise, with_weights,
+    AUTOENCODER,
+    error,
+    errors_by_module,
+    official_vae,
+    randn,
+    randomise,
+    with_weights,
 )
 
 from minisd.config import SD1
