@@ -114,9 +114,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        # The middle entry is the dropout of training; the official names count it.
         widen, narrow = GEGLU(channels, 4 * channels), nn.Linear(4 * channels, channels)
-        self.net = nn.Sequential(widen, nn.Identity(), narrow)
+        self.net = nn.Sequential(widen, nn.Identity(), narrow)  # dropout was the middle one
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -160,7 +159,8 @@ class Transformer(nn.Module):
         if self.linear:
             h = self.proj_in(h.flatten(2).transpose(1, 2))                   # (B, h*w, C)
         else:
-            h = self.proj_in(h).flatten(2).transpose(1, 2)                   # (B, h*w, C)
+            # Contiguous, or each of the three LayerNorms would make its own copy.
+            h = self.proj_in(h).flatten(2).transpose(1, 2).contiguous()      # (B, h*w, C)
         h = self.transformer_blocks[0](h, context)
         if self.linear:
             h = self.proj_out(h).transpose(1, 2).reshape(x.shape)            # (B, C, h, w)
