@@ -9,6 +9,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -99,12 +100,13 @@ def locate(path: str | PathLike) -> Path:
         return place
     hint = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and place.suffix != ".safetensors":
-        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub import errors, try_to_load_from_cache
 
-        index = try_to_load_from_cache(str(path), "model_index.json")
-        if isinstance(index, str):
-            return Path(index).parent
-        hint = f"; if it is a model on the Hugging Face hub, run `minisd download {path}` first"
+        with suppress(errors.HFValidationError):  # "../x" looks like a name, and is none
+            index = try_to_load_from_cache(str(path), "model_index.json")
+            if isinstance(index, str):
+                return Path(index).parent
+            hint = f"; if it is a model on the Hugging Face hub, run `minisd download {path}` first"
     beside = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, beside) or sorted(beside)[:SHOWN]
     there = f" ({place.parent} has {', '.join(near)})" if near else ""

@@ -30,7 +30,7 @@ ITEM_SIZE = {
 
 # What weights may be stored as: integers and 8-bit floats need scales that this format lacks.
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-CHUNK = 4 * 2**20  # bytes read at a time, few enough to stay in the cache
+CHUNK = 2**20  # bytes read at a time, few enough to stay in the cache
 
 TO_CONVERT = (
     "minisd never opens pickles, which can run code; load it where you trust it and save it with "
@@ -131,7 +131,7 @@ def parse_json(data: bytes, path: Path) -> dict:
         result = dict(pairs)
         if len(result) < len(pairs):
             twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise WeightError(f"{path} has {twice!r} twice")
+            raise WeightError(f"{path} has {twice[:80]!r} twice")
         return result
 
     try:
@@ -159,13 +159,13 @@ def _what_else(head: bytes, length: int, size: int) -> str:
 
 def _stored(path: Path, name: str, entry: object, data: int) -> StoredTensor:
     """One entry of the header; ``data`` is the byte where the tensors begin."""
-    if not name.isprintable() or ".." in name or "/" in name or "\\" in name:
-        raise WeightError(f"{path}: {name!r} cannot be the name of a tensor")
+    if not re.fullmatch(r"\w[^/\\]{0,511}", name) or not name.isprintable() or ".." in name:
+        raise WeightError(f"{path}: {name[:80]!r} cannot be the name of a tensor")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise WeightError(f"{path}: {name} needs a dtype, a shape and two offsets, nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
-        raise WeightError(f"{path}: {name} has the unknown dtype {dtype!r}")
+        raise WeightError(f"{path}: {name} has the unknown dtype {repr(dtype)[:80]}")
     if not _whole_numbers(shape, MAX_DIMENSION) or len(shape) > MAX_RANK:
         raise WeightError(f"{path}: {name} has an impossible shape")
     if not _whole_numbers(offsets, 2**63) or len(offsets) != 2:

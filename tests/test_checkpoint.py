@@ -9,20 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from files import (
-    all_shapes,
     as_single_file,
-    header,
     official_modules,
     random_modules,
     save,
     save_folder,
-    write,
 )
 from oracles import SMALL, SMALL_V
 
 from minisd import safetensors_file
-from minisd.checkpoint import WeightError, check, fill, locate, open_checkpoint
-from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V
+from minisd.checkpoint import WeightError, check, fill, open_checkpoint
 from minisd.names import PARTS, VAE_PREFIXES
 
 CPU = torch.device("cpu")
@@ -269,82 +265,6 @@ def test_one_tensor_under_two_names_is_refused(modules, tmp_path):
         open_checkpoint(path, config=SMALL)
 
 
-# Official models, recognised by shapes alone.
-
-
-@pytest.fixture
-def official(tmp_path):
-    """A file with the tensors of an official checkpoint, all zero but the telltale bias."""
-
-    def make(config, bias=0.0):
-        head = header(all_shapes(config))
-        path = write(tmp_path / "model.safetensors", head)
-        start, _ = head[TELLTALE]["data_offsets"]
-        values = torch.full([160, 2], bias).half() * torch.tensor([1, -1])  # its std is the bias
-        with open(path, "r+b") as file:
-            file.seek(start - max(row["data_offsets"][1] for row in head.values()), os.SEEK_END)
-            file.write(values.numpy().tobytes())
-        return path
-
-    return make
-
-
-@pytest.mark.parametrize("config", [SD1, SD1_INPAINT, SD2, SD2_INPAINT], ids=lambda c: c.name)
-def test_official_models_are_recognised_and_complete(config, official):
-    found = open_checkpoint(official(config))
-    assert found.config == config
-    with torch.device("meta"):
-        parts = official_modules(config)
-    for part, module in parts.items():
-        check(found, part, module)
-
-
-@pytest.mark.parametrize(("bias", "config"), [(0.08, SD2), (0.1, SD2_V)])
-def test_v_is_guessed_from_a_bias_and_called_a_guess(bias, config, official):
-    found = open_checkpoint(official(SD2, bias))
-    assert found.config == config and found.prediction_source.startswith("a guess")
-
-
-def test_v_is_not_guessed_where_no_official_model_predicts_it(official):
-    for config in (SD1, SD2_INPAINT):
-        assert open_checkpoint(official(config, 0.5)).config == config
-
-
-@pytest.mark.parametrize(
-    ("text", "predicts"),
-    [
-        ('model:\n  params:\n    parameterization: "v"\n', "v_prediction"),
-        ("    parameterization: v  # velocity\n", "v_prediction"),
-        ("    parameterization: 'eps'\n", "epsilon"),
-        ("model:\n  target: x\n  # parameterization: v\n", "epsilon"),
-    ],
-)
-def test_yaml_beside_the_file_outranks_the_guess(text, predicts, official):
-    path = official(SD2, 0.5)
-    path.with_suffix(".yaml").write_text(text)
-    found = open_checkpoint(path)
-    assert found.config.schedule.prediction_type == predicts
-    assert found.prediction_source == f"from {path.with_suffix('.yaml')}"
-
-
-def test_scheduler_outranks_the_yaml_and_the_caller_both(official):
-    path = official(SD2)
-    path.with_suffix(".yaml").write_text("parameterization: eps")
-    scheduler = path.parent / "scheduler" / "scheduler_config.json"
-    scheduler.parent.mkdir()
-    fields = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
-    scheduler.write_text(json.dumps(fields))
-    found = open_checkpoint(path)
-    assert found.config == SD2_V and found.prediction_source == f"from {scheduler}"
-    found = open_checkpoint(path, prediction_type="epsilon")
-    assert found.config == SD2 and found.prediction_source == "given by the caller"
-
-
-def test_prediction_type_is_checked_first():
-    with pytest.raises(ValueError, match="prediction_type is 'v'"):
-        open_checkpoint("nowhere", prediction_type="v")
-
-
 # Folder configs.
 
 
@@ -373,18 +293,3 @@ def test_placeholders_among_the_token_ids_are_not_read(folder):
     edit_json(place / "text_encoder" / "config.json", eos_token_id=None, pad_token_id="x",
               bos_token_id=[], projection_dim=-1)  # fmt: skip
     assert open_checkpoint(place).config.text == SMALL.text
-
-
-# Where models are.
-
-
-def test_name_in_the_hub_cache_is_found_without_the_network(saved, tmp_path, monkeypatch):
-    hub = tmp_path / "hub"
-    snapshot = hub / "models--owner--name" / "snapshots" / ("a" * 40)
-    shutil.copytree(saved[SMALL], snapshot)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
-    assert locate("owner/name") == snapshot
-    with pytest.raises(FileNotFoundError, match="run `minisd download owner/other` first"):
-        locate("owner/other")
