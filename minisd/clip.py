@@ -28,12 +28,17 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Embeddings(nn.Module):
-    """A vector for each id plus a learned vector for each position."""
+    """A vector for each id plus a learned vector for each position; both come uninitialised."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        def table(rows: int) -> nn.Embedding:
+            # Not nn.Embedding(...): what it draws for a model without weights takes two seconds.
+            empty = torch.empty(rows, config.hidden_size)
+            return nn.Embedding.from_pretrained(empty, freeze=False)
+
+        self.token_embedding = table(config.vocab_size)
+        self.position_embedding = table(config.max_position_embeddings)
 
     def forward(self, ids: Tensor) -> Tensor:
         # Positions are 0..L-1 by definition; the position_ids in some files are damaged.
