@@ -38,7 +38,7 @@ other commands:
   minisd words          list the words that the shipped model knows
 to draw the word itself: minisd -- info
 
-exit codes: 2 usage and pictures, 3 weights and missing paths, 4 memory, 5 disk or folder"""
+exit codes: 1 unforeseen, 2 usage and pictures, 3 weights and missing paths, 4 memory, 5 disk or folder"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,8 +53,6 @@ def main(argv: list[str] | None = None) -> int:
                 COMMANDS[argv[0]](argv[1:])
             else:
                 draw(argv)
-        except BrokenPipeError:  # `minisd words | head`: the reader has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (Exception, KeyboardInterrupt) as error:
             if "--debug" in argv:
                 traceback.print_exc()
@@ -77,14 +75,11 @@ def draw(argv: list[str]) -> None:
             plan.append((path, seed))
     if not plan:
         return
-    if args.image:
+    if args.image is not None:
         call["image"] = pictures.open_image(args.image)
-    if args.mask:
+    if args.mask is not None:
         call["mask_image"] = pictures.open_image(args.mask)
-    from minisd import hub
-
-    model = hub.KNOWN.get(args.model, args.model)
-    sd = minisd.load(model, device=args.device, dtype=args.dtype, ops=args.ops)
+    sd = minisd.load(_model(args.model), device=args.device, dtype=args.dtype, ops=args.ops)
     for path, seed in plan:
         out = sd(args.prompt, seed=seed, progress=False if args.quiet else None, **call)
         pictures.save(out.images[0], path, out.settings[0] | _record(args), args.overwrite)
@@ -101,7 +96,7 @@ def info(argv: list[str]) -> None:
         return
     from minisd.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(file)
+    checkpoint = open_checkpoint(_model(file))
     print(f"layout      {checkpoint.layout}")
     print(f"version     {checkpoint.config.name}")
     counts = (f"{dtype} ({count:,} tensors)" for dtype, count in checkpoint.dtypes.items())
@@ -124,7 +119,10 @@ def words(argv: list[str]) -> None:
     """List the words that the shipped model knows, one a line."""
     _Parser(prog="minisd words", description=words.__doc__).parse_args(argv)
     known = resources.files("minisd_weights") / "tiny" / "words.txt"
-    print(known.read_text(encoding="utf-8"), end="")
+    try:
+        print(known.read_text(encoding="utf-8"), end="", flush=True)
+    except BrokenPipeError:  # `minisd words | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 COMMANDS = {"info": info, "download": download, "words": words}
@@ -145,7 +143,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     """Arguments that are right on their own and together; sizes and names are the library's."""
     parser = _drawing_parser()
     args = parser.parse_args(argv)
-    if not args.image and (args.mask or args.strength is not None):
+    if args.image is None and (args.mask is not None or args.strength is not None):
         parser.error("--mask and --strength need --image")
     if (args.seed or 0) + args.count - 1 > LAST_SEED:
         parser.error(f"--seed plus --count goes past the last seed, {LAST_SEED}")
@@ -225,6 +223,13 @@ def _call_arguments(args: argparse.Namespace) -> dict:
     return call
 
 
+def _model(name: str | None) -> str | None:
+    """A path as it is; a short name as the repository that `minisd download` knows by it."""
+    from minisd import hub
+
+    return name if name is None or os.path.exists(name) else hub.KNOWN.get(name, name)
+
+
 def _record(args: argparse.Namespace) -> dict:
     """What a PNG remembers beside the model's settings; known before the model is loaded."""
     return {
@@ -245,7 +250,7 @@ def _names(args: argparse.Namespace) -> list[tuple[Path, int]]:
 
 
 def _path(args: argparse.Namespace, index: int, seed: int) -> Path:
-    output = args.output or "."
+    output = "." if args.output is None else args.output
     if os.path.isdir(output) or output.endswith(("/", os.sep)):
         name = f"minisd-{seed}.png" if args.count == 1 else f"{index:05d}-{seed}.png"
         return Path(output, name)
@@ -255,7 +260,7 @@ def _path(args: argparse.Namespace, index: int, seed: int) -> Path:
 
 def _is_made(path: Path, seed: int, args: argparse.Namespace, call: dict) -> bool:
     """Whether this very picture is there already; so an interrupted run can be repeated."""
-    if args.overwrite or args.image or not path.is_file():
+    if args.overwrite or args.image is not None or not path.is_file():
         return False
     try:
         made = pictures.read_settings(path)

@@ -5,7 +5,9 @@ A wrong type is a TypeError and a wrong value a ValueError, save that a number o
 """
 
 import math
+import re
 import secrets
+import sys
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -68,7 +70,7 @@ def check(
     num_inference_steps: object, guidance_scale: object, num_images_per_prompt: object,
     eta: object, seed: object, generator: object, latents: object, prompt_embeds: object,
     negative_prompt_embeds: object, image: object, mask_image: object, strength: object,
-    output_type: object,
+    output_type: object, callback_on_step_end: object,
 ) -> Request:
     """The request that these arguments make, or one TypeError or ValueError."""
     f, trained = config.vae.downscale, config.schedule.num_train_timesteps
@@ -82,13 +84,17 @@ def check(
     height = _side("height", height, f, config.sample_size)
     width = _side("width", width, f, config.sample_size)
     strength, left = _strength(strength, steps, image, mask_image)
-    _task(config.unet.in_channels, image, mask_image, latents)
+    _task(config, image, mask_image, latents, strength)
     generators = _generators(count * copies, seed, generator)
     shape = (len(generators), config.vae.latent_channels, height // f, width // f)
-    check_latents(latents, shape)
+    if latents is not None:
+        _check_latents(latents, shape)
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, "
                          f"not {output_type!r}")
+    if callback_on_step_end is not None and not callable(callback_on_step_end):
+        raise TypeError("callback_on_step_end must be a function, "
+                        f"not {type(callback_on_step_end).__name__}")
     timesteps = ddim.timesteps(steps, trained)[-left:]
     return Request(positives, negatives, copies, height, width, steps, timesteps, guidance_scale,
                    eta, strength, generators, latents, shape, config)
@@ -103,8 +109,11 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
 
 def _real(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
     """``value`` as a finite float from ``low`` to ``high``."""
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    # Compared, not math.isfinite: that cannot take an integer past the largest float.
+    if not number or not -sys.float_info.max <= value <= sys.float_info.max or (
+        not low <= value <= high
+    ):
         bounds = f" from {low:g} to {high:g}" if math.isfinite(high) else ""
         raise ValueError(f"{name} must be a finite number{bounds}, not {value!r}")
     return float(value)
@@ -120,17 +129,19 @@ def _strength(value: object, steps: int, image: object, mask: object) -> tuple[f
     left = int(value * steps)  # truncated, as the official scripts do: 0.75 of 50 is 37
     if left == 0:
         raise ValueError(f"strength {value:g} of {steps} steps leaves none to do: "
-                         f"it must be at least {1 / steps:g}")
+                         "strength times steps must be at least 1")
     return value, left
 
 
-def _task(in_channels: int, image: object, mask: object, latents: object) -> None:
-    """Refuse pictures and masks that do not go together, or not with the model."""
+def _task(
+    config: Config, image: object, mask: object, latents: object, strength: float | None
+) -> None:
+    """Refuse pictures, masks and latents that do not go together, or not with the model."""
     if mask is not None and image is None:
         raise ValueError("mask_image needs the image that it is the mask of")
-    if in_channels == 9 and mask is None:
+    if config.unet.in_channels != config.vae.latent_channels and mask is None:
         raise ValueError("this is an inpainting model: give it image and mask_image")
-    if latents is not None and image is not None and mask is None:
+    if latents is not None and image is not None and (mask is None or strength < 1):
         raise ValueError("give either image or latents to start from, not both")
 
 
@@ -149,10 +160,11 @@ def _side(name: str, value: object, multiple: int, default: int) -> int:
 
 
 def _nearest(value: float, multiple: int) -> str:
-    top = MAX_SIDE // multiple
-    below = min(max(value // multiple, 1), top) if math.isfinite(value) else 1
-    above = min(below + (value % multiple != 0 and value > multiple), top)
-    return " or ".join(str(int(n * multiple)) for n in sorted({below, above}))
+    if value != value:  # not a number: nothing is near
+        value = 0
+    value = min(max(value, multiple), MAX_SIDE)
+    near = {math.floor(value / multiple), math.ceil(value / multiple)}
+    return " or ".join(str(n * multiple) for n in sorted(near))
 
 
 def _prompts(
@@ -178,16 +190,19 @@ def _prompts(
     there = len(negatives if negative_embeds is None else negative_embeds)
     if there != count:
         raise ValueError(f"there are {count} prompts but {there} negative prompts: "
-                         "give one for all or one for each")
+                         "give a string for all or a list of one each")
     return count, positives, negatives
 
 
 def _texts(name: str, value: object) -> list[str]:
     texts = list(value) if isinstance(value, (list, tuple)) else [value]
     for i, text in enumerate(texts):
+        where = f"{name}[{i}]" if isinstance(value, (list, tuple)) else name
         if not isinstance(text, str):
-            where = f"{name}[{i}]" if isinstance(value, (list, tuple)) else name
             raise TypeError(f"{where} must be a string, not {type(text).__name__}")
+        if surrogate := re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{where} has a lone surrogate, which is no character, "
+                             f"at position {surrogate.start()}")
     if not texts:
         raise ValueError(f"{name} is an empty list")
     return texts
@@ -205,10 +220,7 @@ def _embeddings(name: str, value: object, shape: tuple[int, int]) -> None:
         raise ValueError(f"{name} holds values that are not finite")
 
 
-def check_latents(value: object, shape: tuple[int, ...]) -> None:
-    """Latents, where there are any, must be of ``shape``, of floats and finite."""
-    if value is None:
-        return
+def _check_latents(value: object, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"latents must be a tensor, not {type(value).__name__}")
     if tuple(value.shape) != shape:
@@ -217,6 +229,16 @@ def check_latents(value: object, shape: tuple[int, ...]) -> None:
         raise ValueError(f"latents must be of a floating-point dtype, not {value.dtype}")
     if not value.isfinite().all():
         raise ValueError("latents hold values that are not finite")
+
+
+def changed_latents(changes: object, latents: Tensor) -> Tensor:
+    """What a callback returned, applied: None changes nothing, a dict may hold other latents."""
+    if changes is not None and not isinstance(changes, dict):
+        raise TypeError(f"a callback must return a dict or None, not {type(changes).__name__}")
+    if not changes or "latents" not in changes:
+        return latents
+    _check_latents(changes["latents"], tuple(latents.shape))
+    return changes["latents"].to(latents)
 
 
 def _generators(count: int, seed: object, generator: object) -> list[torch.Generator]:
@@ -256,7 +278,8 @@ def device(name: object) -> torch.device:
         return torch.device(there[0])
     try:
         chosen = torch.device(name)
-        whole = str(chosen) if chosen.index is not None or chosen.type == "cpu" else f"{chosen}:0"
+        whole = "cpu" if str(chosen) == "cpu:0" else str(chosen)
+        whole += ":0" if chosen.index is None and chosen.type != "cpu" else ""
     except (RuntimeError, TypeError):
         whole = None
     if whole not in there:

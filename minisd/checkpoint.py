@@ -6,6 +6,7 @@ tensor is passed over: each is used, dropped by a rule in names.py, or an error.
 """
 
 import difflib
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from torch import nn
 
 from minisd import names
 from minisd.config import PREDICTION_TYPES, Config
-from minisd.diffusers_config import SCHEDULER, JsonFile, read_config, read_schedule
+from minisd.diffusers_config import SCHEDULER, JsonFile, read_config, read_schedule, read_vae
 from minisd.recognise import find_prediction, recognise, refuse, settle
 from minisd.safetensors_file import (
     DTYPES,
@@ -96,7 +97,7 @@ def open_checkpoint(
 def locate(path: str | PathLike) -> Path:
     """The path itself, or what the Hugging Face cache holds of an "owner/name"; no network."""
     place = Path(path).expanduser()
-    if place.exists():
+    if os.path.exists(place):  # Path.exists would raise for a name too long to be one
         return place
     hint = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and place.suffix != ".safetensors":
@@ -131,7 +132,7 @@ def check(checkpoint: Checkpoint, part: str, module: nn.Module) -> None:
     told = "; ".join(f"{len(rows)} {what}: {_first(rows)}" for what, rows in faults.items() if rows)
     if told:
         hint = "" if have or part != "vae" else "; a VAE from another file can be given as vae="
-        raise WeightError(f"{checkpoint.path}, {part}: {told}{hint}")
+        raise WeightError(f"{_home(checkpoint, part)}, {part}: {told}{hint}")
 
 
 def fill(
@@ -168,6 +169,8 @@ def _open_file(
 
 def _open_vae(path: Path, config: Config) -> dict[str, StoredTensor]:
     tensors = _folder_tensors(path, STEMS["vae"]) if path.is_dir() else read_header(path)
+    if (path / "config.json").is_file() and read_vae(path / "config.json") != config.vae:
+        raise WeightError(f"{path} has a VAE of other sizes or another scaling_factor")
     rows = {"vae": names.stand_alone_vae(config.vae)}
     return _assign(tensors, rows, {"": "vae"}, config)["vae"]
 
@@ -268,8 +271,16 @@ def _as_linear(tensor: StoredTensor) -> StoredTensor:
     return tensor
 
 
+def _home(checkpoint: Checkpoint, part: str) -> Path:
+    """The file of a part that has a file of its own, else that of the checkpoint."""
+    homes = {tensor.path for tensor in checkpoint.parts[part].values()}
+    return homes.pop() if len(homes) == 1 else checkpoint.path
+
+
 def _official_names(checkpoint: Checkpoint, part: str) -> dict[str, str]:
     """Parameter name -> what the file calls it, or would."""
+    if checkpoint.layout == "single file" and _home(checkpoint, part) != checkpoint.path:
+        return {}
     layout = names.single_file if checkpoint.layout == "single file" else names.folder
     rows = layout(checkpoint.config)[part]
     return {ours: name for name, parameters in reversed(rows.items()) for ours in parameters}

@@ -111,7 +111,7 @@ def read_config(folder: Path) -> Config:
     ``sample_size`` has 768 where v is predicted, else 512. WeightError, naming file and field, for
     a model that minisd does not compute.
     """
-    text, unet, vae = _text(folder), _unet(folder), _vae(folder)
+    text, unet, vae = _text(folder), _unet(folder), read_vae(folder / "vae" / "config.json")
     has_schedule = (folder / SCHEDULER).is_file()
     schedule = read_schedule(folder) if has_schedule else ScheduleConfig()
     _check_fit(folder, text, unet, vae)
@@ -196,8 +196,9 @@ def _heads(
     return heads
 
 
-def _vae(folder: Path) -> VAEConfig:
-    file = JsonFile(folder / "vae" / "config.json")
+def read_vae(path: Path) -> VAEConfig:
+    """The VAE that a config.json describes; WeightError, naming the field, if we compute no such."""
+    file = JsonFile(path)
     file.fixed(VAE_FIXED)
     widths = file.levels("block_out_channels", (64,))
     return VAEConfig(

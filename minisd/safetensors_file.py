@@ -86,7 +86,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise WeightError(f"{path}: {_what_else(head, length, size)}")
         file.seek(8)
         header = parse_json(file.read(length), path)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise WeightError(f"{path}: its __metadata__ is not a table of strings")
     if len(header) > MAX_TENSORS:
         raise WeightError(f"{path} declares {len(header)} tensors; no model has over {MAX_TENSORS}")
     tensors = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]

@@ -33,7 +33,7 @@ from minisd.vae import VAE
 
 @dataclass(frozen=True)
 class Output:
-    """What a call made: the pictures, the seed of each, and the settings that make each again.
+    """What a call made: the pictures, and for each its seed and the settings that made it.
 
     ``images`` is a list of PIL images or, by ``output_type``, a (B, 3, H, W) tensor ("pt") or a
     (B, H, W, 3) array ("np") in [0, 1], or a (B, 4, h, w) tensor of scaled latents ("latent").
@@ -58,7 +58,7 @@ class Noise:
     def draw(self) -> Tensor:
         """Standard normal numbers (B, 4, h, w)."""
         shape = self.like.shape[1:]
-        drawn = [torch.randn(shape, generator=g, device=g.device) for g in self.generators]
+        drawn = [torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in self.generators]
         return torch.stack([noise.to(self.like) for noise in drawn])         # (B, 4, h, w)
 
 
@@ -118,7 +118,8 @@ class StableDiffusion:
         ``prompt_embeds``, ``negative_prompt_embeds`` (prompts, 77, D): contexts instead of text.
 
         ``image``: start from this picture; ``strength`` in (0, 1] is how much of the way from
-        noise is walked again (0.8). ``mask_image``: repaint only where it is white (strength 1).
+        noise is walked again (0.8). ``mask_image``: repaint only where it is white (strength 1);
+        an inpainting model decodes the rest anew too. Both are resized to height and width.
 
         ``callback_on_step_end(sd, step, t, {"latents": x})`` may return {"latents": another x}.
         ``progress``: whether to draw a bar; None draws one on a terminal only.
@@ -128,7 +129,8 @@ class StableDiffusion:
         r = arguments.check(
             self.config, prompt, negative_prompt, height, width, num_inference_steps,
             guidance_scale, num_images_per_prompt, eta, seed, generator, latents, prompt_embeds,
-            negative_prompt_embeds, image, mask_image, strength, output_type)
+            negative_prompt_embeds, image, mask_image, strength, output_type,
+            callback_on_step_end)
         # Half-precision models still add up their steps in float32.
         state = torch.promote_types(self._weight.dtype, torch.float32)
         like = torch.empty(1, *r.shape[1:], dtype=state, device=self._weight.device)
@@ -136,8 +138,8 @@ class StableDiffusion:
             image = pictures.to_tensor(image, r.width, r.height).to(like)    # (1, 3, H, W)
         if mask_image is not None:
             mask_image = pictures.mask_to_tensor(mask_image, r.width, r.height).to(like)
-        ids = prompt_embeds if r.prompts is None else self.tokenizer(r.prompts)
-        empty = negative_prompt_embeds if r.negatives is None else self.tokenizer(r.negatives)
+        ids = prompt_embeds if r.prompts is None else self._ids(r.prompts)
+        empty = negative_prompt_embeds if r.negatives is None else self._ids(r.negatives)
 
         context = self._context(ids).repeat_interleave(r.copies, dim=0)      # (B, 77, D)
         if r.guidance_scale != 1.0:
@@ -154,6 +156,16 @@ class StableDiffusion:
         """Any weight: it has the device and the dtype of the model."""
         return self.unet.conv_in.weight
 
+    def _ids(self, texts: list[str]) -> Tensor:
+        """Texts -> (prompts, 77) ids that the text encoder has."""
+        tokenizer, text = self.tokenizer, self.config.text
+        has = (tokenizer.vocab_size, tokenizer.length)
+        room = (text.vocab_size, text.max_position_embeddings)
+        if has[0] > room[0] or has[1] > room[1]:
+            raise ValueError(f"the tokenizer has (tokens, length) {has}, the text encoder only "
+                             f"{room}: load with its own tokenizer, or give prompt_embeds")
+        return tokenizer(texts)                                              # (prompts, 77)
+
     def _context(self, given: Tensor) -> Tensor:
         """Ids (prompts, 77), or contexts as they are -> (prompts, 77, D) as the UNet wants it."""
         if not given.is_floating_point():
@@ -168,21 +180,18 @@ class StableDiffusion:
         pure_noise = image is None or (mask is not None and r.strength == 1.0)
         x0 = None
         if not pure_noise or (mask is not None and not knows_masks):
-            x0 = self._encode(image, noise.draw())                           # (B, 4, h, w)
+            x0 = self._with_vae("encode", image, noise.draw())               # (B, 4, h, w)
         e = noise.draw() if r.latents is None else r.latents.to(noise.like)  # (B, 4, h, w)
         x = e if pure_noise else ddim.add_noise(x0, e, self.alphas[r.timesteps[0]])
         if mask is None:
             return x, None, None
         if not knows_masks:
+            noise.draw()  # diffusers draws here for a latent that it then leaves unused
             return x, Known(image, mask, x0, e), None
         # The mask, and the picture with a grey hole, which the UNet is shown at every step.
-        holed = self._encode(image * (1 - mask), noise.draw())               # (B, 4, h, w)
+        holed = self._with_vae("encode", image * (1 - mask), noise.draw())   # (B, 4, h, w)
         small = F.interpolate(mask, size=x.shape[-2:]).expand(len(x), -1, -1, -1)
         return x, None, torch.cat([small, holed], dim=1)                     # (B, 5, h, w)
-
-    def _encode(self, image: Tensor, noise: Tensor) -> Tensor:
-        """An image (1, 3, H, W) -> B latents (B, 4, h, w), each sampled with its own noise."""
-        return self.vae.encode(image.to(self._weight), noise.to(self._weight)).to(noise)
 
     def _denoise(self, r: Request, x: Tensor, context: Tensor, noise: Noise, known: Known | None,
                  extra: Tensor | None, callback: Callable | None, progress: bool | None) -> Tensor:
@@ -198,9 +207,8 @@ class StableDiffusion:
             if known is not None:
                 x = known.put_back(x, alphas[i + 1] if i + 1 < len(r.timesteps) else 1.0)
             if callback is not None:
-                changed = (callback(self, i, t, {"latents": x}) or {}).get("latents", x)
-                arguments.check_latents(changed, r.shape)
-                x = changed.to(x)
+                changes = callback(self, i, t, {"latents": x})
+                x = arguments.changed_latents(changes, x)
         return _finite(x, "the UNet")
 
     def _predict(self, x: Tensor, t: int, context: Tensor, guidance_scale: float,
@@ -221,7 +229,8 @@ class StableDiffusion:
         """Latents (B, 4, h, w) -> what the caller asked for."""
         if output_type == "latent":
             return x
-        image = torch.cat([self._decode(one) for one in x.split(1)])         # (B, 3, H, W)
+        # One at a time: it takes less memory, and a picture is the same alone or in a batch.
+        image = torch.cat([self._with_vae("decode", one) for one in x.split(1)])  # (B, 3, H, W)
         if known is not None:
             image = known.paste(image)
         image = ((image + 1) / 2).clamp(0, 1)                                # (B, 3, H, W)
@@ -229,13 +238,13 @@ class StableDiffusion:
             return image.permute(0, 2, 3, 1).cpu().numpy()                   # (B, H, W, 3)
         return image if output_type == "pt" else pictures.to_pil(image)
 
-    def _decode(self, x: Tensor) -> Tensor:
-        """One latent (1, 4, h, w) -> an image in about [-1, 1]; one at a time, to save memory."""
-        image = self.vae.decode(x.to(self._weight)).to(x)                    # (1, 3, H, W)
-        if not image.isfinite().all() and self._weight.dtype != x.dtype:
-            # Some published VAEs overflow in float16 on some pictures.
-            image = copy.deepcopy(self.vae).to(x.dtype).decode(x)            # (1, 3, H, W)
-        return _finite(image, "the VAE")
+    def _with_vae(self, method: str, *inputs: Tensor) -> Tensor:
+        """``vae.encode`` or ``vae.decode`` in the model's dtype, or in float32 if that overflows."""
+        out = getattr(self.vae, method)(*(x.to(self._weight) for x in inputs)).to(inputs[0])
+        if not out.isfinite().all() and self._weight.dtype != inputs[0].dtype:
+            # Some published VAEs exceed float16 on some pictures.
+            out = getattr(copy.deepcopy(self.vae).to(inputs[0].dtype), method)(*inputs)
+        return _finite(out, "the VAE")
 
 
 def _finite(x: Tensor, stage: str) -> Tensor:
@@ -270,7 +279,13 @@ def load(
         path = resources.files("minisd_weights") / "tiny"
     found = checkpoint.open_checkpoint(path, config=config, vae=vae,
                                        prediction_type=prediction_type)
-    tokenizer = _tokenizer(found)
+    if found.tokenizer_folder is None:
+        tokenizer = Tokenizer.clip(found.config.text.pad_token_id)
+    else:
+        try:
+            tokenizer = Tokenizer.from_folder(found.tokenizer_folder)
+        except ValueError as error:
+            raise checkpoint.WeightError(str(error)) from None
     with torch.device("meta"):
         parts = {
             "text_encoder": TextEncoder(found.config.text, body),
@@ -283,18 +298,3 @@ def load(
         checkpoint.fill(found, part, module, dtype, device)
         module.eval().requires_grad_(False)
     return StableDiffusion(found.config, tokenizer, **parts)
-
-
-def _tokenizer(found: checkpoint.Checkpoint) -> Tokenizer:
-    """The folder's own tokenizer, else CLIP's; WeightError unless it fits the text encoder."""
-    if found.tokenizer_folder is None:
-        return Tokenizer.clip(found.config.text.pad_token_id)
-    try:
-        tokenizer = Tokenizer.from_folder(found.tokenizer_folder)
-    except ValueError as error:
-        raise checkpoint.WeightError(str(error)) from None
-    if tokenizer.vocab_size != found.config.text.vocab_size:
-        raise checkpoint.WeightError(
-            f"{found.tokenizer_folder} has {tokenizer.vocab_size} tokens, but the text encoder "
-            f"knows {found.config.text.vocab_size}")
-    return tokenizer

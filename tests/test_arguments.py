@@ -1,5 +1,7 @@
 """What bad arguments get: one clear sentence before any work, and a model that works afterwards."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from oracles import SMALL, small_model
 from PIL import Image
 
 from minisd import arguments
+from minisd.sd import StableDiffusion
 
 NAN, INF = float("nan"), float("inf")
 PICTURE = Image.new("RGB", (64, 64))
@@ -19,19 +22,22 @@ REFUSED = [
     ({"prompt": b"a"}, TypeError, "prompt must be a string, not bytes"),
     ({"prompt": []}, ValueError, "prompt is an empty list"),
     ({"prompt": ["a", None]}, TypeError, r"prompt\[1\] must be a string, not NoneType"),
-    ({"prompt": "ab\ud800"}, ValueError, "2"),
-    ({"negative_prompt": "ab\ud800"}, ValueError, "2"),
+    ({"prompt": "ab\ud800"}, ValueError, "prompt has a lone surrogate.* at position 2"),
+    ({"prompt": ["a", "\udfff"]}, ValueError, r"prompt\[1\] has a lone .* at position 0"),
+    ({"negative_prompt": "ab\ud800"}, ValueError, "negative_prompt has .* position 2"),
     ({"negative_prompt": 3}, TypeError, "negative_prompt"),
     ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, ValueError, "2 prompts but 1 negative"),
     *(({"num_inference_steps": v}, ValueError, "num_inference_steps must be an integer from 1 to 1000")
       for v in (0, -1, 2.5, "3", True, 1001, None)),
     *(({"guidance_scale": v}, ValueError, "guidance_scale must be a finite number")
-      for v in (NAN, INF, -INF, "7", None, True)),
+      for v in (NAN, INF, -INF, "7", None, True, 10**400)),
     ({"height": 0}, ValueError, "nearest valid: 4"),
     ({"height": 7}, ValueError, "nearest valid: 4 or 8"),
     ({"width": -64}, ValueError, "nearest valid: 4"),
     ({"width": 64.0}, ValueError, "nearest valid: 64"),
-    ({"width": 10**6}, ValueError, "nearest valid: 8192"),
+    ({"width": 10**6}, ValueError, r"nearest valid: 8192\)"),
+    ({"width": 10**400}, ValueError, r"nearest valid: 8192\)"),
+    ({"width": NAN}, ValueError, r"nearest valid: 4\)"),
     ({"width": "64"}, ValueError, "width must be a multiple of 4"),
     ({"height": True}, ValueError, "height must be a multiple of 4"),
     *(({"seed": v}, ValueError, "seed must be an integer from 0 to 4294967295")
@@ -45,10 +51,13 @@ REFUSED = [
     *(({"strength": v, "image": PICTURE}, ValueError, "strength must be a finite number")
       for v in (NAN, 1.5, -0.5)),
     ({"strength": 0, "image": PICTURE}, ValueError, "strength 0 of 2 steps leaves none"),
-    ({"strength": 0.4, "image": PICTURE}, ValueError, "at least 0.5"),
+    ({"strength": 0.4, "image": PICTURE}, ValueError, "must be at least 1"),
     ({"strength": 0.5}, ValueError, "strength needs the image"),
     ({"mask_image": PICTURE}, ValueError, "mask_image needs the image"),
     ({"image": PICTURE, "latents": torch.zeros(SHAPE)}, ValueError, "either image or latents"),
+    ({"image": PICTURE, "mask_image": PICTURE, "strength": 0.5, "latents": torch.zeros(SHAPE)},
+     ValueError, "either image or latents"),
+    ({"callback_on_step_end": 5}, TypeError, "callback_on_step_end must be a function, not int"),
     ({"latents": torch.zeros(1, 4, 8, 8)}, ValueError, r"latents must be \(1, 4, 16, 16\)"),
     ({"latents": torch.zeros(SHAPE, dtype=torch.long)}, ValueError, "floating-point"),
     ({"latents": torch.full(SHAPE, NAN)}, ValueError, "not finite"),
@@ -153,6 +162,36 @@ def test_callbacks_see_and_change_the_latents():
              callback_on_step_end=callback)
     assert seen == [(0, 501), (1, 1)]
     assert out.images.abs().max() == 0
+
+
+@pytest.mark.parametrize("changes, kind, words", [
+    (5, TypeError, "a callback must return a dict or None, not int"),
+    ({"latents": None}, TypeError, "latents must be a tensor"),
+    ({"latents": torch.zeros(1, 4, 2, 2)}, ValueError, "latents must be"),
+])
+def test_what_a_callback_may_not_return(changes, kind, words):
+    with pytest.raises(kind, match=words):
+        small_model(SMALL)("a", num_inference_steps=2, seed=0, output_type="latent",
+                           callback_on_step_end=lambda *_: changes)
+
+
+def test_a_tokenizer_that_the_text_encoder_has_no_room_for():
+    sd = small_model(SMALL)
+    few = replace(sd.config, text=replace(sd.config.text, vocab_size=1000))
+    other = StableDiffusion(few, sd.tokenizer, sd.text_encoder, sd.unet, sd.vae)
+    with pytest.raises(ValueError, match=r"has \(tokens, length\) \(49408, 77\).* \(1000, 77\)"):
+        other("a", num_inference_steps=1)
+
+
+def test_noise_is_drawn_in_float32_whatever_the_default():
+    sd = small_model(SMALL)
+    call = dict(num_inference_steps=1, seed=0, output_type="latent")
+    first = sd("a", **call).images
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(sd("a", **call).images, first)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_output_types_agree():

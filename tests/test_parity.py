@@ -142,13 +142,13 @@ def test_image_to_image(config, strength, eta):
     )) <= BOUND
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.75])
+@pytest.mark.parametrize("strength, eta", [(1.0, 0.0), (0.75, 0.0), (0.75, 0.5)])
 @pytest.mark.parametrize("config", [INPAINT, INPAINT_V, SMALL, SMALL_V], ids=[
     "9 channels eps", "9 channels v", "4 channels eps", "4 channels v"
 ])
-def test_inpainting(config, strength):
+def test_inpainting(config, strength, eta):
     call = dict(
-        image=picture(), mask_image=mask(), strength=strength, num_images_per_prompt=2,
+        image=picture(), mask_image=mask(), strength=strength, eta=eta, num_images_per_prompt=2,
         width=WIDTH, height=HEIGHT,
     )
     assert error(*both(
