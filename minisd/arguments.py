@@ -24,6 +24,7 @@ MAX_SEED = 2**32 - 1
 DEFAULT_STRENGTH = (0.8, 1.0)
 # Attention grows with the fourth power of the side; nothing beyond this can finish.
 MAX_SIDE = 8192
+LARGEST = sys.float_info.max
 DTYPES = {
     "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -51,7 +52,7 @@ class Request:
     config: Config
 
     def settings(self) -> list[dict]:
-        """For each picture, what it takes to make it again."""
+        """For each picture, what it was made with."""
         same = {
             "width": self.width, "height": self.height, "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale, "eta": self.eta, "strength": self.strength,
@@ -107,14 +108,11 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
     return int(value)
 
 
-def _real(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+def _real(name: str, value: object, low: float = -LARGEST, high: float = LARGEST) -> float:
     """``value`` as a finite float from ``low`` to ``high``."""
     number = isinstance(value, Real) and not isinstance(value, bool)
-    # Compared, not math.isfinite: that cannot take an integer past the largest float.
-    if not number or not -sys.float_info.max <= value <= sys.float_info.max or (
-        not low <= value <= high
-    ):
-        bounds = f" from {low:g} to {high:g}" if math.isfinite(high) else ""
+    if not number or not low <= value <= high:  # which nan and the infinities are not either
+        bounds = f" from {low:g} to {high:g}" if high < LARGEST else ""
         raise ValueError(f"{name} must be a finite number{bounds}, not {value!r}")
     return float(value)
 

@@ -47,6 +47,18 @@ ALIASES = {
     "recycle": "recycling symbol", "v": "victory hand", "frog": "frog", "bear": "bear",
     "sunglasses": "smiling face with sunglasses", "bee": "bee", "lion_face": "lion",
 }  # fmt: skip
+# What people try first is drawn four times as often as the rest.
+COMMON = {
+    "red heart", "red apple", "rocket", "cat face", "dog face", "cup of coffee", "sunflower",
+    "slice of pizza", "penguin", "guitar", "light bulb", "burger", "banana", "strawberry",
+    "ghost", "fire", "yellow star", "sun", "crescent moon", "christmas tree", "snowman",
+    "soccer ball", "bicycle", "airplane", "sailboat", "house building", "key", "crown",
+    "diamond", "balloon", "present", "lemon", "watermelon", "mushroom", "cactus", "tulip",
+    "rainbow", "planet earth", "umbrella", "octopus", "turtle", "butterfly", "owl", "fox face",
+    "panda face", "pig face", "frog", "lion", "red car", "robot face", "extraterrestrial alien",
+    "skull", "donut", "birthday cake", "laptop", "books", "thumbs up",
+    "smiling face with sunglasses", "party popper", "explosion",
+}  # fmt: skip
 # Left over from the names' typewriter days, and dropped unless the short name has it too.
 FILLER = {"black", "white", "heavy", "sign", "symbol", "ornament", "squared", "negative"}
 
@@ -83,8 +95,9 @@ def names(entry: dict) -> list[str]:
     official = [w for w in plain(entry["name"]).split() if w not in FILLER or w in shorts[0]]
     readable = [plain(s) for s in shorts if len(s) > 2 and not re.search(r"\d", s)]
     found = [ALIASES[s] for s in shorts if s in ALIASES]
-    # "MAN: RED HAIR" is "red haired man" for short.
-    found += readable + [" ".join(official)] if ":" in entry["name"] else [" ".join(official)] + readable
+    if ":" in entry["name"]:  # "MAN: RED HAIR" is "red haired man" for short
+        found += readable
+    found += [" ".join(official), *readable]
     return list(dict.fromkeys(n for n in found if n))
 
 
@@ -104,7 +117,7 @@ def picture(path: Path) -> Tensor:
 
 
 def composite(rgba: Tensor, colour: Tensor) -> Tensor:
-    """Premultiplied (B, 4, 64, 64) uint8 over colours (B, 3) in 0..255: (B, 3, 64, 64) in [-1, 1]."""
+    """Premultiplied (B, 4, 64, 64) over colours (B, 3), both 0..255: (B, 3, 64, 64) in [-1, 1]."""
     alpha = rgba[:, 3:].float() / 255
     return (rgba[:, :3] + (1 - alpha) * colour[:, :, None, None]) / 127.5 - 1
 
@@ -115,7 +128,7 @@ def held_out(name: str, background: str) -> bool:
 
 
 def catalogue(state: Path) -> None:
-    """Write objects.json (names; skin tones; held-out backgrounds) and objects.safetensors (pixels).
+    """Write objects.json (names, skin tones, held-out backgrounds), objects.safetensors (pixels).
 
     Both are also what the measuring command reads. A name belongs to one object only: to the one
     whose first choice it is, before anyone's second.
@@ -152,10 +165,15 @@ def article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
+def often(objects: list[dict]) -> list[dict]:
+    """The objects, the common ones four times."""
+    return objects + 3 * [o for o in objects if o["names"][0] in COMMON]
+
+
 def draw(objects: list[dict], rng: random.Random) -> tuple[int, int, str]:
     """One training example: the picture's number, the background's, and a caption.
 
-    Every object is as likely as any other, however many skin tones it has.
+    Every entry is as likely as any other, however many skin tones it has.
     """
     thing = rng.choice(objects)
     tones = thing["skin_tones"]
@@ -173,12 +191,16 @@ def draw(objects: list[dict], rng: random.Random) -> tuple[int, int, str]:
 
 
 def vocabulary(state: Path) -> None:
-    """A CLIP-style BPE in which every word of the captions is one token: ``state / "tokenizer"``."""
+    """Write words.txt, the words of the captions, and tokenizer/, a CLIP-style byte-level BPE in
+    which each of them is a single token.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     objects = json.loads((state / "objects.json").read_text())["objects"]
     texts = [n + tone for o in objects for n in o["names"] for tone in o["skin_tones"]]
     texts += [f"a an on {b} background grey" for b in BACKGROUNDS]
+    words = sorted({word for text in texts for word in text.split()})
+    (state / "words.txt").write_text("\n".join(words) + "\n")
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bpe.train_from_iterator(

@@ -10,16 +10,16 @@ B pictures in a batch, N pictures in all, D width of the context
 
 import argparse
 import json
-import os
 import random
-import time
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_data import BACKGROUNDS, SIZE, catalogue, composite, draw, fetch, vocabulary
+from tiny_data import BACKGROUNDS, SIZE, catalogue, composite, draw, fetch, often, vocabulary
 from tiny_layout import export
+from tiny_run import Run
 from torch import Tensor, nn
 
 from minisd import ddim
@@ -54,93 +54,6 @@ CONFIG = Config(
 # The backward pass of torch's fused attention is several times slower in bfloat16 on a CPU.
 OPS = replace(TORCH, attention=reference_attention)
 KL_WEIGHT, EDGE_WEIGHT = 2e-4, 0.5
-WARM_UP, LOG_EVERY, SAVE_SECONDS = 200, 50, 180
-WORD_PACE = 10
-
-
-class Run:
-    """One training stage: AdamW, warm-up, constant rate, linear decay, EMA, a log, and resuming."""
-
-    def __init__(self, folder: Path, models: dict[str, nn.Module], steps: int, rate: float):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.steps, self.rate = folder, steps, rate
-        self.params = {
-            f"{part}.{name}": p for part, m in models.items() for name, p in m.named_parameters()
-        }
-        # A word is met once in hundreds of steps, so that its vector must move further each time.
-        words = [p for name, p in self.params.items() if "token_embedding" in name]
-        others = [p for name, p in self.params.items() if "token_embedding" not in name]
-        groups = [{"params": others, "pace": 1}, {"params": words, "pace": WORD_PACE}]
-        self.optimizer = torch.optim.AdamW(
-            groups, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
-        self.ema = {name: p.detach().clone() for name, p in self.params.items()}
-        self.step, self.seconds, self.losses, self.clock = 0, 0.0, [], time.time()
-        self.saved = self.clock
-        if (folder / "state.json").exists():
-            self._resume()
-
-    def _resume(self) -> None:
-        known = json.loads((self.folder / "state.json").read_text())
-        self.step, self.seconds = known["step"], known["seconds"]
-        for label, tensor in load_file(self.folder / known["file"]).items():
-            kind, name = label.split("/")
-            state = self.optimizer.state[self.params[name]]
-            if kind == "param":
-                self.params[name].data.copy_(tensor)
-            elif kind == "ema":
-                self.ema[name].copy_(tensor)
-            else:
-                state[kind], state["step"] = tensor, torch.tensor(float(self.step))
-
-    def _save(self) -> None:
-        """The new file first, then the pointer to it, then the old file goes."""
-        tensors = {f"param/{n}": p.detach() for n, p in self.params.items()}
-        tensors |= {f"ema/{n}": t for n, t in self.ema.items()}
-        for name, p in self.params.items():
-            moments = self.optimizer.state[p]
-            tensors |= {f"{kind}/{name}": moments[kind] for kind in ("exp_avg", "exp_avg_sq")}
-        file = self.folder / f"{self.step}.safetensors"
-        save_file(tensors, file)
-        known = {"file": file.name, "step": self.step, "seconds": self.seconds}
-        (self.folder / "state.tmp").write_text(json.dumps(known))
-        os.replace(self.folder / "state.tmp", self.folder / "state.json")
-        for old in self.folder.glob("*.safetensors"):
-            if old != file:
-                old.unlink()
-        self.saved = time.time()
-
-    def update(self, loss: Tensor, **figures: float) -> None:
-        """One optimiser step; a line of the log and a saved state every so often."""
-        loss.backward()
-        left = 5 * (1 - self.step / self.steps)  # the last fifth decays
-        for group in self.optimizer.param_groups:
-            warm = min((self.step + 1) / WARM_UP, 1)
-            group["lr"] = self.rate * group["pace"] * min(warm, left)
-        nn.utils.clip_grad_norm_(self.params.values(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        keep = min(0.999, (1 + self.step) / (10 + self.step))
-        params = [p.detach() for p in self.params.values()]
-        torch._foreach_lerp_(list(self.ema.values()), params, 1 - keep)
-        self.losses.append({"loss": loss.item(), **figures})
-        now = time.time()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
-        if self.step % LOG_EVERY == 0:
-            mean = {k: sum(f[k] for f in self.losses) / len(self.losses) for k in self.losses[0]}
-            line = {"step": self.step, "seconds": round(self.seconds)} | mean
-            with open(self.folder / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-            self.losses = []
-        if now - self.saved > SAVE_SECONDS or self.step == self.steps:
-            self._save()
-
-    def load_ema(self, models: dict[str, nn.Module]) -> None:
-        for part, model in models.items():
-            for name, p in model.named_parameters():
-                p.data.copy_(self.ema[f"{part}.{name}"])
-            model.eval().requires_grad_(False)
 
 
 def edges(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +73,7 @@ def random_composites(rgba: Tensor, seed: int, count: int) -> tuple[Tensor, torc
 
 def train_vae(state: Path, vae: VAE, models: dict[str, nn.Module], steps: int, batch: int) -> None:
     """L1 on pixels and on their differences, and a trace of KL that keeps the latents smooth."""
-    run = Run(state, models, steps, rate=1e-3)
+    run = Run(state, models, steps, rate=1e-3, decay=0.25)
     rgba = load_file(state.parent / "objects.safetensors")["rgba"]
     while run.step < steps:
         image, g = random_composites(rgba, run.step, batch)
@@ -169,7 +82,7 @@ def train_vae(state: Path, vae: VAE, models: dict[str, nn.Module], steps: int, b
             noise = torch.randn(mean.shape, generator=g)
             made = vae.decode(mean + torch.exp(logvar / 2) * noise).float()
         error = (made - image).abs().mean()
-        edge = sum((a - b).abs().mean() for a, b in zip(edges(made), edges(image)))
+        edge = sum((a - b).abs().mean() for a, b in zip(edges(made), edges(image), strict=True))
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
         mse = ((made - image) / 2).square().mean().item()
         run.update(error + EDGE_WEIGHT * edge + KL_WEIGHT * kl, mse=mse, kl=kl.item())
@@ -202,52 +115,80 @@ def make_latents(state: Path, vae: VAE) -> None:
 
 
 class Examples:
-    """What the diffusion is trained on: scaled latents, token ids, noise, timesteps, velocities."""
+    """Captions and the scaled latents that they describe, in an order that a seed fixes."""
 
-    def __init__(self, state: Path, tokenizer: Tokenizer):
-        self.objects = json.loads((state / "objects.json").read_text())["objects"]
+    def __init__(self, state: Path):
+        self.objects = often(json.loads((state / "objects.json").read_text())["objects"])
         self.latents = load_file(state / "latents.safetensors")["latents"]
+        self.tokenizer = Tokenizer.from_folder(state / "tokenizer")
+        ids = {"vocab_size": self.tokenizer.vocab_size, "pad_token_id": self.tokenizer.pad_token_id}
         self.scale = 1 / self.latents.float().std().item()
-        self.tokenizer = tokenizer
-        self.alphas = ddim.alphas_cumprod(CONFIG.schedule).float()
+        self.config = replace(
+            CONFIG,
+            text=replace(CONFIG.text, **ids),
+            vae=replace(CONFIG.vae, scaling_factor=self.scale),
+        )
 
-    def batch(self, seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x_t (2B, 4, 16, 16), t (2B,), ids (B, 77), v: each picture at two opposite timesteps."""
-        g, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    def batch(self, seed: int, count: int) -> tuple[Tensor, Tensor]:
+        """Token ids (B, 77) and clean latents x0 (B, 4, 16, 16)."""
+        rng = random.Random(seed)
         chosen = [draw(self.objects, rng) for _ in range(count)]
         ids = self.tokenizer([caption for _, _, caption in chosen])          # (B, 77)
-        x0 = torch.stack([self.latents[i, b] for i, b, _ in chosen]).float() * self.scale
-        x0 = x0.repeat(2, 1, 1, 1)                                           # (2B, 4, 16, 16)
-        # Rather noisy than not: there only the words can say what to draw.
-        u = torch.rand(count, generator=g)
-        u = torch.cat([u, (u + 0.5) % 1]) ** 0.7
-        t = (u * len(self.alphas)).long()                                    # (2B,)
-        a = self.alphas[t, None, None, None]
-        noise = torch.randn(x0.shape, generator=g)
-        return a.sqrt() * x0 + (1 - a).sqrt() * noise, t, ids, a.sqrt() * noise - (1 - a).sqrt() * x0
+        x0 = torch.stack([self.latents[i, b] for i, b, _ in chosen])         # (B, 4, 16, 16)
+        return ids, x0.float() * self.scale
 
 
-def train_diffusion(state: Path, steps: int, batch: int = 16) -> tuple[Config, dict]:
-    """The text encoder and the UNet, together, on the velocity. Returns what export needs."""
-    tokenizer = Tokenizer.from_folder(state / "tokenizer")
-    examples = Examples(state, tokenizer)
-    text = replace(
-        CONFIG.text, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_token_id
-    )
-    config = replace(CONFIG, text=text, vae=replace(CONFIG.vae, scaling_factor=examples.scale))
+def train_text(state: Path, examples: Examples, steps: int, batch: int = 64) -> TextEncoder:
+    """What CLIP learned from pictures before there was a UNet, in small: from the mean of the 77
+    outputs a linear layer must tell the latent. Without it the UNet learns backgrounds at once and
+    objects hardly ever: the words' gradient drowns in the noise of the diffusion.
+    """
     torch.manual_seed(0)
-    models = {"text_encoder": TextEncoder(text, OPS), "unet": UNet(config.unet, OPS)}
-    nn.init.normal_(models["text_encoder"].embeddings.token_embedding.weight, std=0.1)
-    nn.init.normal_(models["text_encoder"].embeddings.position_embedding.weight, std=0.02)
-    run = Run(state / "diffusion", models, steps, rate=8e-4)
+    encoder, head = TextEncoder(examples.config.text, OPS), nn.Linear(WIDTH, 4 * 16 * 16)
+    nn.init.normal_(encoder.embeddings.token_embedding.weight, std=0.1)
+    nn.init.normal_(encoder.embeddings.position_embedding.weight, std=0.02)
+    models = {"text_encoder": encoder, "head": head}
+    run = Run(state / "text", models, steps, rate=1e-3, decay=0.2)
     while run.step < steps:
-        x, t, ids, v = examples.batch(run.step, batch)
+        ids, x0 = examples.batch(run.step, batch)
         with torch.autocast("cpu", torch.bfloat16):
-            context = models["text_encoder"](ids).repeat(2, 1, 1)            # (2B, 77, D)
-            made = models["unet"](x, t, context).float()
+            made = head(encoder(ids).mean(dim=1)).float()                    # (B, 4*16*16)
+        run.update((made - x0.flatten(1)).square().mean())
+    run.load_ema(models)
+    return encoder
+
+
+def diffuse(x0: Tensor, alphas: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each latent at two opposite noise levels: x_t (2B, 4, 16, 16), t (2B,) and its velocity."""
+    g = torch.Generator().manual_seed(seed)
+    # Rather noisy than not: there only the words can say what to draw.
+    u = torch.rand(len(x0), generator=g)
+    u = torch.cat([u, (u + 0.5) % 1]).sqrt()
+    t = (u * len(alphas)).long()                                             # (2B,)
+    a = alphas[t, None, None, None]
+    x0 = x0.repeat(2, 1, 1, 1)                                               # (2B, 4, 16, 16)
+    noise = torch.randn(x0.shape, generator=g)
+    return a.sqrt() * x0 + (1 - a).sqrt() * noise, t, a.sqrt() * noise - (1 - a).sqrt() * x0
+
+
+def train_diffusion(
+    state: Path, examples: Examples, encoder: TextEncoder, steps: int, batch: int = 16
+) -> UNet:
+    """The UNet and the text encoder, together, on the velocity."""
+    torch.manual_seed(0)
+    encoder.train().requires_grad_(True)
+    unet = UNet(CONFIG.unet, OPS)
+    models = {"text_encoder": encoder, "unet": unet}
+    run = Run(state / "diffusion", models, steps, rate=8e-4, decay=0.5)
+    alphas = ddim.alphas_cumprod(CONFIG.schedule).float()
+    while run.step < steps:
+        ids, x0 = examples.batch(run.step, batch)
+        x, t, v = diffuse(x0, alphas, run.step)
+        with torch.autocast("cpu", torch.bfloat16):
+            made = unet(x, t, encoder(ids).repeat(2, 1, 1)).float()          # (2B, 4, 16, 16)
         run.update((made - v).square().mean())
     run.load_ema(models)
-    return config, models
+    return unet
 
 
 def main() -> None:
@@ -255,8 +196,9 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=Path.home() / ".cache/minisd/train_tiny")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
     parser.add_argument("--vae-steps", type=int, default=2700)
-    parser.add_argument("--decoder-steps", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--decoder-steps", type=int, default=3200)
+    parser.add_argument("--text-steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=11_400)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -267,8 +209,12 @@ def main() -> None:
     vae = autoencoder(args.state, args.vae_steps, args.decoder_steps)
     if not (args.state / "latents.safetensors").exists():
         make_latents(args.state, vae)
-    config, models = train_diffusion(args.state, args.steps)
-    export(args.state / "tokenizer", args.out, config, models | {"vae": vae})
+    examples = Examples(args.state)
+    encoder = train_text(args.state, examples, args.text_steps)
+    unet = train_diffusion(args.state, examples, encoder, args.steps)
+    models = {"text_encoder": encoder, "unet": unet, "vae": vae}
+    export(args.state / "tokenizer", args.out, examples.config, models)
+    shutil.copy(args.state / "words.txt", args.out)
 
 
 if __name__ == "__main__":
