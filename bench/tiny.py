@@ -5,7 +5,7 @@
 ``--state`` is the folder of weights/train_tiny.py, which holds the pictures to compare with. The
 objects, backgrounds and seeds are fixed by hashes of their names, so that nobody can choose them.
 
-* background: of a picture's outermost pixels, the share whose nearest named colour is the asked one.
+* background: the share of a picture's outermost pixels whose nearest named colour is the asked one.
 * object: all objects are put on the asked background and sorted by their distance to the picture
   (squared difference of pixels; an object's nearest skin tone counts). Is the asked one the
   nearest, or among the nearest five?
@@ -71,7 +71,8 @@ class Gallery:
 
     def right_border(self, pixels: Tensor, background: int) -> float:
         """Share of the outermost pixels of (3, 64, 64), 0..255, nearest to the asked colour."""
-        border = torch.cat([pixels[:, 0], pixels[:, -1], pixels[:, 1:-1, 0], pixels[:, 1:-1, -1]], 1)
+        sides = pixels[:, 0], pixels[:, -1], pixels[:, 1:-1, 0], pixels[:, 1:-1, -1]
+        border = torch.cat(sides, dim=1)                                     # (3, 252)
         nearest = torch.cdist(border.T, self.colours).argmin(dim=1)
         return (nearest == background).float().mean().item()
 
@@ -125,7 +126,8 @@ def main() -> None:
         asked, began = gallery.questions(held_out), time.perf_counter()
         pixels = make(sd, [gallery.prompt(*pair) for pair in asked])
         seconds = time.perf_counter() - began
-        border = sum(gallery.right_border(p, b) for p, (_, b) in zip(pixels, asked)) / len(asked)
+        pairs = zip(pixels, asked, strict=True)
+        border = sum(gallery.right_border(p, b) for p, (_, b) in pairs) / len(asked)
         ranks = gallery.ranks(pixels, asked)
         top1, top5 = ((ranks < k).float().mean().item() for k in (1, 5))
         print(f"{name:9} {len(asked):9}  {border:10.1%} {top1:6.1%} {top5:6.1%}  {seconds:7.0f}")

@@ -72,6 +72,8 @@ def diffusers_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
         "text_encoder/config.json": {
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",
+            # Else transformers computes in the file's float16 beside diffusers' float32.
+            "dtype": "float32",
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "layer_norm_eps": 1e-5,
