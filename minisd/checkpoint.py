@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -31,6 +32,7 @@ from minisd.safetensors_file import (
     read_tensor,
 )
 
+READERS = 2  # threads that copy, as much as one disk or one memory bus has use for
 SHOWN = 5  # how many names an error lists
 
 # What a folder's model_index.json may say, and the stem of each part's weight file.
@@ -144,7 +146,9 @@ def fill(
     """
     check(checkpoint, part, module)
     stored = sorted(checkpoint.parts[part].items(), key=lambda row: (row[1].path, row[1].start))
-    state = {name: read_tensor(tensor, dtype, device) for name, tensor in stored}
+    with ThreadPoolExecutor(READERS) as pool:
+        tensors = pool.map(lambda row: read_tensor(row[1], dtype, device), stored)
+        state = {name: tensor for (name, _), tensor in zip(stored, tensors, strict=True)}
     module.load_state_dict(state, strict=True, assign=True)
 
 
