@@ -38,7 +38,7 @@ other commands:
   minisd words          list the words that the shipped model knows
 to draw the word itself: minisd -- info
 
-exit codes: 1 unforeseen, 2 usage and pictures, 3 weights and missing paths, 4 memory, 5 disk or folder"""
+exit codes: 2 usage and pictures, 3 weights and missing paths, 4 memory, 5 disk or folder, 1 else"""
 
 
 def main(argv: list[str] | None = None) -> int:

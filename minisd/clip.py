@@ -32,6 +32,7 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
+
         def table(rows: int) -> nn.Embedding:
             # Not nn.Embedding(...): what it draws for a model without weights takes two seconds.
             empty = torch.empty(rows, config.hidden_size)

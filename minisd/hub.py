@@ -60,7 +60,7 @@ def download(name: str, *, log: Callable[[str], None] = lambda line: None) -> Pa
         published = {file.rfilename: file.lfs.sha256 for file in info.siblings if file.lfs}
         for file in sorted(files):
             log(f"{_checked_sha256(folder / file, published.get(file))}  {file}")
-        # Last of all: where this file is, the others are, and whole. ``cached`` relies on it.
+        # Last of all: where this file is, the others are whole; ``cached`` and loading rely on it.
         hf_hub_download(repository, INDEX, revision=info.sha)
         log(f"{_checked_sha256(folder / INDEX, None)}  {INDEX}")
     except HubError as error:

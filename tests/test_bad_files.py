@@ -8,9 +8,7 @@ import zipfile
 
 import pytest
 import torch
-from files import (
-    write,
-)
+from files import write
 from safetensors import SafetensorError, safe_open
 
 from minisd.checkpoint import WeightError, open_checkpoint
