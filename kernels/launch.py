@@ -1,0 +1,112 @@
+"""What the kernel families share: which tensors may be taken at all, and how large a tile is.
+
+Nothing is tuned at run time. The first call with new sizes compiles (about a second a kernel, kept
+in Triton's cache folder, so once a machine) and later ones launch. `python -m bench.kernels --tune`
+times the neighbours of a setting on the device at hand and prints rows for MEASURED.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_OFFSET = 2**31 - 1  # offsets inside one batch item are 32-bit; from item to item, 64-bit
+
+
+class Tile(NamedTuple):
+    """An attention tile: rows of queries, keys at a time, warps, loads in flight (stages)."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Norm(NamedTuple):
+    """A GroupNorm tile: its elements, the groups it spans in channels_last, warps."""
+
+    elements: int
+    groups: int
+    warps: int
+
+
+class Call(NamedTuple):
+    """One launch, all decided: what `run` does, and what can be compiled ahead of time."""
+
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
+    args: tuple
+    constants: dict
+    warps: int
+    stages: int = 1
+
+
+class Cost(NamedTuple):
+    """The least work a call can do: each input read once, each output written once."""
+
+    flops: int
+    bytes: int
+    exponentials: int
+
+
+# (kernel, widest piece of d or size) -> setting. Chosen from compiled code alone: no spill on any
+# target, and room for two programs or more on a multiprocessor of sm_90.
+DEFAULT = {
+    ("attention", 16): Tile(128, 64, 8, 3),
+    ("attention", 32): Tile(128, 64, 8, 3),
+    ("attention", 64): Tile(128, 64, 8, 3),
+    ("attention", 128): Tile(64, 64, 4, 2),
+    ("one tile", 16): Tile(64, 128, 4, 1),
+    ("one tile", 32): Tile(64, 128, 4, 1),
+    ("one tile", 64): Tile(64, 128, 4, 1),
+    ("one tile", 128): Tile(64, 128, 8, 1),
+    ("sliced", 2): Tile(64, 64, 4, 2),  # by bytes an element
+    ("sliced", 4): Tile(32, 32, 4, 1),
+    ("group norm", 0): Norm(4096, 1, 4),  # a group a program, in one launch
+    ("group norm", 1): Norm(4096, 4, 4),  # split, in two
+}
+# (device name as torch gives it, kernel, size) -> the setting that was fastest there.
+MEASURED: dict[tuple[str, str, int], NamedTuple] = {}
+
+
+def setting(device: torch.device, kernel: str, size: int) -> NamedTuple:
+    """The measured winner on such a device, else the default."""
+    if device.type == "cuda" and MEASURED:
+        row = (torch.cuda.get_device_name(device), kernel, size)
+        return MEASURED.get(row, DEFAULT[kernel, size])
+    return DEFAULT[kernel, size]
+
+
+def interpreted(kernel) -> bool:
+    """Whether Triton's interpreter stands in for the compiler (TRITON_INTERPRET=1)."""
+    return not isinstance(kernel, triton.JITFunction)
+
+
+def refusal(kernel, **tensors: Tensor) -> str | None:
+    """Why no kernel takes these tensors, as a sentence; None if it may.
+
+    They share one device and have a dtype of DTYPES. "meta" tensors pass as a GPU's would.
+    """
+    device = next(iter(tensors.values())).device
+    for name, x in tensors.items():
+        if x.dtype not in DTYPES:
+            return f"{name} is {x.dtype}, not float16, bfloat16 or float32"
+        if x.device != device:
+            return f"{name} is on {x.device}, not on {device}"
+        if x.requires_grad and torch.is_grad_enabled():
+            return f"{name} requires a gradient, and the kernels have no backward"
+    if device.type in ("cuda", "meta") or device.type == "cpu" and interpreted(kernel):
+        return None
+    return f"the tensors are on {device}, and the Triton kernels run on a GPU"
+
+
+def run(calls: list[Call]) -> None:
+    """Launch in order; on "meta" tensors there is nothing to launch."""
+    for call in calls:
+        if call.args[0].device.type != "meta":
+            call.kernel[call.grid](
+                *call.args, **call.constants, num_warps=call.warps, num_stages=call.stages,
+                enable_fp_fusion=True,  # some releases of Triton have it off by default
+            )
