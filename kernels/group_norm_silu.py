@@ -73,25 +73,28 @@ def _moments(
     p = tl.arange(0, PIXELS)[:, None, None]
     g = group + tl.arange(0, GROUPS)[None, :, None]
     c = tl.arange(0, CHANNELS)[None, None, :]
+    # Sums around the first value, or at a mean of 1000 a sum of 4096 loses four digits.
+    pivot = _load(x, shift, residual, x_c, x_s, r_c, r_s, first, g * CG, True, SHIFT, RESIDUAL)
     n = 0.0
     mean = tl.zeros((GROUPS,), tl.float32)
     m2 = tl.zeros((GROUPS,), tl.float32)
     for start in range(first, last, PIXELS):
         for channel in range(0, CG, CHANNELS):
-            inside = (start + p < last) & (channel + c < CG) & (g >= 0)      # (PIXELS, GROUPS, ...)
+            inside = (start + p < last) & (channel + c < CG)                 # (PIXELS, 1, CHANNELS)
             s = _load(x, shift, residual, x_c, x_s, r_c, r_s, start + p, g * CG + channel + c,
                       inside, SHIFT, RESIDUAL)                               # (PIXELS, GROUPS, ...)
+            s = tl.where(inside, s - pivot, 0.0)
             n_tile = tl.minimum(PIXELS, last - start) * tl.minimum(CHANNELS, CG - channel) * 1.0
             mean_tile = tl.sum(tl.sum(s, 2), 0) / n_tile                     # (GROUPS,)
             s = tl.where(inside, s - mean_tile[None, :, None], 0.0)
             m2_tile = tl.sum(tl.sum(s * s, 2), 0)                            # (GROUPS,)
             n, mean, m2 = _join(n, mean, m2, n_tile, mean_tile, m2_tile)
-    return mean, m2
+    return mean + tl.sum(tl.sum(pivot, 2), 0), m2
 
 
 @triton.jit
 def _normalise(
-    x, shift, residual, weight, bias, out, total, x_c, x_s, r_c, r_s, o_c, o_s,
+    x, shift, residual, weight, bias, out, total, x_c, x_s, r_c, r_s, o_c, o_s, t_c, t_s,
     group, first, last, mean, rstd, CG: tl.constexpr,
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
     SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, SILU: tl.constexpr,
@@ -106,22 +109,21 @@ def _normalise(
         w = tl.load(weight + channels, mask=channel + c < CG, other=0.0).to(tl.float32)
         b = tl.load(bias + channels, mask=channel + c < CG, other=0.0).to(tl.float32)
         for start in range(first, last, PIXELS):
-            inside = (start + p < last) & (channel + c < CG) & (g >= 0)      # (PIXELS, GROUPS, ...)
+            inside = (start + p < last) & (channel + c < CG)                 # (PIXELS, 1, CHANNELS)
             s = _load(x, shift, residual, x_c, x_s, r_c, r_s, start + p, channels, inside,
                       SHIFT, RESIDUAL)                                       # (PIXELS, GROUPS, ...)
-            at = (start + p) * o_s + channels * o_c
             if TOTAL:
-                tl.store(total + at, s.to(dtype), mask=inside)
+                tl.store(total + (start + p) * t_s + channels * t_c, s.to(dtype), mask=inside)
             y = (s - mean[None, :, None]) * rstd[None, :, None] * w + b
             if SILU:
                 y = y / (1.0 + tl.exp(-y))
-            tl.store(out + at, y.to(dtype), mask=inside)
+            tl.store(out + (start + p) * o_s + channels * o_c, y.to(dtype), mask=inside)
 
 
 @triton.jit
 def _one_launch_kernel(
     x, shift, residual, weight, bias, out, total, x_b, x_c, x_s, s_b, r_b, r_c, r_s, o_b, o_c, o_s,
-    n_pixels, bundles, eps, CG: tl.constexpr,
+    t_b, t_c, t_s, n_pixels, bundles, eps, CG: tl.constexpr,
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
     SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, SILU: tl.constexpr,
 ):
@@ -131,8 +133,8 @@ def _one_launch_kernel(
     mean, m2 = _moments(x, shift, residual, x_c, x_s, r_c, r_s, group, 0, n_pixels, CG,
                         PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL)
     rstd = 1.0 / tl.sqrt_rn(m2 / (n_pixels * CG) + eps)                      # (GROUPS,)
-    _normalise(x, shift, residual, weight, bias, out + item * o_b, total + item * o_b, x_c, x_s,
-               r_c, r_s, o_c, o_s, group, 0, n_pixels, mean, rstd, CG,
+    _normalise(x, shift, residual, weight, bias, out + item * o_b, total + item * t_b, x_c, x_s,
+               r_c, r_s, o_c, o_s, t_c, t_s, group, 0, n_pixels, mean, rstd, CG,
                PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL, TOTAL, SILU)
 
 
@@ -157,7 +159,7 @@ def _moments_kernel(
 @triton.jit
 def _apply_kernel(
     x, shift, residual, moments, weight, bias, out, total, x_b, x_c, x_s, s_b, r_b, r_c, r_s,
-    o_b, o_c, o_s, n_pixels, split, bundles, eps, CG: tl.constexpr,
+    o_b, o_c, o_s, t_b, t_c, t_s, n_pixels, split, bundles, eps, CG: tl.constexpr,
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
     SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, SILU: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -165,23 +167,22 @@ def _apply_kernel(
     item = (tl.program_id(1) // bundles).to(tl.int64)
     group = tl.program_id(1) % bundles * GROUPS
     row = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[:, None] * (2 * SPLITS)
-    i = tl.arange(0, SPLITS)
-    n = tl.maximum(tl.minimum(n_pixels - i * split, split), 0)[None, :] * CG  # (1, SPLITS)
-    means = tl.load(moments + row + i[None, :], mask=n > 0, other=0.0)       # (GROUPS, SPLITS)
-    m2s = tl.load(moments + row + SPLITS + i[None, :], mask=n > 0, other=0.0)
+    i = tl.arange(0, SPLITS)[None, :]
+    n = tl.maximum(tl.minimum(n_pixels - i * split, split), 0) * CG * 1.0    # (1, SPLITS)
+    means = tl.load(moments + row + i, mask=n > 0, other=0.0)                # (GROUPS, SPLITS)
+    m2s = tl.load(moments + row + SPLITS + i, mask=n > 0, other=0.0)
     # All splits at once: around the first one's mean, so that no large numbers are added.
     pivot = tl.load(moments + row)                                           # (GROUPS, 1)
-    n = n.to(tl.float32)
     away = tl.where(n > 0, means - pivot, 0.0)                               # (GROUPS, SPLITS)
     offset = tl.sum(away * n, 1) / (n_pixels * CG)                           # (GROUPS,)
-    away = away - offset[:, None]
-    m2 = tl.sum(m2s + away * away * n, 1)                                    # (GROUPS,)
     mean = tl.sum(pivot, 1) + offset
+    away -= offset[:, None]
+    m2 = tl.sum(m2s + away * away * n, 1)                                    # (GROUPS,)
     rstd = 1.0 / tl.sqrt_rn(m2 / (n_pixels * CG) + eps)
     first = tl.program_id(0) * split
     _normalise(x + item * x_b, shift + item * s_b, residual + item * r_b, weight, bias,
-               out + item * o_b, total + item * o_b, x_c, x_s, r_c, r_s, o_c, o_s, group, first,
-               min(first + split, n_pixels), mean, rstd, CG,
+               out + item * o_b, total + item * t_b, x_c, x_s, r_c, r_s, o_c, o_s, t_c, t_s, group,
+               first, min(first + split, n_pixels), mean, rstd, CG,
                PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL, TOTAL, SILU)
 
 
@@ -196,7 +197,7 @@ def _flat(x: Tensor) -> Tensor | None:
 
 def refusal(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int = 32,
-    shift: Tensor | None = None, residual: Tensor | None = None,
+    shift: Tensor | None = None, residual: Tensor | None = None, total: Tensor | None = None,
 ) -> str | None:
     """Why the kernel does not take these, as a sentence; None if it does."""
     if x.dim() < 2 or 0 in x.shape:
@@ -204,7 +205,8 @@ def refusal(
     channels = x.shape[1]
     if groups < 1 or channels % groups:
         return f"{channels} channels do not split into {groups} groups"
-    pictures = {"x": x} if residual is None else {"x": x, "residual": residual}
+    pictures = {"x": x, "residual": residual, "return_sum": total}
+    pictures = {name: picture for name, picture in pictures.items() if picture is not None}
     for name, picture in pictures.items():
         if picture.shape != x.shape or picture.dtype != x.dtype:
             return f"{name} is {(*picture.shape,)} {picture.dtype}, x {(*x.shape,)} {x.dtype}"
@@ -213,9 +215,7 @@ def refusal(
         flat = _flat(picture)
         if channels * flat.stride(1) + flat.shape[2] * flat.stride(2) > launch.MAX_OFFSET:
             return f"{name} is too large: one item passes 2^31 elements"
-    rows = {"weight": weight, "bias": bias}
-    if shift is not None:
-        rows["shift"] = shift
+    rows = {"weight": weight, "bias": bias} | ({} if shift is None else {"shift": shift})
     for name, row in rows.items():
         shapes = [(channels,)] + [(x.shape[0], channels)] * (name == "shift")
         if tuple(row.shape) not in shapes or row.stride(-1) != 1:
@@ -226,21 +226,22 @@ def refusal(
 def group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int = 32, eps: float = 1e-5,
     silu: bool = True, shift: Tensor | None = None, residual: Tensor | None = None,
-    return_sum: bool = False,
+    return_sum: bool | Tensor = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """GroupNorm, then SiLU if asked; the same bits every time.
 
     x (B, C, ...); weight and bias (C,); returns x's shape, dtype and layout. First x becomes
     s = x + shift + residual, rounded to x's dtype: ``shift`` (C,) or (B, C), such as a
     convolution's bias or a time embedding; ``residual`` of x's shape. ``return_sum`` returns
-    (result, s).
+    (result, s); given as a tensor of x's shape, s is written there.
 
     Raises ValueError with the sentence of `refusal`.
     """
-    if why := refusal(x, weight, bias, groups, shift, residual):
+    total = return_sum if isinstance(return_sum, Tensor) else None
+    if why := refusal(x, weight, bias, groups, shift, residual, total):
         raise ValueError(f"group_norm_silu: {why}")
     out = _like(x)
-    total = _like(x) if return_sum else None
+    total = _like(x) if return_sum is True else total
     launch.run(plan(x, weight, bias, out, total, groups, eps, silu, shift, residual))
     return out if total is None else (out, total)
 
@@ -279,7 +280,7 @@ def plan(
     bundles = groups // spans
     sizes = dict(CG=cg, PIXELS=rows, GROUPS=spans, CHANNELS=width) | front
     strides = (*x.stride(), shift.stride(0) if shift.dim() == 2 else 0, *residual.stride())
-    ends = (weight, bias, out, total, *strides, *out.stride(), pixels)
+    ends = (weight, bias, out, total, *strides, *out.stride(), *total.stride(), pixels)
     if not two:
         args = (x, shift, residual, *ends, bundles, eps)
         return [launch.Call(_one_launch_kernel, (batch * bundles,), args, sizes | back, tile.warps)]
@@ -293,10 +294,6 @@ def plan(
             launch.Call(_apply_kernel, grid, second, sizes | back, tile.warps)]
 
 
-def cost(x_elements: int, itemsize: int, residual: bool = False, total: bool = False) -> launch.Cost:
-    """The least work of one call: x read and y written once, and what the front adds.
-
-    Operations an element: 3 for the moments, 4 to normalise, 3 and an exponential for SiLU.
-    """
-    tensors = 2 + residual + total
-    return launch.Cost(10 * x_elements, tensors * x_elements * itemsize, x_elements)
+def cost(elements: int, itemsize: int, residual: bool = False, total: bool = False) -> launch.Cost:
+    """The least work of one call; 10 operations and, for SiLU, an exponential an element."""
+    return launch.Cost(10 * elements, (2 + residual + total) * elements * itemsize, elements)

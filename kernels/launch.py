@@ -66,6 +66,8 @@ DEFAULT = {
     ("sliced", 4): Tile(32, 32, 4, 1),
     ("group norm", 0): Norm(4096, 1, 4),  # a group a program, in one launch
     ("group norm", 1): Norm(4096, 4, 4),  # split, in two
+    ("layer norm", 0): Norm(2048, 1, 4),
+    ("geglu", 0): Norm(2048, 1, 4),
 }
 # (device name as torch gives it, kernel, size) -> the setting that was fastest there.
 MEASURED: dict[tuple[str, str, int], NamedTuple] = {}

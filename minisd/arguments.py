@@ -82,8 +82,8 @@ def check(
     steps = _integer("num_inference_steps", num_inference_steps, 1, trained)
     guidance_scale = _real("guidance_scale", guidance_scale)
     eta = _real("eta", eta, 0.0, 1.0)
-    height = _side("height", height, f, config.sample_size)
-    width = _side("width", width, f, config.sample_size)
+    height = side("height", height, f, config.sample_size)
+    width = side("width", width, f, config.sample_size)
     strength, left = _strength(strength, steps, image, mask_image)
     _task(config, image, mask_image, latents, strength)
     generators = _generators(count * copies, seed, generator)
@@ -143,7 +143,7 @@ def _task(
         raise ValueError("give either image or latents to start from, not both")
 
 
-def _side(name: str, value: object, multiple: int, default: int) -> int:
+def side(name: str, value: object, multiple: int, default: int) -> int:
     """A height or width in pixels: a multiple of ``multiple``, at most MAX_SIDE."""
     if value is None:
         return default

@@ -1,14 +1,16 @@
 """The few functions that a kernel may replace: attention, and GroupNorm followed by SiLU.
 
 Every model is built with an `Ops`, a record of functions that have one meaning and several bodies:
-`REFERENCE` writes the formula out, `TORCH` says the same through torch's own fused calls. Two
-models with different ops live side by side; there is no global switch.
+`REFERENCE` writes the formula out, `TORCH` says the same through torch's own fused calls, and the
+Triton kernels of minisd_kernels are the third. Two models with different ops live side by side;
+there is no global switch. Asked for by name, an op runs or raises; only "auto" may choose, and
+`watch` notes what every call took.
 
 B batch, L tokens (q queries, k keys), H heads, d channels per head, C channels, G groups
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ class Ops:
     name: str
     attention: Callable[..., Tensor]
     group_norm_silu: Callable[..., Tensor]
+    why: str = ""  # why none of them is a kernel; empty where they may be
 
     def norm(self, layer: nn.GroupNorm, x: Tensor) -> Tensor:
         """GroupNorm with the layer's weights."""
@@ -99,18 +102,108 @@ def torch_group_norm_silu(
     return F.silu(y, inplace=not y.requires_grad) if silu else y
 
 
-REFERENCE = Ops("reference", reference_attention, reference_group_norm_silu)
-TORCH = Ops("torch", torch_attention, torch_group_norm_silu)
+OTHERS = "the kernels were not asked for"
+REFERENCE = Ops("reference", reference_attention, reference_group_norm_silu, OTHERS)
+TORCH = Ops("torch", torch_attention, torch_group_norm_silu, OTHERS)
+
+# Compute capabilities on which every kernel was found equal: those with a table in bench/results.
+# Code that never ran on a GPU is nobody's default.
+PROVEN: frozenset[tuple[int, int]] = frozenset()
 
 
-def choose(name: str) -> Ops:
-    """The ops of that name; "auto" is "torch". Raises ValueError where there is none."""
-    bodies = {"auto": TORCH, "torch": TORCH, "reference": REFERENCE}
-    if name in ("triton", "fused"):
-        raise ValueError(
-            f'ops="{name}" needs the Triton kernels, which this version of minisd does not have; '
-            'use "torch" or "reference"'
-        )
+def choose(name: str, device: torch.device) -> Ops:
+    """The ops of that name for a model on that device. Raises ValueError where there are none.
+
+    "auto" is the kernels on a GPU of a proven capability, call by call, and torch's elsewhere.
+    """
+    if name == "triton":
+        if why := _no_kernels(device):
+            raise ValueError(f'ops="triton" cannot be had: {why}')
+        return _kernels()
+    if name == "auto":
+        why = _no_kernels(device) or _not_proven(device)
+        return replace(TORCH, why=why) if why else _kernels_or_torch()
+    if name == "fused":
+        raise ValueError('ops="fused" is not there yet; use "triton", "torch" or "reference"')
+    bodies = {"torch": TORCH, "reference": REFERENCE}
     if name not in bodies:
-        raise ValueError(f"ops must be one of {', '.join(bodies)}, not {name!r}")
+        raise ValueError(f"ops must be one of auto, torch, reference, triton, not {name!r}")
     return bodies[name]
+
+
+def _no_kernels(device: torch.device) -> str:
+    """Why the kernels cannot run on that device at all; empty if they can."""
+    try:
+        from minisd_kernels.flash_attention import refusal
+    except ModuleNotFoundError as error:
+        return f"no module named {error.name}; pip install 'minisd[kernels]' brings it, on Linux"
+    x = torch.empty(1, 1, 8, device=device)
+    return refusal(x, x, x, heads=1) or ""
+
+
+def _not_proven(device: torch.device) -> str:
+    capability = torch.cuda.get_device_capability(device)
+    if capability in PROVEN:
+        return ""
+    return "the kernels have not been measured on compute capability {}.{}".format(*capability)
+
+
+def _kernels() -> Ops:
+    from minisd_kernels.flash_attention import flash_attention
+    from minisd_kernels.group_norm_silu import group_norm_silu
+
+    return Ops("triton", flash_attention, group_norm_silu)
+
+
+def _refusal(function: str, *args) -> str | None:
+    """Why the kernel of that function does not take a call; None if it does."""
+    from minisd_kernels import flash_attention, group_norm_silu
+
+    family = {"attention": flash_attention, "group_norm_silu": group_norm_silu}[function]
+    return family.refusal(*args)
+
+
+def _kernels_or_torch() -> Ops:
+    """A kernel wherever it takes the call, torch where it does not."""
+    kernels = _kernels()
+
+    def attention(q, k, v, heads, causal=False):
+        body = TORCH if _refusal("attention", q, k, v, heads) else kernels
+        return body.attention(q, k, v, heads, causal=causal)
+
+    def group_norm_silu(x, weight, bias, groups, eps, silu):
+        body = TORCH if _refusal("group_norm_silu", x, weight, bias, groups) else kernels
+        return body.group_norm_silu(x, weight, bias, groups, eps, silu)
+
+    return Ops("auto", attention, group_norm_silu)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op: its sizes, the body it took, and why that was not a kernel."""
+
+    function: str
+    sizes: str
+    took: str
+    why: str
+
+
+def watch(ops: Ops, calls: list[Call]) -> Ops:
+    """The same ops, adding every call to ``calls``."""
+
+    def note(function, sizes, *args):
+        why = ops.why or _refusal(function, *args) or ""
+        plain = "torch" if ops.name == "auto" else ops.name
+        calls.append(Call(function, sizes, plain if why else "triton", why))
+
+    def attention(q, k, v, heads, causal=False):
+        sizes = f"{heads} heads of {q.shape[2] // heads}, {q.shape[1]}x{k.shape[1]}"
+        note("attention", sizes, q, k, v, heads)
+        return ops.attention(q, k, v, heads, causal=causal)
+
+    def group_norm_silu(x, weight, bias, groups, eps, silu):
+        sizes = f"{x.shape[1]} at {'x'.join(map(str, x.shape[2:]))}" + ", SiLU" * silu
+        note("group_norm_silu", sizes, x, weight, bias, groups)
+        return ops.group_norm_silu(x, weight, bias, groups, eps, silu)
+
+    return Ops(ops.name, attention, group_norm_silu)

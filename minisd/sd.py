@@ -26,6 +26,9 @@ from minisd import arguments, checkpoint, ddim, ops as bodies, image as pictures
 from minisd.arguments import Request
 from minisd.clip import TextEncoder
 from minisd.config import Config
+from minisd.coverage import coverage
+from minisd.latents import Known, Noise
+from minisd.ops import Call
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
@@ -42,43 +45,6 @@ class Output:
     images: Any
     seeds: list[int]
     settings: list[dict]
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Draws noise for B pictures, each from its own generator.
-
-    So a picture depends neither on the others of its batch nor on the device; and it is drawn in
-    float32 and cast, so that it does not depend on the dtype either.
-    """
-
-    generators: list[torch.Generator]
-    like: Tensor  # (1, 4, h, w): the size, device and dtype wanted
-
-    def draw(self) -> Tensor:
-        """Standard normal numbers (B, 4, h, w)."""
-        shape = self.like.shape[1:]
-        drawn = [torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in self.generators]
-        return torch.stack([noise.to(self.like) for noise in drawn])         # (B, 4, h, w)
-
-
-@dataclass(frozen=True)
-class Known:
-    """What inpainting keeps: the given picture, wherever the mask is 0."""
-
-    image: Tensor  # (1, 3, H, W) in [-1, 1]
-    mask: Tensor   # (1, 1, H, W)
-    x0: Tensor     # (B, 4, h, w), latents of the picture
-    noise: Tensor  # (B, 4, h, w)
-
-    def put_back(self, x: Tensor, a: float) -> Tensor:
-        """x (B, 4, h, w) with its known part replaced by the picture at signal share ``a``."""
-        mask = F.interpolate(self.mask, size=x.shape[-2:])                   # (1, 1, h, w)
-        return (1 - mask) * ddim.add_noise(self.x0, self.noise, a) + mask * x
-
-    def paste(self, image: Tensor) -> Tensor:
-        """image (B, 3, H, W) with its known part replaced by the given picture."""
-        return (1 - self.mask) * self.image + self.mask * image
 
 
 class StableDiffusion:
@@ -150,6 +116,16 @@ class StableDiffusion:
         x = self._denoise(r, x, context, noise, known, extra, callback_on_step_end, progress)
         seeds = [g.initial_seed() for g in r.generators]
         return Output(self._images(x, known, output_type), seeds, r.settings())
+
+    def coverage(self, height: int | None = None, width: int | None = None) -> list[Call]:
+        """What each attention and GroupNorm of one UNet forward took, and why not a kernel.
+
+        ``height`` and ``width`` are pixels, as in a call; two latents, as with guidance.
+        """
+        f, usual = self.config.vae.downscale, self.config.sample_size
+        height = arguments.side("height", height, f, usual) // f
+        width = arguments.side("width", width, f, usual) // f
+        return coverage(self.config.unet, self.unet.ops, height, width, self._weight.dtype)
 
     @property
     def _weight(self) -> Tensor:
@@ -268,13 +244,14 @@ def load(
     or "v_prediction", where the file does not say.
 
     ``device`` "auto" is cuda, then mps, then cpu; ``dtype`` "auto" is float16 on a GPU and
-    float32 on a CPU; ``ops`` "auto", "torch" or "reference".
+    float32 on a CPU; ``ops`` "torch", "reference" (the formulas written out), "triton" (the GPU
+    kernels, which refuse rather than fall back) or "auto".
 
     Raises FileNotFoundError, WeightError (naming file and tensor), or ValueError for the rest.
     """
     device = arguments.device(device)
     dtype = arguments.dtype(dtype, device)
-    body = bodies.choose(ops)
+    body = bodies.choose(ops, device)
     if path is None:
         path = resources.files("minisd_weights") / "tiny"
     found = checkpoint.open_checkpoint(path, config=config, vae=vae,

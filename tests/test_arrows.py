@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {
     "__init__": {"checkpoint", "image", "sd"},
     "__main__": {"checkpoint", "hub", "image", "sd"},
-    "sd": {"arguments", "checkpoint", "clip", "config", "ddim", "image", "ops", "tokenizer",
-           "unet", "vae"},
+    "sd": {"arguments", "checkpoint", "clip", "config", "coverage", "ddim", "image", "latents",
+           "ops", "tokenizer", "unet", "vae"},
+    "latents": {"ddim"},
+    "coverage": {"config", "ops", "unet"},
     "arguments": {"config", "ddim"},
     "clip": {"config", "ops"},
     "unet": {"config", "ops"},
@@ -149,7 +151,8 @@ minisd.load, minisd.StableDiffusion, minisd.WeightError, minisd.ImageError  # no
 assert "torch" in sys.modules
 import minisd.hub, minisd.__main__
 from minisd.ops import choose
-choose("auto")
+import torch
+choose("auto", torch.device("cpu"))
 """
 
 

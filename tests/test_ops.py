@@ -1,11 +1,16 @@
 """The reference ops are the formulas, in NumPy float64; the torch ops are the reference ops."""
 
+import csv
+import re
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from oracles import error, randn
 
-from minisd.ops import REFERENCE, TORCH, choose
+from minisd.ops import PROVEN, REFERENCE, TORCH, Call, choose, watch
 
 # Floating point noise of a few hundred sums of numbers of size one.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -127,7 +132,71 @@ def test_half_precision_group_norm(dtype):
     assert error(out, exact) <= torch.finfo(dtype).eps * exact.abs().max()
 
 
+CPU = torch.device("cpu")
+
+
 def test_choose():
-    assert choose("torch") is TORCH and choose("reference") is REFERENCE
-    with pytest.raises(ValueError, match="ops must be one of"):
-        choose("numpy")
+    assert choose("torch", CPU) is TORCH and choose("reference", CPU) is REFERENCE
+    with pytest.raises(ValueError, match="ops must be one of auto, torch, reference, triton"):
+        choose("numpy", CPU)
+
+
+def test_auto_is_torch_where_no_gpu_is_and_says_why():
+    ops = choose("auto", CPU)
+    assert (ops.attention, ops.group_norm_silu) == (TORCH.attention, TORCH.group_norm_silu)
+    calls = []
+    x = randn(1, 5, 16)
+    assert torch.equal(watch(ops, calls).attention(x, x, x, 2), TORCH.attention(x, x, x, 2))
+    assert calls == [Call("attention", "2 heads of 8, 5x5", "torch", ops.why)]
+    assert "run on a GPU" in ops.why or "triton" in ops.why
+
+
+def test_by_name_the_kernels_never_fall_back():
+    with pytest.raises(ValueError, match='ops="triton" cannot be had: .*(run on a GPU|triton)'):
+        choose("triton", CPU)
+
+
+@pytest.mark.parametrize("name", ["triton", "auto"])
+def test_without_triton(name, monkeypatch):
+    for module in [m for m in sys.modules if m.startswith("minisd_kernels")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "triton", None)  # now an import of it fails
+    sentence = r"no module named triton; pip install 'minisd\[kernels\]' brings it"
+    if name == "triton":
+        with pytest.raises(ValueError, match=sentence):
+            choose(name, CPU)
+    else:
+        assert re.search(sentence, choose(name, CPU).why)
+
+
+def test_auto_on_a_proven_gpu_chooses_call_by_call(monkeypatch):
+    """"meta" stands in for the GPU: the kernels' checks pass there and nothing is launched."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("meta")
+    assert "not been measured on compute capability 9.0" in choose("auto", gpu).why
+    monkeypatch.setattr("minisd.ops.PROVEN", {(9, 0)})
+    calls = []
+    ops = watch(choose("auto", gpu), calls)
+    for d, dtype in ((40, torch.float16), (44, torch.float16), (40, torch.float64)):
+        x = torch.empty(2, 16, 2 * d, dtype=dtype, device=gpu)
+        assert ops.attention(x, x, x, 2).shape == x.shape
+    picture, row = torch.empty(2, 64, 3, 3, device=gpu), torch.empty(64, device=gpu)
+    assert ops.group_norm_silu(picture, row, row, 32, 1e-5, True).shape == picture.shape
+    assert ops.group_norm_silu(picture[..., ::2], row, row, 32, 1e-5, False).shape[-1] == 2
+    assert [(call.took, call.why) for call in calls] == [
+        ("triton", ""),
+        ("torch", "a head of width 44: it must be a multiple of 8 up to 256, or 512"),
+        ("torch", "q is torch.float64, not float16, bfloat16 or float32"),
+        ("triton", ""),
+        ("torch", "x is neither NCHW nor channels_last"),
+    ]
+    assert calls[3].sizes == "64 at 3x3, SiLU" and calls[4].sizes == "64 at 3x2"
+
+
+def test_only_capabilities_with_a_table_of_equality_are_proven():
+    table = Path(__file__).parents[1] / "bench" / "results" / "equality.csv"
+    rows = list(csv.DictReader(table.open())) if table.exists() else []
+    measured = {tuple(map(int, row["capability"].split("."))) for row in rows}
+    failed = {tuple(map(int, row["capability"].split("."))) for row in rows if row["ok"] != "True"}
+    assert PROVEN <= measured - failed
