@@ -10,6 +10,7 @@ import types
 from dataclasses import replace
 from functools import cache
 from operator import attrgetter
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ from PIL import Image
 from traps import TRAPS
 
 import minisd.clip
+import minisd.sd
 import minisd.unet
 import minisd.vae
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
@@ -248,8 +250,11 @@ def loop(task):
         errors = []
         for model in TASKS[task][1]:
             m = small_model(model)
-            sd = module.StableDiffusion(model, m.tokenizer, m.text_encoder, m.unet, m.vae)
-            ours = sd(PROMPTS, seed=0, **CALL, **TASKS[task][2]).images
+            # The module is sd itself, or latents, from which sd has its noise.
+            kind = getattr(module, "StableDiffusion", minisd.sd.StableDiffusion)
+            sd = kind(model, m.tokenizer, m.text_encoder, m.unet, m.vae)
+            with patch.multiple(minisd.sd, Noise=module.Noise, Known=module.Known):
+                ours = sd(PROMPTS, seed=0, **CALL, **TASKS[task][2]).images
             errors.append(error(ours, official_latents(task, model)))
         return max(errors)
     return check

@@ -134,7 +134,7 @@ TRAPS = [
          "all pictures of the first prompt come first", "text_to_image"),
     Trap("sd", "noise.draw() if r.eta > 0", "torch.randn_like(x) if r.eta > 0",
          "each picture draws its noise from its own generator", "text_to_image"),
-    Trap("sd", "dtype=torch.float32)", "dtype=torch.float64)",
+    Trap("latents", "dtype=torch.float32)", "dtype=torch.float64)",
          "noise is drawn in float32: in another dtype the same seed gives other numbers",
          "text_to_image"),
     Trap("sd", '"encode", image, noise.draw())', '"encode", image, 0 * noise.draw())',
