@@ -178,7 +178,7 @@ def _drawing_parser() -> _Parser:
     option("--dtype", default="auto", help="float32, float16 or bfloat16 (default: %(default)s:"
            " float16 on a GPU, float32 on a CPU)")
     option("--ops", default="auto", help="torch, its fused calls; reference, the formulas written"
-           " out; triton, the GPU kernels; or auto (default: %(default)s)")
+           " out; triton, the GPU kernels; fused; or auto (default: %(default)s)")
     option("--image", help="a picture to start from")
     option("--mask", help="where to repaint --image: light is repainted, dark is kept")
     option("--strength", type=_number(float, lambda s: 0 < s <= 1, "above 0 and at most 1"),

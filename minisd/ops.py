@@ -115,19 +115,22 @@ def choose(name: str, device: torch.device) -> Ops:
     """The ops of that name for a model on that device. Raises ValueError where there are none.
 
     "auto" is the kernels on a GPU of a proven capability, call by call, and torch's elsewhere.
+    "fused" says that the UNet is to be packed anew as well (minisd_kernels.fused_unet): with the
+    kernels on a GPU, with torch's on a CPU.
     """
-    if name == "triton":
-        if why := _no_kernels(device):
-            raise ValueError(f'ops="triton" cannot be had: {why}')
-        return _kernels()
+    if name in ("triton", "fused"):
+        why = _no_kernels(device)
+        if why and name == "fused" and device.type == "cpu":
+            return replace(TORCH, name=name, why=why)
+        if why:
+            raise ValueError(f'ops="{name}" cannot be had: {why}')
+        return replace(_kernels(), name=name)
     if name == "auto":
         why = _no_kernels(device) or _not_proven(device)
         return replace(TORCH, why=why) if why else _kernels_or_torch()
-    if name == "fused":
-        raise ValueError('ops="fused" is not there yet; use "triton", "torch" or "reference"')
     bodies = {"torch": TORCH, "reference": REFERENCE}
     if name not in bodies:
-        raise ValueError(f"ops must be one of auto, torch, reference, triton, not {name!r}")
+        raise ValueError(f"ops must be one of auto, torch, reference, triton, fused, not {name!r}")
     return bodies[name]
 
 

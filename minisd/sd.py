@@ -174,9 +174,10 @@ class StableDiffusion:
         """Walk x (B, 4, h, w) down the timesteps: Stable Diffusion is this loop."""
         # After the last timestep comes the noise level of timestep 0, which is not quite none.
         alphas = [self.alphas[t] for t in r.timesteps] + [self.alphas[0]]
+        ask = self._asker(context, r.timesteps)
         bar = tqdm(r.timesteps, disable=None if progress is None else not progress)
         for i, t in enumerate(bar):
-            prediction = self._predict(x, t, context, r.guidance_scale, extra)
+            prediction = self._predict(ask, x, i, r.guidance_scale, extra)
             fresh = noise.draw() if r.eta > 0 else None
             x = ddim.step(x, prediction, alphas[i], alphas[i + 1],
                           self.config.schedule.prediction_type, r.eta, fresh)
@@ -187,15 +188,25 @@ class StableDiffusion:
                 x = arguments.changed_latents(changes, x)
         return _finite(x, "the UNet")
 
-    def _predict(self, x: Tensor, t: int, context: Tensor, guidance_scale: float,
+    def _asker(self, context: Tensor, timesteps: list[int]) -> Callable[[Tensor, int], Tensor]:
+        """(x, i) -> the UNet's answer at the i-th timestep for every context: x (B, C, h, w) is
+        asked about once with each half of a context twice as long."""
+        if not isinstance(self.unet, UNet):
+            from minisd_kernels.fused_step import Steps
+
+            return Steps(self.unet, context, timesteps)
+
+        def ask(x: Tensor, i: int) -> Tensor:
+            x = x.repeat(len(context) // len(x), 1, 1, 1)                    # (B or 2B, C, h, w)
+            t = torch.full((len(x),), timesteps[i], device=x.device)
+            return self.unet(x, t, context)
+        return ask
+
+    def _predict(self, ask: Callable, x: Tensor, i: int, guidance_scale: float,
                  extra: Tensor | None) -> Tensor:
         """The UNet's answer for x (B, 4, h, w), with guidance unless its scale is 1."""
-        if extra is not None:
-            x = torch.cat([x, extra], dim=1)                                 # (B, 9, h, w)
-        if guidance_scale != 1.0:
-            x = torch.cat([x, x])                                            # (2B, C, h, w)
-        ts = torch.full((len(x),), t, device=x.device)
-        prediction = self.unet(x.to(context), ts, context).to(x)             # (B or 2B, 4, h, w)
+        inputs = x if extra is None else torch.cat([x, extra], dim=1)        # (B, 4 or 9, h, w)
+        prediction = ask(inputs.to(self._weight), i).to(x)                   # (B or 2B, 4, h, w)
         if guidance_scale == 1.0:
             return prediction
         without, with_prompt = prediction.chunk(2)                           # (B, 4, h, w)
@@ -245,7 +256,8 @@ def load(
 
     ``device`` "auto" is cuda, then mps, then cpu; ``dtype`` "auto" is float16 on a GPU and
     float32 on a CPU; ``ops`` "torch", "reference" (the formulas written out), "triton" (the GPU
-    kernels, which refuse rather than fall back) or "auto".
+    kernels, which refuse rather than fall back), "fused" (these and a UNet packed anew; on a CPU
+    with torch's ops) or "auto".
 
     Raises FileNotFoundError, WeightError (naming file and tensor), or ValueError for the rest.
     """
@@ -274,4 +286,15 @@ def load(
     for part, module in parts.items():
         checkpoint.fill(found, part, module, dtype, device)
         module.eval().requires_grad_(False)
+    if body.name in ("fused", "auto"):
+        parts["unet"] = _fused(parts["unet"])
     return StableDiffusion(found.config, tokenizer, **parts)
+
+
+def _fused(unet: UNet):
+    """The UNet packed anew, around the same ops."""
+    from minisd_kernels.bodies import PLAIN, triton_bodies
+    from minisd_kernels.fused_unet import FusedUNet
+
+    bodies = PLAIN if unet.ops.why else triton_bodies()
+    return FusedUNet(unet, bodies._replace(attention=unet.ops.attention))

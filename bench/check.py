@@ -1,0 +1,93 @@
+"""Is it right: a result against the reference in float64, and against torch's own error.
+
+The bound is that of flash-attention's tests: twice the error of torch's own call on the same
+inputs in the same dtype; and, because torch may be right by luck where two correct results round
+differently, one unit in the last place of the largest number.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.group_norm import AllGroupNorms
+from minisd.ops import merge_heads
+
+
+class Verdict(NamedTuple):
+    """The kernel's largest error, torch's own, and what the kernel's may be."""
+
+    ours: float
+    torch: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.ours <= self.bound < float("inf")  # also False of NaN
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, torch.empty is full of NaN: what a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def error(result: Tensor | Sequence[Tensor], exact: Tensor | Sequence[Tensor]) -> float:
+    """The largest difference; of shapes that differ, or of anything not finite, infinity."""
+    if not isinstance(exact, Tensor):
+        return max(error(a, b) for a, b in zip(result, exact, strict=True))
+    if result.dim() == 4 and exact.dim() == 3:
+        result = merge_heads(result)  # as the peers of attention leave it
+    if result.shape != exact.shape or not result.isfinite().all():
+        return float("inf")
+    return (result.double() - exact).abs().max().item()
+
+
+def last_place(exact: Tensor | Sequence[Tensor], dtype: torch.dtype) -> float:
+    largest = max(x.abs().max().item() for x in ([exact] if isinstance(exact, Tensor) else exact))
+    return torch.finfo(dtype).eps * largest
+
+
+def verdict(case, inputs: tuple, exact: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Verdict:
+    """Run the kernel and torch once. Raises whatever the kernel does."""
+    by_torch = error(case.yardstick(*inputs), exact)
+    with poisoned():
+        ours = case.ours(*inputs)
+    return Verdict(error(ours, exact), by_torch, 2 * by_torch + last_place(exact, dtype))
+
+
+def check(case, device: torch.device, dtype: torch.dtype) -> Verdict:
+    """The same on fresh inputs."""
+    inputs = case.inputs(device, dtype)
+    return verdict(case, inputs, case.exact(*inputs), dtype)
+
+
+def equality(cases: list, device: torch.device, dtypes: Sequence[torch.dtype],
+             add: Callable[[dict], None]) -> bool:
+    """Every size in every dtype, as rows of equality.csv; whether all were right."""
+    all_right = True
+    for case in cases:
+        for dtype in () if isinstance(case, AllGroupNorms) else dtypes:
+            row = {"kernel": case.kernel, "shape": case.label, "dtype": str(dtype)[6:], "ok": False}
+            try:
+                found = check(case, device, dtype)
+                row |= {"max_err": f"{found.ours:.3g}", "torch_err": f"{found.torch:.3g}",
+                        "bound": f"{found.bound:.3g}", "ok": found.ok}
+            except Exception as failure:
+                row["note"] = one_line(failure)
+            add(row)
+            said = row.get("note") or f"error {found.ours:.1e}, torch's {found.torch:.1e}"
+            print("equal" if row["ok"] else "WRONG", *list(row.values())[:3], said, flush=True)
+            all_right &= row["ok"]
+    return all_right
+
+
+def one_line(failure: Exception, *more: str) -> str:
+    """What went wrong, short enough for a row."""
+    return f"{type(failure).__name__}: {' '.join('; '.join([str(failure), *more]).split())}"[:300]

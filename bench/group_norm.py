@@ -1,0 +1,183 @@
+"""GroupNorm and SiLU as the bench sees it: inputs, the exact result, the kernel, and its peers.
+
+torch's own GroupNorm on a GPU writes NCHW whatever it reads. Its result is not copied back into
+channels_last: the peers are charged for no copy that they do not need.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from minisd_kernels import group_norm_silu as kernel, launch
+from torch import Tensor
+
+from minisd.ops import REFERENCE, TORCH
+
+HEADLINE = ("SD1.5", 320, 64, True, True)
+MODES = {"compiled": "default", "compiled max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def eager(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool,
+) -> Tensor:
+    """The two calls that everyone writes; what torch.compile is given."""
+    y = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(y) if silu else y
+
+
+class Compiler:
+    """torch.compile, size by size, until ``seconds`` of compiling are spent."""
+
+    def __init__(self, seconds: float):
+        self.left = seconds
+        self.seen: set[tuple] = set()
+        # A kernel a size. Past the limit torch would go on uncompiled and say nothing.
+        torch._dynamo.config.recompile_limit = 1000
+        torch._dynamo.config.accumulated_recompile_limit = 1000
+        self.functions = {
+            name: torch.compile(eager, mode=mode, dynamic=False, fullgraph=True)
+            for name, mode in MODES.items()
+        }
+
+    def __call__(self, name: str, rest: tuple, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """`eager`, compiled as ``name``; ``rest`` are its last arguments."""
+        size = (name, rest, x.shape, x.stride(), x.dtype)
+        if size in self.seen:
+            return self.functions[name](x, weight, bias, *rest)
+        if self.left <= 0:
+            raise RuntimeError("the budget for compiling is spent (--compile-minutes)")
+        start = time.monotonic()
+        y = self.functions[name](x, weight, bias, *rest)
+        self.left -= time.monotonic() - start
+        self.seen.add(size)
+        return y
+
+
+class GroupNorm(NamedTuple):
+    """One size of GroupNorm, of which a forward of ``model`` makes ``calls``."""
+
+    model: str
+    batch: int
+    channels: int
+    side: int
+    silu: bool
+    calls: int
+    channels_last: bool = False
+    groups: int = 32
+
+    kernel = "group_norm_silu"
+    rate = "GB/s"
+
+    @property
+    def layout(self) -> str:
+        return "channels_last" if self.channels_last else "nchw"
+
+    @property
+    def label(self) -> str:
+        sizes = f"{self.batch}x{self.channels}x{self.side}x{self.side}"
+        return f"{self.model} {sizes}{' silu' * self.silu} {self.layout}"
+
+    @property
+    def rest(self) -> tuple[int, float, bool]:
+        """groups, eps and silu. In the UNet res blocks have SiLU and 1e-5, transformers neither."""
+        return self.groups, 1e-5 if self.silu else 1e-6, self.silu
+
+    def cost(self, itemsize: int) -> launch.Cost:
+        return kernel.cost(self.batch * self.channels * self.side**2, itemsize)
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """x (B, C, h, w), weight and bias (C,): off-centre noise."""
+        randn = partial(torch.randn, device=device, dtype=dtype)
+        x = -2.3 + 0.5 * randn(self.batch, self.side, self.side, self.channels)
+        x = x.permute(0, 3, 1, 2)                                            # (B, C, h, w)
+        x = x if self.channels_last else x.contiguous()
+        return x, 1 + 0.5 * randn(self.channels), 0.5 * randn(self.channels)
+
+    def exact(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The reference in float64, an item at a time."""
+        affine = weight.double(), bias.double()
+        return torch.cat([REFERENCE.group_norm_silu(item.double(), *affine, *self.rest)
+                          for item in x.split(1)])
+
+    def ours(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return kernel.group_norm_silu(x, weight, bias, *self.rest)
+
+    def by_torch(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return TORCH.group_norm_silu(x, weight, bias, *self.rest)
+
+    def yardstick(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """torch in NCHW: in channels_last on a CPU it takes E[x^2] - E[x]^2 and loses digits."""
+        return self.by_torch(x.contiguous(), weight, bias)
+
+    def by_reference(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return REFERENCE.group_norm_silu(x, weight, bias, *self.rest)
+
+    def peers(self, device: torch.device, compiler: Compiler) -> dict[str, Callable | str]:
+        """Name -> call; a string is why there is none."""
+        peers: dict[str, Callable | str] = {"eager": lambda *args: eager(*args, *self.rest)}
+        modes = list(MODES)
+        if (self.model, self.channels, self.side, self.silu, self.channels_last) != HEADLINE:
+            modes.remove("compiled max-autotune")  # it takes too long for more than one size
+        peers |= {mode: partial(compiler, mode, self.rest) for mode in modes}
+        peers["liger"] = self._liger if _has_liger() else "liger_kernel is not installed"
+        if device.type == "cpu":
+            peers |= {"torch": self.by_torch, "reference": self.by_reference}
+        return peers
+
+    def _liger(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        from liger_kernel.ops.group_norm import LigerGroupNormFunction
+
+        groups, eps, silu = self.rest
+        y = LigerGroupNormFunction.apply(x, weight, bias, self.channels, groups, eps)
+        return F.silu(y) if silu else y
+
+
+class AllGroupNorms(NamedTuple):
+    """Every GroupNorm of one forward, one after another: one call here is all of them."""
+
+    norms: tuple[GroupNorm, ...]  # as often as they are called
+
+    kernel = "group_norm_silu"
+    rate = "GB/s"
+    calls = 1
+
+    @property
+    def label(self) -> str:
+        return f"{self.norms[0].model} all {len(self.norms)} {self.norms[0].layout}"
+
+    def cost(self, itemsize: int) -> launch.Cost:
+        return launch.Cost(*map(sum, zip(*(norm.cost(itemsize) for norm in self.norms))))
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple(norm.inputs(device, dtype) for norm in self.norms)
+
+    def exact(self, *inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        return self._each([norm.exact for norm in self.norms], *inputs)
+
+    def ours(self, *inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        return self._each([norm.ours for norm in self.norms], *inputs)
+
+    def yardstick(self, *inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        return self._each([norm.yardstick for norm in self.norms], *inputs)
+
+    def peers(self, device: torch.device, compiler: Compiler) -> dict[str, Callable | str]:
+        """Those that each of the norms has."""
+        each = [norm.peers(device, compiler) for norm in self.norms]
+        names = [name for name in each[0] if all(name in peers for peers in each)]
+        return {
+            name: each[0][name] if isinstance(each[0][name], str)
+            else partial(self._each, [peers[name] for peers in each])
+            for name in names
+        }
+
+    @staticmethod
+    def _each(calls: list[Callable], *inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        return [call(*args) for call, args in zip(calls, inputs, strict=True)]
+
+
+def _has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None

@@ -1,0 +1,93 @@
+"""Every attention and GroupNorm of Stable Diffusion, as data: sizes, and how often a forward calls.
+
+SD1.5 at 512x512 and SD2.1 at 768x768, batch 2 (one picture with guidance); the VAE decodes one
+picture of 512x512. A test counts them in the models.
+"""
+
+from bench.attention import Attention
+from bench.group_norm import AllGroupNorms, GroupNorm
+
+CONTEXT = 77  # tokens of a prompt
+
+SELF_ATTENTION = [
+    Attention("SD1.5", 2, 8, 4096, 4096, 40, calls=5),
+    Attention("SD1.5", 2, 8, 1024, 1024, 80, calls=5),
+    Attention("SD1.5", 2, 8, 256, 256, 160, calls=5),
+    Attention("SD1.5", 2, 8, 64, 64, 160, calls=1),
+    Attention("SD2.1", 2, 5, 9216, 9216, 64, calls=5),
+    Attention("SD2.1", 2, 10, 2304, 2304, 64, calls=5),
+    Attention("SD2.1", 2, 20, 576, 576, 64, calls=5),
+    Attention("SD2.1", 2, 20, 144, 144, 64, calls=1),
+]
+CROSS_ATTENTION = [shape._replace(keys=CONTEXT) for shape in SELF_ATTENTION]
+VAE_ATTENTION = [Attention("VAE", 1, 1, 4096, 4096, 512, calls=1)]
+
+SIDES = {"SD1.5": 64, "SD2.1": 96}  # of the latent
+UNET_NORMS = [  # channels, how often the side was halved, calls with SiLU, calls without
+    (320, 0, 8, 5), (640, 0, 2, 0), (960, 0, 1, 0),
+    (320, 1, 1, 0), (640, 1, 6, 5), (960, 1, 1, 0), (1280, 1, 1, 0), (1920, 1, 1, 0),
+    (640, 2, 1, 0), (1280, 2, 6, 5), (1920, 2, 1, 0), (2560, 2, 2, 0),
+    (1280, 3, 11, 1), (2560, 3, 3, 0),
+]
+VAE_NORMS = [  # channels, side, calls with SiLU, calls without
+    (512, 64, 10, 1), (512, 128, 6, 0), (512, 256, 1, 0), (256, 256, 5, 0), (256, 512, 1, 0),
+    (128, 512, 6, 0),
+]
+
+# For Triton's interpreter: every kernel and every way through it, at sizes that take seconds.
+TINY_ATTENTION = [
+    Attention("tiny", 2, 2, 37, 37, 40, calls=2, packed=True),  # one tile, two pieces
+    Attention("tiny", 1, 2, 20, 131, 40, calls=1),  # more than one tile, ragged
+    Attention("tiny", 1, 1, 20, 37, 512, calls=1, packed=True),  # sliced
+]
+TINY_NORMS = [
+    GroupNorm("tiny", 1, 6, 5, True, calls=2, groups=2),  # 3 channels a group: no power of two
+    GroupNorm("tiny", 2, 6, 5, False, calls=1, channels_last=True, groups=2),
+    GroupNorm("tiny", 1, 4, 65, True, calls=1, channels_last=True, groups=1),  # two launches
+]
+
+
+def group_norms(model: str) -> list[GroupNorm]:
+    """The GroupNorms of one forward of "SD1.5", "SD2.1" or "VAE", in NCHW."""
+    if model == "VAE":
+        batch, rows = 1, VAE_NORMS
+    else:
+        batch, rows = 2, [(c, SIDES[model] >> level, *calls) for c, level, *calls in UNET_NORMS]
+    return [GroupNorm(model, batch, channels, side, silu, calls)
+            for channels, side, *both in rows for silu, calls in zip((True, False), both) if calls]
+
+
+def layouts(norms: list[GroupNorm]) -> list[GroupNorm | AllGroupNorms]:
+    """The same in NCHW and channels_last, each in front as one row of all calls of a forward."""
+    rows: list[GroupNorm | AllGroupNorms] = []
+    for last in (False, True):
+        norms = [norm._replace(channels_last=last) for norm in norms]
+        rows += [*norms[:1], AllGroupNorms(tuple(n for n in norms for _ in range(n.calls))),
+                 *norms[1:]]
+    return rows
+
+
+def attentions(shapes: list[Attention]) -> list[Attention]:
+    """The same with q, k and v apart, then in one projection."""
+    return [shape._replace(packed=packed) for shape in shapes for packed in (False, True)]
+
+
+def full() -> list:
+    """Everything, what matters most first: time may run out."""
+    return [
+        *attentions(SELF_ATTENTION[:1]), *attentions(CROSS_ATTENTION[:1]),
+        *layouts(group_norms("SD1.5")),
+        *attentions(SELF_ATTENTION[1:]), *attentions(CROSS_ATTENTION[1:]), *VAE_ATTENTION,
+        *layouts(group_norms("SD2.1")), *layouts(group_norms("VAE")),
+    ]
+
+
+def small() -> list:
+    """What a CPU has the patience for: SD1.5 at 16x16 and 8x8."""
+    return [case for case in full() if case.label.startswith("SD1.5 2x")
+            and (case.queries <= 256 if case.kernel == "attention" else case.side <= 16)]
+
+
+def tiny() -> list:
+    """For Triton's interpreter."""
+    return [*TINY_ATTENTION, *TINY_NORMS, AllGroupNorms((TINY_NORMS[0],) * 2)]

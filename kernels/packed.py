@@ -1,0 +1,83 @@
+"""Convolutions and matrix products whose weights lie in the order that the library wants.
+
+On a GPU that is channels_last. On a CPU it is oneDNN's blocked order for one size of input: torch's
+own calls bring the weights into it anew every time, which at 256x256 takes longer than SD1.5's
+convolutions themselves. The operators are those that torch.compile packs with on a CPU; where they
+do not apply (not float32, no oneDNN) torch's usual calls are made.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def packs(x: Tensor) -> bool:
+    """Whether oneDNN's blocked order applies."""
+    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return onednn and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+class Conv:
+    """A 3x3 convolution, or a transposed 4x4 one that doubles, with a padding of 1 and no bias.
+
+    ``weight`` as torch's functions want it. Packed for the size of the input when that is first
+    seen or changes, and kept in that one form.
+    """
+
+    def __init__(self, weight: Tensor, stride: int = 1, transposed: bool = False):
+        self.weight = weight.detach().contiguous(memory_format=torch.channels_last)
+        self.stride, self.transposed, self.size = stride, transposed, None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (B, C_in, h, w), channels_last -> the same of another size."""
+        if not packs(x):
+            conv = F.conv_transpose2d if self.transposed else F.conv2d
+            return conv(x, self.weight, stride=self.stride, padding=1)
+        if x.shape != self.size:
+            self._pack(x.shape)
+        where = ([1, 1], [self.stride] * 2, [1, 1], 1)
+        if self.transposed:
+            return torch.ops.mkldnn._convolution_transpose_pointwise(
+                x, self.weight, None, where[0], [0, 0], *where[1:], "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, None, *where, "none", [], "")
+
+    def _pack(self, size: torch.Size) -> None:
+        weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        if self.transposed:
+            if self.weight.is_mkldnn:
+                weight = weight.transpose(0, 1).contiguous()  # oneDNN has its two sides swapped
+            self.weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+                weight, [1, 1], [0, 0], [self.stride] * 2, [1, 1], 1, list(size))
+        else:
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, [1, 1], [self.stride] * 2, [1, 1], 1, list(size))
+        self.size = size
+
+
+class Linear:
+    """x W^T + b, packed for the number of rows when that is first seen or changes."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        """weight (C_out, C_in, ...), so that a 1x1 convolution's will do; bias (C_out,)."""
+        self.weight = weight.detach().flatten(1)
+        self.bias = None if bias is None else bias.detach()
+        self.rows = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., C_in) -> (..., C_out)."""
+        flat = x.flatten(0, -2)
+        if not packs(x):
+            return F.linear(flat, self.weight, self.bias).unflatten(0, x.shape[:-1])
+        if len(flat) != self.rows:
+            weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, len(flat))
+            self.rows = len(flat)
+        y = torch.ops.mkldnn._linear_pointwise(flat, self.weight, self.bias, "none", [], "")
+        return y.unflatten(0, x.shape[:-1])
+
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """total + x W^T, in place; there must be no bias."""
+        if packs(x):
+            return total.add_(self(x))
+        total.flatten(0, -2).addmm_(x.flatten(0, -2), self.weight.T)
+        return total

@@ -1,0 +1,130 @@
+"""What only a GPU can show: compiled kernels compute what the interpreted ones do, at full size.
+
+    python -m pytest tests/test_gpu.py          # -n 6 with pytest-xdist: most of it is compiling
+
+Skipped where there is no GPU. The tables of values are those of interpreted_*.py, whose tests run
+here once more, with all their tensors on the GPU.
+"""
+
+import importlib
+from unittest.mock import patch
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
+if not torch.cuda.is_available():
+    pytest.skip("no GPU: the kernels are compiled and run on one here", allow_module_level=True)
+
+from minisd_kernels import launch
+from minisd_kernels.flash_attention import PRECISIONS, flash_attention
+from minisd_kernels.group_norm_silu import group_norm_silu
+
+from bench import shapes
+from bench.check import check, error, last_place
+from bench.group_norm import AllGroupNorms
+from minisd.config import SD1
+from minisd.ops import REFERENCE, TORCH, Call, Ops, choose, watch
+from minisd.unet import UNet
+
+DEVICE = torch.device("cuda")
+CASES = [case for case in shapes.full() if not isinstance(case, AllGroupNorms)]
+DTYPES = pytest.mark.parametrize("dtype", launch.DTYPES, ids=lambda dtype: str(dtype)[6:])
+# They count what the interpreter does, or rely on its exact float32.
+INTERPRETER_ALONE = ("cost_is", "corrections_of", "precisions")
+
+with patch.object(launch, "interpreted", lambda kernel: True):  # those files insist on it
+    for name in ("attention", "group_norm"):
+        for test, function in vars(importlib.import_module(f"interpreted_{name}")).items():
+            if test.startswith("test_") and not any(word in test for word in INTERPRETER_ALONE):
+                globals()[f"test_{name}_{test.removeprefix('test_')}"] = function
+
+
+@pytest.fixture(autouse=True)
+def _on_the_gpu():
+    """New tensors lie on the GPU, and float32 is float32: by default convolutions use tf32."""
+    with DEVICE, torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+    torch.cuda.empty_cache()  # other processes test on the same GPU
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel} {case.label}")
+def test_full_size(case, dtype):
+    verdict = check(case, DEVICE, dtype)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_precisions(precision):
+    """tf32 keeps 10 bits of a factor; three products of it make up for most of the rest."""
+    q, k, v = (torch.randn(2, 130, 80) for _ in range(3))
+    exact = REFERENCE.attention(q.double(), k.double(), v.double(), 1)
+    bounds = {"ieee": 1e-5, "tf32x3": 1e-4, "tf32": 2e-2}
+    assert error(flash_attention(q, k, v, 1, precision=precision), exact) <= bounds[precision]
+
+
+@pytest.mark.parametrize("case", [
+    shapes.SELF_ATTENTION[0], shapes.CROSS_ATTENTION[0], shapes.VAE_ATTENTION[0],
+    shapes.group_norms("SD1.5")[0], shapes.group_norms("SD1.5")[-1],
+], ids=lambda case: case.label)
+def test_the_same_bits_fifty_times_and_in_a_graph(case):
+    """A result that moves is a race."""
+    inputs = case.inputs(DEVICE, torch.float16)
+    first = case.ours(*inputs)
+    assert all(torch.equal(first, case.ours(*inputs)) for _ in range(50))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = case.ours(*inputs)
+    captured.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(first, captured)
+
+
+def test_items_more_than_two_to_the_31_elements_apart():
+    """A 32-bit offset from item to item would read elsewhere, or fault."""
+    room = torch.empty(2**31 + 2**20, dtype=torch.float16)
+    q = torch.randn(2, 64, 80, dtype=torch.float16)
+    far = room.as_strided(q.shape, (2**31, 80, 1)).copy_(q)
+    assert torch.equal(flash_attention(far, far, far, 2), flash_attention(q, q, q, 2))
+    x, row = q.view(2, 64, 8, 10), torch.randn(64, dtype=torch.float16)
+    far = far.view(2, 64, 8, 10)
+    assert torch.equal(group_norm_silu(far, row, row, 4), group_norm_silu(x, row, row, 4))
+
+
+def unet(ops: Ops, weights: dict[str, torch.Tensor]) -> UNet:
+    """SD1's, around these weights."""
+    with torch.device("meta"):
+        model = UNet(SD1.unet, ops)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()
+
+
+def draw(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Random weights for SD1's UNet that keep the size of what passes through."""
+    with torch.device("meta"):
+        empty = UNet(SD1.unet, REFERENCE).state_dict()
+    weights = {}
+    for name, p in empty.items():
+        noise = torch.randn(p.shape)
+        if p.dim() > 1:
+            weights[name] = (noise / p[0].numel() ** 0.5).to(dtype)
+        else:
+            weights[name] = (0.3 * noise + ("norm" in name and name.endswith("weight"))).to(dtype)
+    return weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_unet(dtype):
+    """One forward of SD1 at 512x512 with guidance: every call takes a kernel."""
+    weights = draw(dtype)
+    x, t = torch.randn(2, 4, 64, 64).to(dtype), torch.tensor([981.0, 981.0])
+    context = torch.randn(2, 77, 768).to(dtype)
+    calls: list[Call] = []
+    ours = unet(watch(choose("triton", DEVICE), calls), weights)(x, t, context)
+    torchs = unet(TORCH, weights)(x, t, context)
+    doubled = {name: p.double() for name, p in weights.items()}
+    exact = unet(REFERENCE, doubled)(x.double(), t, context.double())
+    assert len(calls) == 93 and {call.took for call in calls} == {"triton"}
+    bound = 2 * error(torchs, exact) + last_place(exact, dtype)
+    assert error(ours, exact) <= bound < float("inf")
