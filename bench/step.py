@@ -1,9 +1,10 @@
 """One UNet step of full-size Stable Diffusion 1.5, ours and diffusers', in turns in one process.
 
-    python -m bench.step --size 256 --rounds 15 --threads 2
+    python -m bench.step --ops fused --size 256 --rounds 15 --threads 2
 
-Both models share one set of random float32 weights (3.4 GB). Prints each one's median seconds and
-the quartiles of the ratio ours/theirs, pair by pair; run it on a quiet machine.
+A step is what one picture with guidance asks: a latent for two prompts. Both models share one set
+of random float32 weights (3.4 GB). Prints each one's median seconds and the quartiles of the ratio
+ours/theirs, pair by pair; run it on a quiet machine.
 """
 
 import argparse
@@ -13,6 +14,9 @@ import time
 
 import diffusers
 import torch
+from minisd_kernels.bodies import PLAIN
+from minisd_kernels.fused_step import Steps
+from minisd_kernels.fused_unet import FusedUNet
 
 from minisd.config import SD1
 from minisd.ops import TORCH
@@ -43,6 +47,7 @@ def seconds(call) -> float:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", choices=("torch", "fused"), default="torch")
     parser.add_argument("--size", type=int, default=256, help="pixels (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="timed pairs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -51,8 +56,11 @@ def main() -> None:
 
     ours, theirs = build()
     x = torch.randn(1, 4, args.size // 8, args.size // 8)
-    t, context = torch.tensor([500]), torch.randn(1, 77, 768)
-    run_ours, run_theirs = lambda: ours(x, t, context), lambda: theirs(x, t, context).sample
+    twice, t, context = torch.cat([x, x]), torch.tensor([500, 500]), torch.randn(2, 77, 768)
+    if args.ops == "fused":
+        steps = Steps(FusedUNet(ours, PLAIN), context, [500])
+    run_ours = (lambda: ours(twice, t, context)) if args.ops == "torch" else lambda: steps(x, 0)
+    run_theirs = lambda: theirs(twice, t, context).sample  # noqa: E731
     error = (run_ours() - run_theirs()).abs().max() / run_theirs().abs().max()  # and a warm-up
 
     pairs = []
@@ -65,9 +73,9 @@ def main() -> None:
             a = seconds(run_ours)
         pairs.append((a, b))
     low, middle, high = statistics.quantiles((a / b for a, b in pairs), n=4)
-    print(f"SD1.5 UNet, {args.size}x{args.size}, batch 1, float32, {args.threads} threads, "
+    print(f"SD1.5 UNet, {args.size}x{args.size}, guidance, float32, {args.threads} threads, "
           f"torch {torch.__version__}, diffusers {diffusers.__version__}, {platform.machine()}")
-    print(f"minisd    {statistics.median(a for a, _ in pairs):.3f} s per step (median)")
+    print(f"{args.ops:9} {statistics.median(a for a, _ in pairs):.3f} s per step (median)")
     print(f"diffusers {statistics.median(b for _, b in pairs):.3f} s per step (median)")
     print(f"ratio     {middle:.3f} (quartiles {low:.3f} to {high:.3f}; {args.rounds} pairs); "
           f"relative error {error:.1e}")

@@ -17,7 +17,7 @@ One program makes one tile of queries of one head:
 `_kernel`: the matrix units want powers of two, and d is none in SD1. 40, 80 and 160 padded to 64,
 128 and 256 would cost 60% more work and spill registers, so d is covered by two named pieces,
 A + B: 32 + 16, 64 + 16, 128 + 32. A piece under 16 would fall off the matrix units. Up to 128 keys
-(77 in cross-attention) make one tile, and no online softmax.
+(77 in cross-attention) make one tile, and no online softmax, but where A is 128.
 
 `_sliced_kernel`: where o does not fit in registers, at d over 160 (the VAE has one head of 512),
 and in float32, which has no matrix units without tf32. Scores are summed over chunks of d, and a
@@ -38,6 +38,7 @@ from minisd_kernels import launch
 LOG2_E = 1.4426950408889634
 WIDEST_IN_PIECES = 160
 ONE_TILE_KEYS = 128
+WIDEST_IN_ONE_TILE = 64  # of piece A: with 128 keys a piece of 128 spills on sm_80
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
@@ -276,7 +277,7 @@ def plan(
         chunk, columns = (64, 128) if q.element_size() == 2 else (32, 64)
         sizes = dict(D=d, CHUNK=chunk, SLICE=columns, PRECISION=precision)
     else:
-        one_tile = n_keys <= ONE_TILE_KEYS
+        one_tile = n_keys <= ONE_TILE_KEYS and a <= WIDEST_IN_ONE_TILE
         kernel = _kernel
         tile = launch.setting(q.device, "one tile" if one_tile else "attention", a)
         sizes = dict(D=d, A=a, B=b, ONE_TILE=one_tile)

@@ -57,11 +57,10 @@ DEFAULT = {
     ("attention", 16): Tile(128, 64, 8, 3),
     ("attention", 32): Tile(128, 64, 8, 3),
     ("attention", 64): Tile(128, 64, 8, 3),
-    ("attention", 128): Tile(64, 64, 4, 2),
+    ("attention", 128): Tile(64, 32, 4, 2),
     ("one tile", 16): Tile(64, 128, 4, 1),
     ("one tile", 32): Tile(64, 128, 4, 1),
     ("one tile", 64): Tile(64, 128, 4, 1),
-    ("one tile", 128): Tile(64, 128, 8, 1),
     ("sliced", 2): Tile(64, 64, 4, 2),  # by bytes an element
     ("sliced", 4): Tile(32, 32, 4, 1),
     ("group norm", 0): Norm(4096, 1, 4),  # a group a program, in one launch

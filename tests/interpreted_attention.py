@@ -42,6 +42,7 @@ ROWS = [  # B, Lq, Lk, heads, d, layout, causal: why
     (1, 9, 140, 1, 80, "alone", False),  # and online
     (1, 9, 130, 1, 88, "gaps", False),  # 64 + 32, the second ragged
     (1, 65, 130, 1, 104, "gaps", False),  # one piece of 128, ragged: smaller tiles
+    (1, 3, 20, 1, 128, "gaps", True),  # too wide for one tile: online with less than a tile
     (1, 9, 77, 1, 136, "alone", False),  # 128 + 16, the second ragged
     (1, 5, 150, 1, 160, "pair", False),  # SD1's widest: 128 + 32, both whole
     (1, 5, 65, 2, 168, "gaps", False),  # the first in slices: chunk and slice both ragged
@@ -111,7 +112,7 @@ def test_values_with_another_tile(d, tile, monkeypatch):
 @DTYPES
 @pytest.mark.parametrize("d", [16, 40])
 def test_many_keys(d, dtype):
-    """Values around 0 nearly cancel: roundings of weights and sums show, which a mean would hide."""
+    """Values around 0 nearly cancel: a rounded weight or sum shows, which a mean would hide."""
     q, k, v = inputs(1, 40, 1024, 1, d, "alone", dtype)
     check("attention, 1024 keys", q, k, v - 0.7, 1, 0.1)
 

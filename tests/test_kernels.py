@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
@@ -17,29 +18,27 @@ from minisd_kernels import flash_attention as fa
 from minisd_kernels import group_norm_silu as gn
 from minisd_kernels import launch
 
-INTERPRETED = ("attention", "group_norm")
+INTERPRETED = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 
 
 @pytest.fixture(scope="module")
 def children():
     """The interpreted files, side by side, with the flag that this process must not have."""
-    children = {}
-    for name in INTERPRETED:
-        file = Path(__file__).with_name(f"interpreted_{name}.py")
-        children[name] = subprocess.Popen(
+    with ExitStack() as stack:
+        children = {file: stack.enter_context(subprocess.Popen(
             [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file],
             env=os.environ | {"TRITON_INTERPRET": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-    yield children
-    for child in children.values():
-        child.kill()
+        )) for file in INTERPRETED}
+        yield children
+        for child in children.values():
+            child.kill()
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
-def test_interpreted(name, children):
-    report, _ = children[name].communicate()
-    if children[name].returncode:
+@pytest.mark.parametrize("file", INTERPRETED, ids=lambda file: file.stem)
+def test_interpreted(file, children):
+    report, _ = children[file].communicate()
+    if children[file].returncode:
         pytest.fail(report, pytrace=False)
 
 

@@ -1,0 +1,109 @@
+"""Seconds of a call on a device, the memory that it takes, and a limit to how long it may."""
+
+import ctypes
+import gc
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+LEAST = {"cuda": 0.05, "cpu": 0.02}  # seconds a sample: thousands of times a look at the clock
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Clock:
+    """Wall time, with the device's work waited for at both ends: what a user waits."""
+
+    def __init__(self, device: torch.device):
+        self.least = LEAST[device.type]
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def of(self, call: Callable, times: int = 1) -> tuple[float, object]:
+        """Seconds of so many calls, and what the last returned."""
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(times):
+            result = call()
+        self.wait()
+        return time.perf_counter() - start, result
+
+    def sampler(self, call: Callable) -> tuple[Callable[[], float], float]:
+        """Of a call that is warm: a function that calls often enough and says the seconds of one;
+        and how long such a sample takes."""
+        seconds, _ = self.of(call)
+        times = max(1, math.ceil(self.least / seconds))
+        return lambda: self.of(call, times)[0] / times, times * seconds
+
+
+class Memory:
+    """By how much what a device's allocator holds, or a process on a CPU, grows from here on."""
+
+    def __init__(self, device: torch.device):
+        self.gpu = device.type == "cuda"
+        self.base = self.held()
+        self.restart()
+
+    def held(self) -> dict[str, int]:
+        """Bytes held now, without what is only kept for later."""
+        gc.collect()
+        if not self.gpu:
+            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+                libc.malloc_trim(0)  # glibc hands freed memory back only when asked
+            return self._resident("VmRSS")
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return {"memory": torch.cuda.memory_reserved(),
+                "memory allocated": torch.cuda.memory_allocated()}
+
+    def growth(self) -> dict[str, int]:
+        """Bytes held now beyond those at the beginning."""
+        return {what: size - self.base[what] for what, size in self.held().items()}
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        if self.gpu:
+            self.held()
+            torch.cuda.reset_peak_memory_stats()
+        elif CLEAR.exists():
+            CLEAR.write_text("5")  # proc(5): the peak begins anew at what is resident now
+
+    def peaks(self) -> dict[str, int]:
+        """The most bytes held since `restart`, beyond those at the beginning. What a CUDA graph
+        keeps for its inside is not allocated, only held; so both are told."""
+        if not self.gpu:
+            now = self._resident("VmHWM")
+        else:
+            now = {"memory": torch.cuda.max_memory_reserved(),
+                   "memory allocated": torch.cuda.max_memory_allocated()}
+        return {what: size - self.base[what] for what, size in now.items()}
+
+    @staticmethod
+    def _resident(field: str) -> dict[str, int]:
+        """Nothing where the system has no such file."""
+        lines = STATUS.read_text().splitlines() if STATUS.exists() and CLEAR.exists() else []
+        return {"memory": int(line.split()[1]) * 1024 for line in lines if line.startswith(field)}
+
+
+class OutOfTime(BaseException):
+    """No Exception: torch.compile takes those of what it tries for mere failures to be noted."""
+
+
+@contextmanager
+def limited(seconds: float, why: str) -> Iterator[None]:
+    """Raises OutOfTime(why) inside, once the seconds have passed. In the main thread only."""
+    def ring(*_):
+        raise OutOfTime(why)
+
+    if seconds <= 0:
+        ring()
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,227 @@
+"""What the compiler makes of every kernel for five GPUs, none of which need be there.
+
+    python -m bench.compile             # a chosen list: under a minute on two cores
+    python -m bench.compile --only D512 # of every variant (bench/variants.py), lines with this
+    python -m bench.compile --write     # every variant for every target, kept in bench/results
+
+A line is a variant and a target. Ends with 1, naming what is broken, unless in every line
+
+  * nothing spills: NVIDIA's stack and local loads and stores, AMD's vector registers, are 0;
+  * shared memory is within what the target gives one program;
+  * attention in half precision uses the target's matrix units (wgmma on sm_90);
+
+and unless the kept tables, one for each version of Triton, list today's variants, hold to these
+bounds, and have the figures that the running Triton gives. Registers and the rest of NVIDIA's are
+read from the machine code with cuobjdump, AMD's from the assembly text. Needs triton, which brings
+cuobjdump.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from bench.check import one_line
+from bench.variants import Variant, chosen, source, variants
+
+RESULTS = Path(__file__).parent / "results"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class Target(NamedTuple):
+    """A GPU, what one of its multiprocessors has, and the name of its matrix instructions.
+
+    Sources: CUDA C++ Programming Guide, technical specifications per compute capability; AMD
+    Instinct MI300 instruction set.
+    """
+
+    gpu: GPUTarget
+    shared: int  # bytes
+    warps: int
+    matrix: str
+
+    @property
+    def most_shared(self) -> int:
+        """What one program may have: NVIDIA keeps 1 KiB of it."""
+        return self.shared - 1024 * (self.gpu.backend == "cuda")
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 164 * 1024, 64, "HMMA"),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 100 * 1024, 48, "HMMA"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 228 * 1024, 64, "HGMMA"),  # wgmma
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 228 * 1024, 64, "UTCHMMA"),  # tcgen05.mma
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, 32, "v_mfma"),
+}
+
+
+class Row(NamedTuple):
+    """A line. Stack is in bytes a thread, shared memory in bytes a program; spills are loads and
+    stores of a thread's own memory on NVIDIA, vector registers on AMD."""
+
+    kernel: str
+    dtype: str
+    sizes: str
+    warps: int
+    stages: int
+    target: str
+    registers: int
+    stack: int
+    spills: int
+    scalar_spills: int  # AMD alone: into vector registers, not into memory
+    shared: int
+    matrix: int  # matrix instructions
+    instructions: int
+    programs: int  # that a multiprocessor holds at once; on AMD not computed, 0
+    triton: str
+
+    @property
+    def key(self) -> tuple[Variant, str]:
+        return Variant(*self[:5]), self.target
+
+    def __str__(self) -> str:
+        return (f"{self.target:6} {self.registers:3} registers, {self.stack} stack, {self.spills} "
+                f"spills, {self.shared:6} shared, {self.matrix:3} matrix of {self.instructions:4}, "
+                f"{self.programs:2} resident  {self.kernel} {self.dtype} {self.sizes}, "
+                f"{self.warps} warps, {self.stages} stages")
+
+
+def compiled(v: Variant, name: str) -> Row:
+    """Compile a variant for the target of that name."""
+    target = TARGETS[name]
+    code, options = source(variants()[v], target.gpu)
+    made = triton.compile(code, target.gpu, options)
+    read = nvidia if target.gpu.backend == "cuda" else amd
+    registers, stack, spills, scalar_spills, matrix, instructions = read(made.asm, target.matrix)
+    shared = made.metadata.shared
+    return Row(*v, name, registers, stack, spills, scalar_spills, shared, matrix, instructions,
+               programs(target, registers, shared, v.warps), triton.__version__)
+
+
+def nvidia(asm: dict, matrix: str) -> tuple[int, ...]:
+    """The figures of `Row` from registers to instructions, but for shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    # /*0a30*/    @!P0 HGMMA.64x64x16.F32 R24, R8, ...
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z]\w*)", text, re.M)
+    spills = names.count("STL") + names.count("LDL")
+    return registers, stack, spills, 0, names.count(matrix), len(names)
+
+
+def amd(asm: dict, matrix: str) -> tuple[int, ...]:
+    """The same from the assembly text, which ends with what the kernel takes."""
+    text = asm["amdgcn"]
+    fields = "vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"
+    figures = [int(re.search(rf"\.{field}:\s+(\d+)", text)[1]) for field in fields]
+    names = re.findall(r"^\t([a-z]+_\w+)", text, re.M)
+    return *figures, sum(name.startswith(matrix) for name in names), len(names)
+
+
+def programs(target: Target, registers: int, shared: int, warps: int) -> int:
+    """How many a multiprocessor holds: by registers (65536, a warp takes them by 256), by shared
+    memory (1 KiB more each), by warps, and 32 at most."""
+    if target.gpu.backend != "cuda":
+        return 0
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
+    return min(by_registers, target.shared // (shared + 1024), target.warps // warps, 32)
+
+
+def broken(row: Row) -> list[str]:
+    """The bounds that a row breaks."""
+    found, target = [], TARGETS[row.target]
+    if row.stack or row.spills:
+        found.append(f"spills, with {row.stack} bytes of stack")
+    if row.shared > target.most_shared:
+        found.append(f"shared memory past {target.most_shared} bytes")
+    if row.key[0].attention and row.dtype != "float32" and not row.matrix:
+        found.append(f"no {target.matrix}: the matrix units are idle")
+    return found
+
+
+def kept(path: Path) -> list[Row]:
+    kinds = Row.__annotations__.values()
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return [Row(*(kind(cell) for kind, cell in zip(kinds, row, strict=True))) for row in rows]
+
+
+def stale(rows: list[Row], folder: Path = RESULTS) -> Iterator[str]:
+    """What is wrong with the kept tables, given figures of today."""
+    tables = {path: kept(path) for path in sorted(folder.glob("compile-triton-*.csv"))}
+    if not tables:
+        yield f"no table compile-triton-*.csv in {folder}"
+    today = {(v, target) for v in variants() for target in TARGETS}
+    for path, table in tables.items():
+        by_key = {row.key: row for row in table}
+        if odd := today ^ by_key.keys():
+            yield f"{path.name}: {len(odd)} rows too few or too many; first {min(odd)}"
+        yield from (f"{path.name}: {why}: {row}" for row in table for why in broken(row))
+        for row in rows:
+            old = by_key.get(row.key)
+            if old and old != row and old.triton == row.triton:
+                yield f"{path.name}: was {old}\n    now {row}"
+
+
+def write(rows: list[Row], folder: Path = RESULTS) -> None:
+    version = ".".join(triton.__version__.split(".")[:2])
+    folder.mkdir(exist_ok=True)
+    with (folder / f"compile-triton-{version}.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([Row._fields, *sorted(rows)])
+
+
+def compile_all(jobs: list[tuple[Variant, str]], workers: int) -> Iterator[Row | str]:
+    """A row for each, in order, as they come; where one does not compile, a sentence."""
+    fork = multiprocessing.get_context("fork")  # workers inherit the variants, made by now
+    with ProcessPoolExecutor(workers, fork) as pool:
+        waiting = [(job, pool.submit(compiled, *job)) for job in jobs]
+        for (v, target), future in waiting:
+            try:
+                yield future.result()
+            except Exception as failure:
+                yield f"{target} {' '.join(map(str, v))} does not compile: {one_line(failure)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="of every variant, lines with this in them")
+    parser.add_argument("--write", action="store_true", help="compile everything, and keep it")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args(argv)
+    every = [(v, target) for v in variants() for target in TARGETS]
+    jobs = every if args.only or args.write else chosen([*TARGETS], full="sm_90")
+    jobs = [(v, target) for v, target in jobs
+            if not args.only or args.only in " ".join(map(str, (target, *v)))]
+    rows, wrong = [], []
+    for row in compile_all(sorted(jobs, key=lambda job: job[1]), args.workers):
+        print(row, flush=True)
+        if isinstance(row, Row):
+            rows.append(row)
+            wrong += [f"{why}: {row}" for why in broken(row)]
+        else:
+            wrong.append(row)
+    if args.write:
+        write(rows)
+    else:
+        wrong += stale(rows)
+    print(f"{len(rows)} of {len(every)} compiled with Triton {triton.__version__}")
+    if wrong:
+        print("broken:", *wrong, sep="\n  ")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

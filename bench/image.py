@@ -1,0 +1,183 @@
+"""Seconds a picture, a step and a decoding, and the memory held: minisd beside diffusers.
+
+    python -m bench.image                # everything, on the GPU if there is one
+    python -m bench.image --quick        # small models, under 50 s on two CPU cores
+    python -m bench.image --models SD1.5-512 --only fused --label "GEGLU fused" --predicted 0.3
+
+All get copies of the same weights and the same noise, and take turns in one process; a peer that is
+not installed or fails is named with its reason. Times are a clock's, with the GPU waited for at
+both ends. Adds rows to bench/results/image.csv, from which `python -m bench.report` makes the
+tables in the README; with --label, a row to waterfall.csv too: what a change made of the step.
+
+  load           from weights in memory to a model that can be called: copied, packed
+  first picture  with what is done once: kernels compiled, graphs recorded, plans chosen
+  picture        from a prompt to pixels, guidance and all the steps, warm
+  step           the UNet with guidance, once; max_err is relative to the largest value
+  decode         the VAE, once
+  memory         the most that a warm picture has the allocator hold, weights included (on a CPU, by
+                 how much the process grew); "memory allocated" leaves out what a graph keeps
+  pictures/s     in batches
+
+max_err and psnr (of pictures in [0, 1]) are against minisd's readable model with the same weights,
+in float32; in float64 where float32 is timed.
+"""
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bench import models, plot_image, record
+from bench.check import one_line
+from bench.clock import limited
+from bench.contest import COMPILED, EAGER, FUSED, Contest
+
+COLUMNS = ["model", "provider", "what", "unit", "batch", "steps", "dtype", "p20", "p50", "p80",
+           "max_err", "psnr", *record.MACHINE, "note"]
+WATERFALL = ["label", "predicted", "model", "unit", "dtype", "p20", "p50", "p80", "max_err", "psnr",
+             *record.MACHINE]
+LATE = "the time was up (--minutes)"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="small models; without a GPU in any case")
+    add("--models", nargs="+", metavar="NAME", help="of these only")
+    add("--only", default="", help="providers with this in their name")
+    add("--dtype", choices=("float16", "bfloat16", "float32"),
+        help="default: float16; float32 on a CPU")
+    add("--rounds", type=int, default=7, help="samples of each, at most (default: %(default)s)")
+    add("--batches", type=int, nargs="*", help="default: 1 2 4 8 16; none with --quick")
+    add("--batch-steps", type=int, default=20, help="steps of these (default: %(default)s)")
+    add("--minutes", type=float, help="then start nothing new (default: 6.5; 0.5 with --quick)")
+    add("--compile-minutes", type=float, help="for torch.compile (default: 2; 0 on a CPU)")
+    add("--label", help="what has changed: adds a row to waterfall.csv")
+    add("--predicted", type=float, help="milliseconds of a step that the change was to save")
+    add("--out", type=Path, default=record.ROOT / "bench" / "results", help="folder of the files")
+    add("--commit", default="", help="what is measured, where git cannot tell")
+    args = parser.parse_args(argv)
+    gpu = torch.cuda.is_available()
+    args.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    args.quick |= not gpu
+    args.dtype = getattr(torch, args.dtype or ("float16" if gpu else "float32"))
+    if args.minutes is None:
+        args.minutes = 0.5 if args.quick else 6.5
+    if args.compile_minutes is None:
+        args.compile_minutes = 2 if gpu else 0
+    if args.batches is None:
+        args.batches = [] if args.quick else [1, 2, 4, 8, 16]
+    return args
+
+
+class Compiling:
+    """The seconds that are left for torch.compile, of all models together."""
+
+    def __init__(self, seconds: float):
+        self.left = seconds
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+        self.limit = limited(self.left, "the time for compiling was up (--compile-minutes)")
+        self.limit.__enter__()
+
+    def __exit__(self, kind, *error) -> None:
+        self.limit.__exit__(kind, *error)
+        self.left -= time.monotonic() - self.start
+        if kind:  # what still compiles would disturb those who are timed
+            from torch._inductor.async_compile import shutdown_compile_workers
+
+            shutdown_compile_workers()
+
+
+def enter_all(contest: Contest, only: str, compiling: Compiling, end: float) -> None:
+    """Everyone whose name has ``only`` in it."""
+    given = contest.model, contest.weights
+    makers = {f"minisd {name}": partial(models.Ours, *given, name, contest.device)
+              for name in ("torch", "triton", "fused")}
+    missing = ""
+    try:
+        from bench.peers import Theirs
+    except ImportError as error:
+        missing = one_line(error)
+    for name, mode in {EAGER: "", COMPILED: "max-autotune"}.items():
+        makers[name] = None if missing else partial(Theirs, *given, mode, contest.device)
+    for name, make in makers.items():
+        if only not in name:
+            continue
+        why = missing if make is None else LATE if time.monotonic() > end else ""
+        if why:
+            contest.add(name, "not run", note=why)
+        else:
+            contest.enter(name, make, compiling if name == COMPILED else None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    record.refuse_two_trees()
+    machine = record.machine(args.device, False, args.commit)
+    print(*(f"{key} {value}" for key, value in machine.items()), sep=", ")
+    rows: list[dict] = []
+
+    def add(row: dict) -> None:
+        rows.append(row)
+        record.append(args.out / "image.csv", COLUMNS, [machine | row])
+        print(line(row), flush=True)
+
+    end, compiling = time.monotonic() + 60 * args.minutes, Compiling(60 * args.compile_minutes)
+    wanted = models.standard(args.quick)
+    for name in args.models or wanted:
+        if name not in wanted:
+            raise SystemExit(f"{name} is none of the models: {', '.join(wanted)}")
+    wanted = {name: wanted[name] for name in args.models or wanted}
+    contests = {}
+    for i, (name, make) in enumerate(wanted.items()):
+        if time.monotonic() > end:
+            add({"model": name, "what": "not run", "note": LATE})
+            continue
+        contests[name] = contest = Contest(make(), args.device, args.dtype, add)
+        enter_all(contest, args.only, compiling, end)
+        contest.race(args.rounds, (end - time.monotonic()) / (len(wanted) - i))
+        if name == "tiny" and args.dtype == torch.float32 and args.only in FUSED:
+            contest.half()
+    for contest in contests.values():
+        contest.batches(args.batches, args.batch_steps, 2, lambda: time.monotonic() > end)
+    if args.label:
+        found = waterfall(rows, args.label, args.predicted)
+        record.append(args.out / "waterfall.csv", WATERFALL, [machine | row for row in found])
+    print(plot_image.plot(rows, args.out, machine))
+    return 0 if rows else 1
+
+
+def waterfall(rows: list[dict], label: str, predicted: float | None) -> list[dict]:
+    """A row a model: the fused step, with the error of the picture."""
+    found = []
+    for step in rows:
+        if (step["provider"], step["what"]) == (FUSED, "step"):
+            picture, = (row for row in rows if row["what"] == "picture" and row.get("p50")
+                        and (row["model"], row["provider"]) == (step["model"], FUSED))
+            found.append({"label": label, "predicted": "" if predicted is None else predicted,
+                          **{key: step[key] for key in WATERFALL if key in step},
+                          "max_err": picture["max_err"], "psnr": picture["psnr"]})
+    return found
+
+
+def line(row: dict) -> str:
+    """A row for people."""
+    get = row.get
+    text = f"{row['model']:10} {get('provider', ''):19} {row['what']:22}"
+    if get("batch"):
+        text += f" batch {row['batch']}"
+    if get("p50"):
+        text += f" {row['p50']:>9} {row['unit'].replace('1/s', 'pictures/s')}"
+        if row["p20"] != row["p80"]:
+            text += f" ({row['p20']} to {row['p80']})"
+    for key in ("max_err", "psnr", "note"):
+        text += f", {key} {row[key]}" if get(key) else ""
+    return text
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

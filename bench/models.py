@@ -1,0 +1,146 @@
+"""The models whose pictures are timed, and minisd as it draws them.
+
+Full sizes have random weights: time and memory do not depend on their values, and none need be
+downloaded. All who are timed get copies of the same weights.
+
+B pictures, H W height and width in pixels, h w of the latent, D width of the context
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+import minisd
+from minisd import ops
+from minisd.clip import TextEncoder
+from minisd.config import SD1, SD2_V, Config
+from minisd.sd import StableDiffusion, _fused
+from minisd.tokenizer import Tokenizer
+from minisd.unet import UNet
+from minisd.vae import VAE
+
+PROMPT = "a red heart on a blue background"
+GUIDANCE = 7.5
+Weights = dict[str, dict[str, Tensor]]  # by part, then by parameter
+
+# Stable Diffusion 1 at a quarter of its widths, with heads as wide as there: for a CPU's patience.
+QUARTER = replace(
+    SD1, name="quarter", sample_size=192,
+    text=replace(SD1.text, hidden_size=192, intermediate_size=768, num_attention_heads=4),
+    unet=replace(SD1.unet, block_out_channels=(80, 160, 320, 320), num_heads=(2, 2, 2, 2),
+                 cross_attention_dim=192, norm_num_groups=16),
+    vae=replace(SD1.vae, block_out_channels=(32, 64, 128, 128)),
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is drawn, in how many ``steps``; of random weights unless it is the ``shipped`` one."""
+
+    name: str
+    config: Config
+    tokenizer: Tokenizer
+    steps: int
+    shipped: StableDiffusion | None = None
+
+    @property
+    def side(self) -> int:
+        """Of the latent."""
+        return self.config.sample_size // self.config.vae.downscale
+
+    def weights(self, device: torch.device, dtype: torch.dtype) -> Weights:
+        """Those of the shipped model; or random ones, by which nothing grows or shrinks."""
+        if self.shipped:
+            return {part: {name: p.to(device, dtype) for name, p in module.state_dict().items()}
+                    for part, module in parts_of(self.shipped).items()}
+        generator = torch.Generator(device).manual_seed(0)
+        return {part: {name: random(name, p.shape, generator, dtype)
+                       for name, p in module.state_dict().items()}
+                for part, module in empty_parts(self.config, ops.TORCH).items()}
+
+    def noise(self, batch: int) -> Tensor:
+        """x_T (B, 4, h, w), float32 on the CPU."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(batch, self.config.vae.latent_channels, self.side, self.side,
+                           generator=generator)
+
+
+def shipped(steps: int) -> Model:
+    sd = minisd.load(device="cpu")
+    return Model("tiny", sd.config, sd.tokenizer, steps, sd)
+
+
+def full(name: str, config: Config, steps: int) -> Model:
+    return Model(name, config, Tokenizer.clip(config.text.pad_token_id), steps)
+
+
+def standard(quick: bool) -> dict[str, Callable[[], Model]]:
+    """By name, what matters most first."""
+    if quick:
+        return {"tiny": lambda: shipped(20), "quarter": lambda: full("quarter", QUARTER, 2)}
+    return {"SD1.5-512": lambda: full("SD1.5-512", SD1, 50), "tiny": lambda: shipped(20),
+            "SD2.1-768": lambda: full("SD2.1-768", SD2_V, 50)}
+
+
+def random(name: str, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    x = torch.randn(shape, generator=generator, device=generator.device)
+    if len(shape) > 1:
+        x /= shape[1:].numel() ** 0.5
+    else:
+        x = 0.1 * x + ("norm" in name and name.endswith("weight"))
+    return x.to(dtype)
+
+
+def empty_parts(config: Config, body: ops.Ops) -> dict[str, nn.Module]:
+    with torch.device("meta"):
+        return {"text_encoder": TextEncoder(config.text, body), "unet": UNet(config.unet, body),
+                "vae": VAE(config.vae, body)}
+
+
+def parts_of(sd: StableDiffusion) -> dict[str, nn.Module]:
+    return {"text_encoder": sd.text_encoder, "unet": sd.unet, "vae": sd.vae}
+
+
+def with_copies(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """The module, empty so far, with copies of the weights of its own."""
+    copies = {name: p.clone() for name, p in weights.items()}
+    module.load_state_dict(copies, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+class Ours:
+    """minisd with the ops of that name. Raises ValueError where the device has none."""
+
+    def __init__(self, model: Model, weights: Weights, name: str, device: torch.device):
+        self.model, self.device = model, device
+        body = ops.choose(name, device)
+        parts = {part: with_copies(module, weights[part])
+                 for part, module in empty_parts(model.config, body).items()}
+        if name == "fused":
+            parts["unet"] = _fused(parts["unet"])
+        self.sd = StableDiffusion(model.config, model.tokenizer, **parts)
+
+    def picture(self, batch: int, steps: int) -> Tensor:
+        """(B, 3, H, W) in [0, 1]: text, all the steps, decoding."""
+        size = self.model.config.sample_size
+        return self.sd(PROMPT, num_images_per_prompt=batch, num_inference_steps=steps,
+                       latents=self.model.noise(batch), guidance_scale=GUIDANCE, height=size,
+                       width=size, output_type="pt", progress=False).images
+
+    def step(self) -> Callable[[], Tensor]:
+        """One prediction with guidance (1, 4, h, w)."""
+        context = self.sd._context(self.sd._ids(["", PROMPT]))               # (2, 77, D)
+        ask, x = self.sd._asker(context, [500]), self.model.noise(1).to(self.device)
+        x = x.to(torch.promote_types(context.dtype, torch.float32))
+        return lambda: self.sd._predict(ask, x, 0, GUIDANCE, None)
+
+    def decode(self) -> Callable[[], Tensor]:
+        """(1, 3, H, W), about [-1, 1]."""
+        latent = self.model.noise(1).to(self.sd._weight)
+        return lambda: self.sd.vae.decode(latent)
+
+    def release(self) -> None:
+        """Give back what was recorded for a size."""
+        getattr(self.sd.unet, "graphs", {}).clear()

@@ -1,0 +1,271 @@
+"""bench.launches, bench.image and bench.report: what they count, check, write and refuse."""
+
+import csv
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import SMALL
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
+
+from minisd_kernels.bodies import PLAIN
+from minisd_kernels.fused_step import Steps
+from minisd_kernels.fused_unet import FusedUNet
+from minisd_kernels.geglu import geglu
+from minisd_kernels.group_norm_silu import group_norm_silu
+from minisd_kernels.layer_norm import layer_norm
+
+from bench import image, launches, models, report
+from bench.clock import Clock, Memory, OutOfTime, limited
+from bench.contest import FUSED, Contest, psnr
+from bench.launches import Count, Launches, Step
+from minisd.ops import REFERENCE, TORCH
+
+CPU = torch.device("cpu")
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.float16, device="meta")
+
+
+A, B = meta(4, 8), meta(8, 3)
+BY_HAND = {  # what is done, launches, elements moved, FLOPs
+    "a product": (lambda: A @ B, 1, 32 + 24 + 12, 2 * 4 * 8 * 3),
+    "views and allocations": (lambda: A.T[1:].chunk(2)[0].unsqueeze(1).new_empty(9), 0, 0, 0),
+    "a view counts what it shows": (lambda: A[:, :2] * 2, 1, 8 + 8, 0),
+    "what is expanded is read once": (lambda: A[:1].expand(4, 8) * 2, 1, 8 + 32, 0),
+    "the same twice is read once": (lambda: A * A, 1, 32 + 32, 0),
+    "in place, read and written": (lambda: A.add_(A.T.reshape(4, 8)), 2, 2 * 32 + 3 * 32, 0),
+    "copied over, not read": (lambda: A.copy_(B[:1, :1]), 1, 1 + 32, 0),
+    "written elsewhere": (lambda: torch.add(A, 1, out=meta(4, 8)), 1, 32 + 32, 0),
+    "a product in place": (lambda: meta(4, 3).addmm_(A, B), 1, 12 + 32 + 24 + 12, 2 * 4 * 8 * 3),
+    "a convolution": (lambda: F.conv2d(meta(1, 2, 5, 5), meta(3, 2, 3, 3), padding=1), 1,
+                      50 + 54 + 75, 2 * 25 * 3 * 2 * 9),
+    "geglu": (lambda: geglu(meta(4, 16)), 1, 3 * 32, 0),
+    "layer norm": (lambda: layer_norm(A, B.T[0].contiguous(), meta(8), residual=meta(4, 8)), 2,
+                   8 + 8 + 8 + 8 + 4 * 32, 0),
+    "a small group norm": (lambda: group_norm_silu(meta(1, 8, 5, 5), meta(8), meta(8), 2), 1,
+                           2 * 200 + 16, 0),
+}
+
+
+@pytest.mark.parametrize("call, count, elements, flops", BY_HAND.values(), ids=BY_HAND)
+def test_by_hand(call, count, elements, flops):
+    with Launches() as seen:
+        call()
+    assert seen.total == Count(count, 2 * elements, flops), seen.names
+
+
+def test_a_large_group_norm_is_two_launches_and_reads_twice():
+    x, affine = meta(1, 8, 128, 128), (meta(8), meta(8))
+    with Launches() as seen:
+        group_norm_silu(x, *affine, 2)
+    assert seen.names == {"_moments_kernel": 1, "_apply_kernel": 1}
+    assert 3 * 2 * x.numel() <= seen.total.bytes <= 3 * 2 * x.numel() + 5000  # and the moments
+
+
+def test_attention_counts_as_its_flash_form():
+    q, k = meta(2, 3, 5, 8), meta(2, 3, 7, 8)
+    with Launches() as seen:
+        F.scaled_dot_product_attention(q, k, k)
+    assert seen.names == {"_scaled_dot_product_flash_attention": 1}
+    assert seen.total.flops == 4 * 2 * 3 * 5 * 7 * 8
+
+
+def test_what_has_memory_is_not_counted():
+    from minisd_kernels.launch import Call
+
+    with Launches() as seen, pytest.raises(ValueError, match="meta"):
+        seen._run([Call(None, (1,), (torch.zeros(1),), {}, 4)])
+
+
+@pytest.fixture(scope="module")
+def step():
+    return Step(SMALL, 8)
+
+
+def test_readable_step(step):
+    unet = step.unet(TORCH)
+    seen = step.count(unet, step.readable(unet))
+    modules = [type(m).__name__ for m in unet.modules()]
+    assert seen.names["convolution"] == modules.count("Conv2d")
+    assert seen.names["native_group_norm"] == modules.count("GroupNorm")
+    assert seen.names["_scaled_dot_product_flash_attention"] == modules.count("Attention")
+    real = step.unet(REFERENCE).float().to_empty(device=CPU)
+    with FlopCounterMode(display=False) as flops:
+        real(torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, 77, step.context.shape[2]))
+    assert seen.total.flops == flops.get_total_flops()
+
+
+def test_what_is_made_once_is_not_counted(step):
+    fused = FusedUNet(step.unet(TORCH), PLAIN)
+    anew = step.count(fused, step.fused(fused))
+    once = step.count(fused, Steps(fused, step.context, step.timesteps))
+    for name in anew.names | once.names:
+        assert anew.names[name] >= once.names[name], name
+    assert anew.names["mm"] - once.names["mm"] == len(fused.attentions)
+    assert (anew.names["cos"], once.names["cos"]) == (1, 0)
+    ask, graph = step.replay(fused)
+    around = step.count(fused, ask).total
+    assert graph.launches == 1 and graph.bytes < once.total.bytes < (around + graph).bytes
+    assert graph.flops == once.total.flops
+
+
+def test_rungs():
+    found = dict(launches.rungs(SMALL, 8))
+    assert list(found)[:2] == ["diffusers eager", 'ops="reference"'] and len(found) == 8
+    assert found["one graph"].launches < 30 < found["prompt and times made once"].launches
+    assert found["prompt and times made once"].bytes < found['ops="reference"'].bytes
+    rows = [{"model": "small", "rung": rung, **count._asdict()} for rung, count in found.items()]
+    assert len(launches.table(rows).splitlines()) == 2 + len(found)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The whole command on a very small model: its folder, and the rows of image.csv."""
+    patch, out = pytest.MonkeyPatch(), tmp_path_factory.mktemp("results")
+    small = models.full("small", SMALL, 2)
+    patch.setattr(models, "standard", lambda quick: {"small": lambda: small})
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+    options = ["--rounds", "2", "--batches", "2", "--batch-steps", "1", "--minutes", "5"]
+    with torch.no_grad():
+        options += ["--label", "all", "--predicted", "1.5", "--out", str(out)]
+        assert image.main(options) == 0
+    patch.undo()
+    return out, report.read(out / "image.csv")
+
+
+def test_every_call_has_a_time_and_an_error(run):
+    _, rows = run
+    assert list(rows[0]) == image.COLUMNS
+    for provider in ("minisd torch", FUSED, "diffusers eager"):
+        mine = {(r["what"], r["batch"]): r for r in rows if r["provider"] == provider}
+        for what in ("step", "decode", "picture"):
+            row = mine[what, "1"]
+            assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+            assert float(row["max_err"]) < 1e-4
+            assert what == "step" or float(row["psnr"]) > 90
+            assert provider == FUSED or float(mine[f"{what} over fused", "1"]["p50"]) > 0
+        assert {"load", "first picture", "pictures/s"} <= {what for what, _ in mine}
+        assert mine["pictures/s", "2"]["steps"] == "1"
+
+
+def test_who_cannot_run_is_named_with_a_reason(run):
+    reasons = {r["provider"]: r["note"] for r in run[1] if r["what"] == "not run"}
+    assert "GPU" in reasons["minisd triton"] and "--compile" in reasons["diffusers compiled"]
+
+
+def test_waterfall(run):
+    out, rows = run
+    row, = report.read(out / "waterfall.csv")
+    step, = (r for r in rows if (r["provider"], r["what"]) == (FUSED, "step"))
+    picture, = (r for r in rows if (r["provider"], r["what"]) == (FUSED, "picture"))
+    assert list(row) == image.WATERFALL and (row["label"], row["predicted"]) == ("all", "1.5")
+    assert (row["p50"], row["unit"]) == (step["p50"], "ms") and row["psnr"] == picture["psnr"]
+
+
+def test_a_wrong_picture_shows():
+    contest = Contest(models.full("small", SMALL, 1), CPU, torch.float32, lambda row: None)
+    near = contest.errors("picture", contest.exact["picture"] + 0.1)
+    assert near == {"max_err": "0.1", "psnr": "20.0"}
+    assert contest.errors("step", 1.5 * contest.exact["step"]) == {"max_err": "0.5"}
+    nan = contest.errors("picture", contest.exact["picture"] * float("nan"))
+    assert nan == {"max_err": "nan", "psnr": "nan"}
+    assert psnr(near_one := torch.ones(2), near_one) == float("inf")
+
+
+def test_a_failure_becomes_a_row():
+    rows = []
+    contest = Contest(models.full("small", SMALL, 1), CPU, torch.float32, rows.append)
+
+    def broken():
+        raise RuntimeError("no\nluck")
+
+    contest.enter("broken", broken)
+    contest.race(2, 0)
+    assert [(r["provider"], r["what"], r["note"]) for r in rows] == [
+        ("broken", "not run", "RuntimeError: no luck")]
+
+
+def test_a_limit_passes_through_whatever_catches_exceptions():
+    with pytest.raises(OutOfTime, match="up"), limited(0.05, "up"):
+        while True:
+            try:
+                time.sleep(1)
+            except Exception:
+                pass
+    with pytest.raises(OutOfTime, match="up"), limited(0, "up"):
+        raise AssertionError("must not begin")
+
+
+def test_clock_and_memory():
+    calls = []
+    sample, _ = Clock(CPU).sampler(lambda: calls.append(time.sleep(0.001)))
+    before = len(calls)
+    assert sample() >= 0.001 and len(calls) > before
+    memory = Memory(CPU)
+    if not memory.base:
+        pytest.skip("this system does not tell how large a process is")
+    kept = torch.ones(2**24)
+    grown = memory.growth()["memory"]
+    assert grown >= 0.9 * kept.nbytes
+    memory.restart()
+    assert memory.peaks()["memory"] >= 0.9 * kept.nbytes
+
+
+README = f"# Title\n\nbefore\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
+
+
+def test_report(run, tmp_path):
+    out, _ = run
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    arguments = ["--readme", str(readme), "--results", str(out)]
+    report.main(arguments)
+    text = readme.read_text()
+    assert text.startswith("# Title\n\nbefore\n") and text.endswith(f"{report.END}\n\nafter\n")
+    assert "\nold\n" not in text and "| diffusers eager |" in text and "| all |" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(len(line) - len(line.replace("|", "")) > 2 for line in lines)
+    report.main(arguments)
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize("broken", ["nothing", report.BEGIN, f"{report.END}{report.BEGIN}",
+                                    2 * f"{report.BEGIN}{report.END}"])
+def test_report_refuses_a_readme_without_markers(run, tmp_path, broken):
+    readme = tmp_path / "README.md"
+    readme.write_text(broken)
+    with pytest.raises(SystemExit, match="needs the lines"):
+        report.main(["--readme", str(readme), "--results", str(run[0])])
+    assert readme.read_text() == broken
+
+
+def test_report_takes_the_latest_comparison_of_each_device(run, tmp_path):
+    with (run[0] / "image.csv").open() as file:
+        rows = list(csv.DictReader(file))
+
+    def later(date: str, device: str = rows[0]["device"], only: str = "") -> list[dict]:
+        return [r | {"date": date, "commit": f"c{date}", "device": device} for r in rows
+                if only in r["provider"]]
+
+    rows += later("3000-01-01") + later("3001-01-01", only="minisd") + later("2999", "Another")
+    with (tmp_path / "image.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, image.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    text = report.report(tmp_path)
+    assert "c3000-01-01" in text and "c2999" in text and "c3001" not in text
+    assert text.count("### ") == 2 == text.count("**small**")
+
+
+def test_report_needs_results(tmp_path):
+    with pytest.raises(SystemExit, match="no results"):
+        report.report(tmp_path)
+    shutil.copy(Path(report.ROOT) / "bench" / "results" / "launches.csv", tmp_path)
+    assert "one graph" in report.report(tmp_path)
