@@ -121,7 +121,8 @@ class Attn:
         q, k, v = self.qkv(y).chunk(3, dim=-1)                               # (B, L, C)
         h2 = self.out1(attention(q, k, v, self.heads))                       # (B, L, C)
         if len(prompt[0]) == 2 * len(x):  # here the two halves of guidance part
-            x, h, h2 = (torch.cat([t, t]) for t in (x, h, h2))               # (2B, ...)
+            x = picture(rows(x).repeat(2, 1, 1), x)                          # (2B, C, h, w)
+            h, h2 = h.repeat(2, 1, 1), h2.repeat(2, 1, 1)                    # (2B, L, C)
         y, h = layer_norm(h2, *self.norms[1], residual=h)
         h2 = self.out2(attention(self.q(y), *prompt, self.heads))            # (M, L, C)
         y, h = layer_norm(h2, *self.norms[2], residual=h)
