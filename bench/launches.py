@@ -1,10 +1,11 @@
-"""What one denoise step launches and moves, counted: every rung from the formulas to the graph.
+"""What a denoise step and a decoding launch and move, counted, from the formulas to the graph.
 
     python -m bench.launches            # prints a table
     python -m bench.launches --write    # and adds it to bench/results/launches.csv
 
 One step is one picture with guidance, in float16: the UNet on both contexts, guidance and the DDIM
-update. It runs without memory (torch's "meta" device), so this takes seconds and needs no GPU.
+update. The decoding is the VAE's, of one picture. They run without memory (torch's "meta" device),
+so this takes seconds and needs no GPU.
 
 A launch is a call into aten that computes (views and allocations do not), or one Triton kernel.
 Bytes are those of the distinct tensors that each launch reads and writes, once each. FLOPs are
@@ -30,6 +31,7 @@ from minisd_kernels import flash_attention, group_norm_silu, launch
 from minisd_kernels.bodies import PLAIN, triton_bodies
 from minisd_kernels.fused_step import Steps
 from minisd_kernels.fused_unet import FusedUNet
+from minisd_kernels.fused_vae import FusedDecoder
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -42,11 +44,16 @@ from minisd.config import SD1, SD2_V, Config
 from minisd.ops import REFERENCE, TORCH, Ops
 from minisd.sd import StableDiffusion
 from minisd.unet import UNet
+from minisd.vae import Decoder
 
 MODELS = {"SD1.5, 512x512": (SD1, 64), "SD2.1, 768x768": (SD2_V, 96)}
 COLUMNS = ["model", "rung", "launches", "bytes", "flops", "torch", "triton", "commit", "date"]
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 OVERWRITTEN = {"copy_", "fill_", "zero_"}  # what these change, they do not read
+
+
+OPS = {"reference": REFERENCE, "torch": TORCH, "triton": Ops(
+    "triton", flash_attention.flash_attention, group_norm_silu.group_norm_silu)}
 
 
 class Count(NamedTuple):
@@ -77,7 +84,7 @@ class Launches(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.total, self.names = Count(), Counter()
-        self.within = _FlashForm(), mock.patch.object(launch, "run", self._run)
+        self.within = _AsOnGPU(), mock.patch.object(launch, "run", self._run)
 
     def __enter__(self) -> "Launches":
         for each in self.within:
@@ -116,13 +123,18 @@ class Launches(TorchDispatchMode):
             self.add(call.kernel.__name__, Count(1, moved(call.args), flops))
 
 
-class _FlashForm(TorchFunctionMode):
-    """On "meta" scaled_dot_product_attention would fall apart into its formula."""
+class _AsOnGPU(TorchFunctionMode):
+    """On "meta" scaled_dot_product_attention would fall apart into its formula, and convolutions
+    forget channels_last."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func in (F.conv2d, F.conv_transpose2d):
+            if args[0].is_contiguous(memory_format=torch.channels_last):
+                out = torch.empty_like(out, memory_format=torch.channels_last)
+        return out
 
 
 def _flops(name: str, args: tuple, kwargs: dict, out) -> int:
@@ -190,9 +202,7 @@ def rungs(config: Config, side: int) -> Iterator[tuple[str, Count]]:
             theirs = official_unet(config.unet, side).to(step.dtype).eval().requires_grad_(False)
         ask = step.readable(lambda *args: theirs(*args).sample)
         yield "diffusers eager", step.count(step.unet(TORCH), ask).total
-    by_name = {"reference": REFERENCE, "torch": TORCH, "triton": Ops(
-        "triton", flash_attention.flash_attention, group_norm_silu.group_norm_silu)}
-    for name, ops in by_name.items():
+    for name, ops in OPS.items():
         unet = step.unet(ops)
         yield f'ops="{name}"', step.count(unet, step.readable(unet)).total
     for name, bodies in {"torch": PLAIN, "triton": triton_bodies()}.items():
@@ -202,6 +212,21 @@ def rungs(config: Config, side: int) -> Iterator[tuple[str, Count]]:
     yield "prompt and times made once", step.count(fused, once).total
     around, graph = step.replay(fused)
     yield "one graph", step.count(fused, around).total + graph
+
+
+@torch.no_grad()
+def decodings(config: Config, side: int) -> Iterator[tuple[str, Count]]:
+    """The same of the VAE's decoder."""
+    with torch.device("meta"):
+        latent = torch.empty(1, config.vae.latent_channels, side, side, dtype=torch.float16)
+        decoders = {f'ops="{name}"': Decoder(config.vae, ops).half() for name, ops in OPS.items()}
+        for name, bodies in {"torch": PLAIN, "triton": triton_bodies()}.items():
+            fused = FusedDecoder(Decoder(config.vae, TORCH).half(), bodies)
+            decoders[f"fused decoder, {name} bodies"] = fused
+    for name, decoder in decoders.items():
+        with Launches() as launches:
+            decoder(latent)
+        yield name, launches.total
 
 
 def table(rows: list[dict]) -> str:
@@ -214,6 +239,9 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+COUNTED = {"": rungs, ", decoding": decodings}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="add to bench/results/launches.csv")
@@ -221,8 +249,9 @@ def main() -> None:
     record.refuse_two_trees()
     machine = record.machine(torch.device("cpu"), interpreted=False)
     rows = [{key: machine[key] for key in COLUMNS if key in machine}
-            | {"model": name, "rung": rung, **count._asdict()}
-            for name, model in MODELS.items() for rung, count in rungs(*model)]
+            | {"model": name + of, "rung": rung, **count._asdict()}
+            for name, model in MODELS.items() for of, counted in COUNTED.items()
+            for rung, count in counted(*model)]
     print(table(rows))
     if args.write:
         record.append(record.ROOT / "bench" / "results" / "launches.csv", COLUMNS, rows)

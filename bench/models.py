@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from minisd_kernels.fused_vae import fuse
 from torch import Tensor, nn
 
 import minisd
 from minisd import ops
 from minisd.clip import TextEncoder
 from minisd.config import SD1, SD2_V, Config
-from minisd.sd import StableDiffusion, _fused
+from minisd.sd import StableDiffusion
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
@@ -119,7 +120,7 @@ class Ours:
         parts = {part: with_copies(module, weights[part])
                  for part, module in empty_parts(model.config, body).items()}
         if name == "fused":
-            parts["unet"] = _fused(parts["unet"])
+            fuse(parts, body)
         self.sd = StableDiffusion(model.config, model.tokenizer, **parts)
 
     def picture(self, batch: int, steps: int) -> Tensor:

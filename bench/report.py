@@ -15,6 +15,7 @@ from pathlib import Path
 BEGIN, END = "<!-- bench.report: begin -->", "<!-- bench.report: end -->"
 ROOT = Path(__file__).parents[1]
 COMMAND = "python -m bench.image"
+DECODING = ", decoding"  # ends a model's name in launches.csv where the decoder was counted
 
 
 def read(path: Path) -> list[dict]:
@@ -151,24 +152,26 @@ def waterfall(rows: list[dict]) -> list[str]:
 
 
 def launches(rows: list[dict]) -> list[str]:
-    """The counts of one step, all models side by side."""
-    rows = latest(rows, "model")
-    if not rows:
-        return []
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    body = []
-    for (rung,), mine in groups(rows, "rung").items():
-        line = [rung]
-        for model in models:
-            of = [row for row in mine if row["model"] == model]
-            line += [cell for row in of[:1] for cell in (
-                row["launches"], f"{int(row['bytes']) / 1e9:.2f}", f"{int(row['flops']) / 1e9:.0f}")
-                     ] or [""] * 3
-        body.append(line)
-    head = [""] + [f"{model}: {what}" for model in models for what in ("launches", "GB", "GFLOP")]
-    return ["### Counted", "", "One denoise step with guidance in float16, counted by `python -m "
-            "bench.launches`, which says what a count is and is not; it is no time.", "",
-            markdown(head, body), ""]
+    """The counts, all models side by side: those of a step, then those of a decoding."""
+    parts = []
+    for what, decodes in (("One denoise step with guidance", False), ("One decoding", True)):
+        chosen = [row for row in rows if row["model"].endswith(DECODING) == decodes]
+        chosen = groups(latest(chosen, "model"), "model")
+        rungs = {row["rung"]: [] for mine in chosen.values() for row in mine}
+        for mine in chosen.values():
+            counts = {row["rung"]: row for row in mine}
+            for rung, cells in rungs.items():
+                row = counts.get(rung)
+                cells += [row["launches"], f"{int(row['bytes']) / 1e9:.2f}",
+                          f"{int(row['flops']) / 1e9:.0f}"] if row else [""] * 3
+        if rungs:
+            head = [f"{model.removesuffix(DECODING)}: {unit}" for (model,) in chosen
+                    for unit in ("launches", "GB", "GFLOP")]
+            body = [[rung, *cells] for rung, cells in rungs.items()]
+            parts += [f"{what}, in float16:", "", markdown(["", *head], body), ""]
+    return parts and [
+        "### Counted", "", "By `python -m bench.launches`, which says what a count is and is not; it "
+        "is no time.", "", *parts]
 
 
 def report(folder: Path) -> str:

@@ -1,8 +1,8 @@
 """Every variant of every kernel that Stable Diffusion launches, as the compiler would see it.
 
-Not a second list of constants: every size of bench/shapes.py in both layouts, both UNets packed
-anew, the text encoder, and some sizes in bfloat16 and float32 are planned on tensors without
-memory, and what would be launched is kept.
+Not a second list of constants: every size of bench/shapes.py in both layouts, both UNets and the
+VAE's decoder packed anew, the text encoder, and some sizes in bfloat16 and float32 are planned on
+tensors without memory, and what would be launched is kept.
 """
 
 import functools
@@ -16,6 +16,7 @@ import triton
 from minisd_kernels import flash_attention, launch
 from minisd_kernels.bodies import triton_bodies
 from minisd_kernels.fused_unet import FusedUNet
+from minisd_kernels.fused_vae import FusedDecoder
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
@@ -27,6 +28,7 @@ from bench import shapes
 from minisd.config import SD1, SD2_V, Config
 from minisd.ops import TORCH
 from minisd.unet import UNet
+from minisd.vae import Decoder
 
 META = torch.device("meta")
 ANY_GPU = GPUTarget("cuda", 90, 32)  # what a launch is specialised on is the same for all
@@ -67,6 +69,15 @@ def fused_step(config: Config, side: int) -> None:
         unet(x, torch.empty(1), context)
 
 
+def fused_decode(config: Config, side: int) -> None:
+    """One picture by the decoder packed anew."""
+    with META:
+        decoder = Decoder(config.vae, TORCH).half().requires_grad_(False)
+    decoder = FusedDecoder(decoder, triton_bodies())
+    with META, ChannelsLast():
+        decoder(torch.empty(1, config.vae.latent_channels, side, side, dtype=torch.float16))
+
+
 def text_attention() -> None:
     x = torch.empty(2, 77, SD1.text.hidden_size, dtype=torch.float16, device=META)
     flash_attention.flash_attention(x, x, x, SD1.text.num_attention_heads, causal=True)
@@ -81,8 +92,9 @@ def work() -> Iterator[Callable[[], object]]:
                          (torch.float32, some)):
         for case in cases:
             yield functools.partial(case.ours, *case.inputs(META, dtype))
-    yield functools.partial(fused_step, SD1, 64)
-    yield functools.partial(fused_step, SD2_V, 96)
+    for config, side in ((SD1, 64), (SD2_V, 96)):
+        yield functools.partial(fused_step, config, side)
+        yield functools.partial(fused_decode, config, side)
     yield text_attention
 
 

@@ -2,7 +2,9 @@
 
 A step of SD1.5 is some four hundred launches of a few microseconds each, and Python cannot issue
 them as fast as a GPU runs them. A CUDA graph records them once for a batch and a size and replays
-them as one; prompts, guidance and schedules change only what its input buffers hold.
+them as one; prompts, guidance and schedules change only what its input buffers hold. Guidance and
+the DDIM update stay outside, where a reader finds them: some thirteen small launches, which are
+issued while the graph still runs, since nothing waits for it.
 
 B latents, M contexts (B or 2B), C channels, h w height and width of the latent
 """

@@ -25,10 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisd.unet import (
-    LAYER_NORM_EPS, RES_NORM_EPS, TRANSFORMER_NORM_EPS, Downsample, ResBlock, Transformer, UNet,
-    Upsample, timestep_embedding,
-)
+from minisd.unet import Downsample, ResBlock, Transformer, UNet, Upsample, timestep_embedding
 from minisd_kernels.bodies import Bodies, add_up
 from minisd_kernels.packed import Conv, Linear
 
@@ -55,52 +52,52 @@ def picture(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
-class Norm:
+class Norm(nn.Module):
     """GroupNorm of what is pending, then SiLU if asked; gives back the sum too."""
 
-    def __init__(self, layer: nn.GroupNorm, eps: float, silu: bool, bodies: Bodies):
-        self.args = (layer.weight.detach(), layer.bias.detach(), layer.num_groups, eps, silu)
+    def __init__(self, layer: nn.GroupNorm, silu: bool, bodies: Bodies):
+        super().__init__()
+        self.weight, self.bias = nn.Buffer(layer.weight.detach()), nn.Buffer(layer.bias.detach())
+        self.settings = (layer.num_groups, layer.eps, silu)
         self.body = bodies.group_norm_silu
 
-    def __call__(self, s: Pending, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, s: Pending, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        args = (s.x, self.weight, self.bias, *self.settings)
         if s.shift is None and s.residual is None:
-            return self.body(s.x, *self.args), s.x
-        return self.body(s.x, *self.args, s.shift, s.residual, True if into is None else into)
+            return self.body(*args), s.x
+        return self.body(*args, s.shift, s.residual, True if into is None else into)
 
 
-class Res:
-    """ResBlock. Its time embedding and the bias of its first convolution are one shift."""
+class Res(nn.Module):
+    """ResBlock. What follows its first convolution is one shift: (C,), or a row for each of B."""
 
-    def __init__(self, block: ResBlock, times: slice, bodies: Bodies):
-        self.times = times
-        self.norm1 = Norm(block.norm1, RES_NORM_EPS, True, bodies)
-        self.norm2 = Norm(block.norm2, RES_NORM_EPS, True, bodies)
+    def __init__(self, block: nn.Module, bodies: Bodies):
+        super().__init__()
+        self.norm1, self.norm2 = (Norm(n, True, bodies) for n in (block.norm1, block.norm2))
         self.conv1, self.conv2 = Conv(block.conv1.weight), Conv(block.conv2.weight)
-        self.bias, self.shortcut = block.conv2.bias.detach(), None
+        self.bias, self.shortcut = nn.Buffer(block.conv2.bias.detach()), None
         if isinstance(block.conv_shortcut, nn.Conv2d):
             bias = self.bias + block.conv_shortcut.bias
             self.shortcut = Linear(block.conv_shortcut.weight, bias)
 
-    def __call__(self, s: Pending, times: Tensor, into: Tensor | None = None) -> Pending:
+    def forward(self, s: Pending, shift: Tensor, into: Tensor | None = None) -> Pending:
         y, x = self.norm1(s, into)
-        h = self.conv1(y)
-        shift = times[self.times] if times.dim() == 1 else times[: len(h), self.times]
-        y, _ = self.norm2(Pending(h, shift, None))
+        y, _ = self.norm2(Pending(self.conv1(y), shift, None))
         h = self.conv2(y)
         if self.shortcut is None:
             return Pending(h, self.bias, x)
         return Pending(h, None, picture(self.shortcut(rows(x)), x))
 
 
-class Attn:
+class Attn(nn.Module):
     """Transformer: self-attention, cross-attention, feed-forward, each added to its input."""
 
     def __init__(self, module: Transformer, bodies: Bodies):
+        super().__init__()
         block = module.transformer_blocks[0]
         self.bodies, self.heads = bodies, block.attn1.heads
-        self.norm = Norm(module.norm, TRANSFORMER_NORM_EPS, False, bodies)
-        self.norms = [(n.weight.detach(), n.bias.detach(), LAYER_NORM_EPS)
-                      for n in (block.norm1, block.norm2, block.norm3)]
+        self.norm = Norm(module.norm, False, bodies)
+        self.norms = nn.ModuleList([block.norm1, block.norm2, block.norm3])
         self.proj_in = Linear(module.proj_in.weight, module.proj_in.bias)
         one, two = block.attn1, block.attn2
         self.qkv = Linear(torch.cat([one.to_q.weight, one.to_k.weight, one.to_v.weight]))
@@ -114,44 +111,54 @@ class Attn:
         bias = module.proj_out.bias + module.proj_out.weight.flatten(1) @ narrow.bias
         self.proj_out = Linear(module.proj_out.weight, bias)
 
-    def __call__(self, s: Pending, prompt: tuple[Tensor, Tensor]) -> Pending:
-        attention, layer_norm = self.bodies.attention, self.bodies.layer_norm
+    def forward(self, s: Pending, prompt: tuple[Tensor, Tensor]) -> Pending:
+        attention = self.bodies.attention
         y, x = self.norm(s)
-        y, h = layer_norm(self.proj_in(rows(y)), *self.norms[0])             # (B, L, C)
+        y, h = self._norm(0, self.proj_in(rows(y)))                           # (B, L, C)
         q, k, v = self.qkv(y).chunk(3, dim=-1)                               # (B, L, C)
         h2 = self.out1(attention(q, k, v, self.heads))                       # (B, L, C)
         if len(prompt[0]) == 2 * len(x):  # here the two halves of guidance part
             x = picture(rows(x).repeat(2, 1, 1), x)                          # (2B, C, h, w)
             h, h2 = h.repeat(2, 1, 1), h2.repeat(2, 1, 1)                    # (2B, L, C)
-        y, h = layer_norm(h2, *self.norms[1], residual=h)
+        y, h = self._norm(1, h2, h)
         h2 = self.out2(attention(self.q(y), *prompt, self.heads))            # (M, L, C)
-        y, h = layer_norm(h2, *self.norms[2], residual=h)
+        y, h = self._norm(2, h2, h)
         h = self.narrow.add_to(h, self.bodies.geglu(self.widen(y)))          # (M, L, C)
         return Pending(picture(self.proj_out(h), x), None, x)
 
+    def _norm(self, i: int, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The i-th norm of x + residual, and the sum."""
+        norm = self.norms[i]
+        return self.bodies.layer_norm(x, norm.weight, norm.bias, norm.eps, residual)
 
-class Down:
+
+class Down(nn.Module):
     """Downsample."""
 
     def __init__(self, module: Downsample):
-        self.conv, self.bias = Conv(module.conv.weight, stride=2), module.conv.bias.detach()
+        super().__init__()
+        self.conv = Conv(module.conv.weight, stride=2)
+        self.bias = nn.Buffer(module.conv.bias.detach())
 
-    def __call__(self, s: Pending, into: Tensor) -> Pending:
+    def forward(self, s: Pending, into: Tensor) -> Pending:
         return Pending(self.conv(add_up(*s, into)), self.bias, None)
 
 
-class Up:
-    """Upsample, in phases; where the size is odd, as the readable one does."""
+class Up(nn.Module):
+    """Doubles height and width in phases; to an odd ``size``, as the readable one does."""
 
-    def __init__(self, module: Upsample):
-        self.weight, self.bias = module.conv.weight.detach(), module.conv.bias.detach()
-        taps = torch.tensor(PHASES, dtype=self.weight.dtype, device=self.weight.device)
-        phases = torch.einsum("ai,bj,ocij->coab", taps, taps, self.weight)   # (C, C, 4, 4)
+    def __init__(self, conv: nn.Conv2d, odd: bool = True):
+        """``odd``: whether odd sizes will be asked for."""
+        super().__init__()
+        weight, self.bias = conv.weight.detach(), nn.Buffer(conv.bias.detach())
+        taps = torch.tensor(PHASES, dtype=weight.dtype, device=weight.device)
+        phases = torch.einsum("ai,bj,ocij->coab", taps, taps, weight)        # (C, C, 4, 4)
         self.phases = Conv(phases, stride=2, transposed=True)
+        self.weight = nn.Buffer(weight) if odd else None
 
-    def __call__(self, s: Pending, size: tuple[int, int]) -> Pending:
+    def forward(self, s: Pending, size: tuple[int, int] | None = None) -> Pending:
         x = add_up(*s)
-        if size == (2 * x.shape[2], 2 * x.shape[3]):
+        if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
             h = self.phases(x)
         else:
             h = F.conv2d(F.interpolate(x, size=size, mode="nearest"), self.weight, padding=1)
@@ -169,19 +176,18 @@ class FusedUNet:
         self.config, self.ops = unet.config, unet.ops
         self.graphs: dict = {}  # recorded steps, by size; clear it to free their memory
         blocks = [m for m in unet.modules() if isinstance(m, ResBlock)]
-        ends = torch.tensor([len(m.conv1.bias) for m in blocks]).cumsum(0).tolist()
-        packed = {m: Res(m, slice(end - len(m.conv1.bias), end), bodies)
-                  for m, end in zip(blocks, ends)}
+        packed = {m: Res(m, bodies) for m in blocks}
         packed |= {m: Attn(m, bodies) for m in unet.modules() if isinstance(m, Transformer)}
         packed |= {m: Down(m) for m in unet.modules() if isinstance(m, Downsample)}
-        packed |= {m: Up(m) for m in unet.modules() if isinstance(m, Upsample)}
+        packed |= {m: Up(m.conv) for m in unet.modules() if isinstance(m, Upsample)}
         self.attentions = [layer for layer in packed.values() if isinstance(layer, Attn)]
 
         self.time_embedding = unet.time_embedding
         self.time_weight = torch.cat([m.time_emb_proj.weight for m in blocks])
+        self.time_widths = [len(m.conv1.bias) for m in blocks]
         self.time_bias = torch.cat([m.time_emb_proj.bias + m.conv1.bias for m in blocks])
         self.conv_in = copy.deepcopy(unet.conv_in).to(memory_format=torch.channels_last)
-        self.norm_out = Norm(unet.conv_norm_out, RES_NORM_EPS, True, bodies)
+        self.norm_out = Norm(unet.conv_norm_out, True, bodies)
         self.conv_out = Conv(unet.conv_out.weight)
         self.conv_out_bias = unet.conv_out.bias.detach().view(-1, 1, 1)
 
@@ -225,6 +231,7 @@ class FusedUNet:
     def step(self, x: Tensor, times: Tensor, prompt: list[tuple[Tensor, Tensor]]) -> Tensor:
         """x (B, 4, h, w), times (one row, or (M, ...)), prompt of M -> predictions (M, 4, h, w)."""
         m, prompt = len(prompt[0][0]), iter(prompt)
+        times = iter(times.split(self.time_widths, dim=-1))
         x = x.contiguous(memory_format=torch.channels_last)
         s = Pending(F.conv2d(x, self.conv_in.weight, padding=1), self.conv_in.bias, None)
         skips = []
@@ -239,7 +246,7 @@ class FusedUNet:
             if len(s.x) > len(own):  # guidance has parted; what came before is of both halves
                 for joined, own in skips:
                     joined[len(own) :, -own.shape[1] :] = own
-        s = self.middle(s, times)
+        s = self.middle(s, next(times))
         for pairs, upsamplers in self.up:
             for pair in pairs:
                 joined, _ = skips.pop()
@@ -251,8 +258,8 @@ class FusedUNet:
         return self.conv_out(y) + self.conv_out_bias                         # (M, 4, h, w)
 
     @staticmethod
-    def _pair(pair, s: Pending, times: Tensor, prompt, into: Tensor | None = None) -> Pending:
-        """A res block, and the attention after it where there is one."""
-        res, attention = pair
-        s = res(s, times, into)
+    def _pair(pair, s: Pending, times, prompt, into: Tensor | None = None) -> Pending:
+        """A res block, and the attention after it where there is one, with the next of each."""
+        (res, attention), time = pair, next(times)
+        s = res(s, time if time.dim() == 1 else time[: len(s.x)], into)
         return s if attention is None else attention(s, next(prompt))

@@ -15,10 +15,10 @@ a tile spans several groups, because a row of one group is only 20 bytes wide in
 
     small groups    one launch: a program reads its group twice, the second time from cache
     large groups    two: `_moments_kernel` writes the moments of each split of the pixels, one
-                    writer a slot, and `_apply_kernel` joins the splits and normalises one of them
+                    writer a slot, and s if asked; `_apply_kernel` joins them and normalises
 
-There are no atomics: the same bits every run. Moments are means and sums of centred squares joined
-by Chan's formula, never E[x^2] - E[x]^2, which loses every digit when the mean is large.
+No atomics: the same bits every run. Moments are means and sums of centred squares joined by Chan's
+formula, never E[x^2] - E[x]^2, which loses every digit when the mean is large.
 
 Source: Wu & He 2018, Group Normalization; Chan, Golub & LeVeque 1979, joining moments.
 
@@ -65,11 +65,12 @@ def _join(n, mean, m2, n_2, mean_2, m2_2):
 
 @triton.jit
 def _moments(
-    x, shift, residual, x_c, x_s, r_c, r_s, group, first, last, CG: tl.constexpr,
+    x, shift, residual, total, x_c, x_s, r_c, r_s, t_c, t_s, group, first, last, CG: tl.constexpr,
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
+    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr,
 ):
-    """Mean and sum of centred squares of GROUPS groups over the pixels [first, last)."""
+    """Mean and sum of centred squares of GROUPS groups over pixels [first, last); s, if TOTAL."""
+    dtype = total.dtype.element_ty
     p = tl.arange(0, PIXELS)[:, None, None]
     g = group + tl.arange(0, GROUPS)[None, :, None]
     c = tl.arange(0, CHANNELS)[None, None, :]
@@ -80,9 +81,12 @@ def _moments(
     m2 = tl.zeros((GROUPS,), tl.float32)
     for start in range(first, last, PIXELS):
         for channel in range(0, CG, CHANNELS):
+            channels = g * CG + channel + c                                  # (1, GROUPS, CHANNELS)
             inside = (start + p < last) & (channel + c < CG)                 # (PIXELS, 1, CHANNELS)
-            s = _load(x, shift, residual, x_c, x_s, r_c, r_s, start + p, g * CG + channel + c,
-                      inside, SHIFT, RESIDUAL)                               # (PIXELS, GROUPS, ...)
+            s = _load(x, shift, residual, x_c, x_s, r_c, r_s, start + p, channels, inside,
+                      SHIFT, RESIDUAL)                                       # (PIXELS, GROUPS, ...)
+            if TOTAL:
+                tl.store(total + (start + p) * t_s + channels * t_c, s.to(dtype), mask=inside)
             s = tl.where(inside, s - pivot, 0.0)
             n_tile = tl.minimum(PIXELS, last - start) * tl.minimum(CHANNELS, CG - channel) * 1.0
             mean_tile = tl.sum(tl.sum(s, 2), 0) / n_tile                     # (GROUPS,)
@@ -94,12 +98,12 @@ def _moments(
 
 @triton.jit
 def _normalise(
-    x, shift, residual, weight, bias, out, total, x_c, x_s, r_c, r_s, o_c, o_s, t_c, t_s,
+    x, shift, residual, weight, bias, out, x_c, x_s, r_c, r_s, o_c, o_s,
     group, first, last, mean, rstd, CG: tl.constexpr,
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, SILU: tl.constexpr,
+    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr,
 ):
-    """GROUPS groups of the result over the pixels [first, last); and s itself, if TOTAL."""
+    """GROUPS groups of the result over the pixels [first, last)."""
     p = tl.arange(0, PIXELS)[:, None, None]
     g = group + tl.arange(0, GROUPS)[None, :, None]
     c = tl.arange(0, CHANNELS)[None, None, :]
@@ -112,8 +116,6 @@ def _normalise(
             inside = (start + p < last) & (channel + c < CG)                 # (PIXELS, 1, CHANNELS)
             s = _load(x, shift, residual, x_c, x_s, r_c, r_s, start + p, channels, inside,
                       SHIFT, RESIDUAL)                                       # (PIXELS, GROUPS, ...)
-            if TOTAL:
-                tl.store(total + (start + p) * t_s + channels * t_c, s.to(dtype), mask=inside)
             y = (s - mean[None, :, None]) * rstd[None, :, None] * w + b
             if SILU:
                 y = y / (1.0 + tl.exp(-y))
@@ -123,34 +125,33 @@ def _normalise(
 @triton.jit
 def _one_launch_kernel(
     x, shift, residual, weight, bias, out, total, x_b, x_c, x_s, s_b, r_b, r_c, r_s, o_b, o_c, o_s,
-    t_b, t_c, t_s, n_pixels, bundles, eps, CG: tl.constexpr,
+    t_b, t_c, t_s, n_pixels, eps, CG: tl.constexpr,
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
     SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, SILU: tl.constexpr,
 ):
-    item = (tl.program_id(0) // bundles).to(tl.int64)
-    group = tl.program_id(0) % bundles * GROUPS
+    group, item = tl.program_id(0) * GROUPS, tl.program_id(1).to(tl.int64)
     x, shift, residual = x + item * x_b, shift + item * s_b, residual + item * r_b
-    mean, m2 = _moments(x, shift, residual, x_c, x_s, r_c, r_s, group, 0, n_pixels, CG,
-                        PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL)
+    mean, m2 = _moments(x, shift, residual, total + item * t_b, x_c, x_s, r_c, r_s, t_c, t_s,
+                        group, 0, n_pixels, CG, PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL, TOTAL)
     rstd = 1.0 / tl.sqrt_rn(m2 / (n_pixels * CG) + eps)                      # (GROUPS,)
-    _normalise(x, shift, residual, weight, bias, out + item * o_b, total + item * t_b, x_c, x_s,
-               r_c, r_s, o_c, o_s, t_c, t_s, group, 0, n_pixels, mean, rstd, CG,
-               PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL, TOTAL, SILU)
+    _normalise(x, shift, residual, weight, bias, out + item * o_b, x_c, x_s, r_c, r_s, o_c, o_s,
+               group, 0, n_pixels, mean, rstd, CG, PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL, SILU)
 
 
 @triton.jit
 def _moments_kernel(
-    x, shift, residual, moments, x_b, x_c, x_s, s_b, r_b, r_c, r_s, n_pixels, split, bundles,
-    CG: tl.constexpr, PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr,
+    x, shift, residual, total, moments, x_b, x_c, x_s, s_b, r_b, r_c, r_s, t_b, t_c, t_s,
+    n_pixels, split, CG: tl.constexpr,
+    PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, SPLITS: tl.constexpr,
 ):
-    item = (tl.program_id(1) // bundles).to(tl.int64)
-    group = tl.program_id(1) % bundles * GROUPS
+    group, item = tl.program_id(1) * GROUPS, tl.program_id(2).to(tl.int64)
     first = tl.program_id(0) * split
-    mean, m2 = _moments(x + item * x_b, shift + item * s_b, residual + item * r_b, x_c, x_s, r_c,
-                        r_s, group, first, min(first + split, n_pixels), CG,
-                        PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL)
-    row = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    mean, m2 = _moments(x + item * x_b, shift + item * s_b, residual + item * r_b,
+                        total + item * t_b, x_c, x_s, r_c, r_s, t_c, t_s, group, first,
+                        min(first + split, n_pixels), CG,
+                        PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL, TOTAL)
+    row = tl.program_id(2) * tl.num_programs(1) * GROUPS + group + tl.arange(0, GROUPS)
     at = moments + row * (2 * SPLITS) + tl.program_id(0)
     tl.store(at, mean)
     tl.store(at + SPLITS, m2)
@@ -158,15 +159,14 @@ def _moments_kernel(
 
 @triton.jit
 def _apply_kernel(
-    x, shift, residual, moments, weight, bias, out, total, x_b, x_c, x_s, s_b, r_b, r_c, r_s,
-    o_b, o_c, o_s, t_b, t_c, t_s, n_pixels, split, bundles, eps, CG: tl.constexpr,
+    x, shift, residual, moments, weight, bias, out, x_b, x_c, x_s, s_b, r_b, r_c, r_s,
+    o_b, o_c, o_s, n_pixels, split, eps, CG: tl.constexpr,
     PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, SILU: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr, SPLITS: tl.constexpr,
 ):
-    item = (tl.program_id(1) // bundles).to(tl.int64)
-    group = tl.program_id(1) % bundles * GROUPS
-    row = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[:, None] * (2 * SPLITS)
+    group, item = tl.program_id(1) * GROUPS, tl.program_id(2).to(tl.int64)
+    row = tl.program_id(2) * tl.num_programs(1) * GROUPS + group + tl.arange(0, GROUPS)
+    row = row[:, None] * (2 * SPLITS)                                        # (GROUPS, 1)
     i = tl.arange(0, SPLITS)[None, :]
     n = tl.maximum(tl.minimum(n_pixels - i * split, split), 0) * CG * 1.0    # (1, SPLITS)
     means = tl.load(moments + row + i, mask=n > 0, other=0.0)                # (GROUPS, SPLITS)
@@ -181,9 +181,9 @@ def _apply_kernel(
     rstd = 1.0 / tl.sqrt_rn(m2 / (n_pixels * CG) + eps)
     first = tl.program_id(0) * split
     _normalise(x + item * x_b, shift + item * s_b, residual + item * r_b, weight, bias,
-               out + item * o_b, total + item * t_b, x_c, x_s, r_c, r_s, o_c, o_s, t_c, t_s, group,
+               out + item * o_b, x_c, x_s, r_c, r_s, o_c, o_s, group,
                first, min(first + split, n_pixels), mean, rstd, CG,
-               PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL, TOTAL, SILU)
+               PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL, SILU)
 
 
 def _flat(x: Tensor) -> Tensor | None:
@@ -263,12 +263,11 @@ def plan(
     eps: float, silu: bool, shift: Tensor | None = None, residual: Tensor | None = None,
 ) -> list[launch.Call]:
     """The launches for these tensors, one or two by the size of a group; s goes into ``total``."""
-    front = dict(SHIFT=shift is not None, RESIDUAL=residual is not None)
-    back = dict(TOTAL=total is not None, SILU=silu)
+    front, keeps = dict(SHIFT=shift is not None, RESIDUAL=residual is not None), total is not None
     shift = weight if shift is None else shift  # never looked at, as are the next two
     x, out = _flat(x), _flat(out)
     residual = x if residual is None else _flat(residual)
-    total = out if total is None else _flat(total)
+    total = x if total is None else _flat(total)
     batch, channels, pixels = x.shape
     cg = channels // groups
     two = cg * pixels > LARGEST_IN_ONE_LAUNCH
@@ -277,21 +276,25 @@ def plan(
     spans = math.gcd(tile.groups, groups) if last else 1
     width = triton.next_power_of_2(cg) if last else cg & -cg  # covers cg, or divides it
     rows = max(1, min(tile.elements // (spans * width), triton.next_power_of_2(pixels)))
-    bundles = groups // spans
-    sizes = dict(CG=cg, PIXELS=rows, GROUPS=spans, CHANNELS=width) | front
-    strides = (*x.stride(), shift.stride(0) if shift.dim() == 2 else 0, *residual.stride())
-    ends = (weight, bias, out, total, *strides, *out.stride(), *total.stride(), pixels)
+    grid, sizes = (groups // spans, batch), dict(CG=cg, PIXELS=rows, GROUPS=spans, CHANNELS=width)
+    strides = (shift.stride(0) if shift.dim() == 2 else 0, *residual.stride())
     if not two:
-        args = (x, shift, residual, *ends, bundles, eps)
-        return [launch.Call(_one_launch_kernel, (batch * bundles,), args, sizes | back, tile.warps)]
+        args = (x, shift, residual, weight, bias, out, total, *x.stride(), *strides)
+        args += (*out.stride(), *total.stride(), pixels, eps)
+        sizes |= front | dict(TOTAL=keeps, SILU=silu)
+        return [launch.Call(_one_launch_kernel, grid, args, sizes, tile.warps)]
     split = triton.cdiv(triton.cdiv(pixels, SPLITS), rows) * rows  # pixels, in whole tiles
-    grid = (triton.cdiv(pixels, split), batch * bundles)
-    sizes |= dict(SPLITS=SPLITS)
+    grid = (triton.cdiv(pixels, split), *grid)
     moments = x.new_empty(batch * groups, 2, SPLITS, dtype=torch.float32)
-    first = (x, shift, residual, moments, *strides, pixels, split, bundles)
-    second = (x, shift, residual, moments, *ends, split, bundles, eps)
-    return [launch.Call(_moments_kernel, grid, first, sizes, tile.warps),
-            launch.Call(_apply_kernel, grid, second, sizes | back, tile.warps)]
+    args = (x, shift, residual, total, moments, *x.stride(), *strides, *total.stride(), pixels)
+    sizes |= front | dict(SPLITS=SPLITS)
+    constants = sizes | dict(TOTAL=keeps)
+    first = launch.Call(_moments_kernel, grid, (*args, split), constants, tile.warps)
+    if keeps:  # the sum is there by then
+        x, shift, residual, sizes = total, weight, total, sizes | dict.fromkeys(front, False)
+    args = (x, shift, residual, moments, weight, bias, out, *x.stride(), *strides, *out.stride())
+    args, constants = (*args, pixels, split, eps), sizes | dict(SILU=silu)
+    return [first, launch.Call(_apply_kernel, grid, args, constants, tile.warps)]
 
 
 def cost(elements: int, itemsize: int, residual: bool = False, total: bool = False) -> launch.Cost:

@@ -51,7 +51,7 @@ class Cost(NamedTuple):
     exponentials: int
 
 
-# (kernel, widest piece of d or size) -> setting. Chosen from compiled code alone (bench/compile.py):
+# (kernel, widest piece of d or size) -> setting. Chosen from compiled code alone (bench.compile):
 # no spill on any target with either Triton. 128 queries read k and v half as often as 64 do, and
 # two such programs fit on a multiprocessor of sm_90 (but one at d 80).
 DEFAULT = {
@@ -65,7 +65,7 @@ DEFAULT = {
     ("sliced", 2): Tile(64, 64, 4, 2),  # by bytes an element
     ("sliced", 4): Tile(64, 32, 8, 1),  # half of both spills on sm_80 with Triton 3.6
     ("group norm", 0): Norm(4096, 1, 4),  # a group a program, in one launch
-    ("group norm", 1): Norm(4096, 4, 4),  # split, in two
+    ("group norm", 1): Norm(2048, 8, 4),  # split, in two; 4096 spill on sm_80 or sm_100
     ("layer norm", 0): Norm(2048, 1, 4),
     ("geglu", 0): Norm(2048, 1, 4),
 }

@@ -8,7 +8,7 @@ do not apply (not float32, no oneDNN) torch's usual calls are made.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def packs(x: Tensor) -> bool:
@@ -17,7 +17,7 @@ def packs(x: Tensor) -> bool:
     return onednn and x.device.type == "cpu" and x.dtype == torch.float32
 
 
-class Conv:
+class Conv(nn.Module):
     """A 3x3 convolution, or a transposed 4x4 one that doubles, with a padding of 1 and no bias.
 
     ``weight`` as torch's functions want it. Packed for the size of the input when that is first
@@ -25,10 +25,11 @@ class Conv:
     """
 
     def __init__(self, weight: Tensor, stride: int = 1, transposed: bool = False):
-        self.weight = weight.detach().contiguous(memory_format=torch.channels_last)
+        super().__init__()
+        self.weight = nn.Buffer(weight.detach().contiguous(memory_format=torch.channels_last))
         self.stride, self.transposed, self.size = stride, transposed, None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (B, C_in, h, w), channels_last -> the same of another size."""
         if not packs(x):
             conv = F.conv_transpose2d if self.transposed else F.conv2d
@@ -54,16 +55,17 @@ class Conv:
         self.size = size
 
 
-class Linear:
+class Linear(nn.Module):
     """x W^T + b, packed for the number of rows when that is first seen or changes."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         """weight (C_out, C_in, ...), so that a 1x1 convolution's will do; bias (C_out,)."""
-        self.weight = weight.detach().flatten(1)
-        self.bias = None if bias is None else bias.detach()
+        super().__init__()
+        self.weight = nn.Buffer(weight.detach().flatten(1))
+        self.bias = None if bias is None else nn.Buffer(bias.detach())
         self.rows = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (..., C_in) -> (..., C_out)."""
         flat = x.flatten(0, -2)
         if not packs(x):

@@ -287,14 +287,7 @@ def load(
         checkpoint.fill(found, part, module, dtype, device)
         module.eval().requires_grad_(False)
     if body.name in ("fused", "auto"):
-        parts["unet"] = _fused(parts["unet"])
+        from minisd_kernels.fused_vae import fuse
+
+        fuse(parts, body)
     return StableDiffusion(found.config, tokenizer, **parts)
-
-
-def _fused(unet: UNet):
-    """The UNet packed anew, around the same ops."""
-    from minisd_kernels.bodies import PLAIN, triton_bodies
-    from minisd_kernels.fused_unet import FusedUNet
-
-    bodies = PLAIN if unet.ops.why else triton_bodies()
-    return FusedUNet(unet, bodies._replace(attention=unet.ops.attention))

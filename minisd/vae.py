@@ -167,11 +167,15 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """The whole autoencoder. Images lie in [-1, 1]; latents are scaled to about unit variance."""
+    """The whole autoencoder. Images lie in [-1, 1]; latents are scaled to about unit variance.
+
+    ``tile``, None unless set, is the side, in latent pixels, of the tiles in which larger latents
+    are decoded: the memory of one tile whatever the size, and nearly the same picture.
+    """
 
     def __init__(self, config: VAEConfig, ops: Ops):
         super().__init__()
-        self.config = config
+        self.config, self.tile = config, None
         self.encoder = Encoder(config, ops)
         self.decoder = Decoder(config, ops)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
@@ -196,4 +200,37 @@ class VAE(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """An image (B, 3, H, W), about [-1, 1] and not clamped, from a scaled latent."""
-        return self.decoder(self.post_quant_conv(latent / self.config.scaling_factor))
+        z = self.post_quant_conv(latent / self.config.scaling_factor)        # (B, 4, h, w)
+        if self.tile is None or max(z.shape[2:]) <= self.tile:
+            return self.decoder(z)
+        return self._tiled(z, max(self.tile, 1))
+
+    def _tiled(self, z: Tensor, side: int) -> Tensor:
+        """Tiles share at least a quarter of their side, over which one fades into the next.
+
+        Not quite what the whole latent gives: each tile's norms and its attention see that tile
+        alone, so that its light may differ from its neighbours'.
+        """
+        f, (height, width) = self.config.downscale, z.shape[2:]
+        image = z.new_zeros(len(z), 3, f * height, f * width)
+        total = z.new_zeros(f * height, f * width)
+        for y in _starts(height, side):
+            for x in _starts(width, side):
+                part = self.decoder(z[:, :, y : y + side, x : x + side])
+                fade = _tent(part.shape[2], z)[:, None] * _tent(part.shape[3], z)
+                here = slice(f * y, f * (y + side)), slice(f * x, f * (x + side))
+                image[:, :, *here] += fade * part
+                total[here] += fade
+        return image / total
+
+
+def _starts(length: int, side: int) -> list[int]:
+    """Where tiles of a side begin that cover a length evenly and share a quarter or more."""
+    steps = max(0, -(-4 * (length - side) // (3 * side)))
+    return [i * (length - side) // max(steps, 1) for i in range(steps + 1)]
+
+
+def _tent(length: int, like: Tensor) -> Tensor:
+    """1 in the middle, falling to nearly 0 over a quarter at both ends: (length,)."""
+    rise = (torch.arange(length, device=like.device) + 1) / (length / 4)
+    return torch.minimum(rise, rise.flip(0)).clamp(max=1).to(like)

@@ -11,12 +11,14 @@ from minisd_kernels import launch
 from minisd_kernels import layer_norm as layer_norm_file
 from minisd_kernels.bodies import triton_bodies
 from minisd_kernels.fused_unet import FusedUNet
+from minisd_kernels.fused_vae import FusedDecoder
 from minisd_kernels.geglu import geglu
 from minisd_kernels.layer_norm import layer_norm
-from oracles import DENOISER, error, randn, randomise
+from oracles import AUTOENCODER, DENOISER, error, randn, randomise
 
 from minisd.ops import TORCH, choose
 from minisd.unet import UNet
+from minisd.vae import Decoder
 
 NAN = float("nan")
 LAYER_NORM = [  # rows, C: why
@@ -111,3 +113,14 @@ def test_unets():
     ours = fused(x, t, context)
     assert error(ours, exact) <= 1e-5 * exact.abs().max()
     assert torch.equal(ours, fused(x, t, context))
+
+
+@torch.no_grad()
+def test_decoder():
+    config = replace(AUTOENCODER, block_out_channels=(8, 16))
+    plain = randomise(Decoder(config, TORCH)).float()
+    latent = randn(1, config.latent_channels, 3, 4).float()
+    exact = plain(latent)
+    ours = FusedDecoder(plain, triton_bodies())
+    assert error(ours(latent), exact) <= 1e-5 * exact.abs().max()
+    assert torch.equal(ours(latent), ours(latent))

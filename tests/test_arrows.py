@@ -42,7 +42,7 @@ DECLARED = DEPENDENCIES - {"pillow"} | {"PIL"}
 # Who may ask for the kernels, and only inside a function.
 ASK_FOR_KERNELS = {"ops", "sd"}
 # The only kernel files that know the model.
-BRIDGE = {"fused_unet", "fused_step"}
+BRIDGE = {"fused_unet", "fused_step", "fused_vae"}
 # What nothing that is installed may import.
 BESIDE = {"bench", "tests", "train_tiny", "weights", "kernels"}
 # What a file never says: it would be another's business.

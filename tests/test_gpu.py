@@ -17,24 +17,30 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU: the kernels are compiled and run on one here", allow_module_level=True)
 
 from minisd_kernels import launch
+from minisd_kernels.bodies import triton_bodies
 from minisd_kernels.flash_attention import PRECISIONS, flash_attention
+from minisd_kernels.fused_step import Steps
+from minisd_kernels.fused_unet import FusedUNet
+from minisd_kernels.fused_vae import FusedDecoder
 from minisd_kernels.group_norm_silu import group_norm_silu
 
+import minisd
 from bench import shapes
 from bench.check import check, error, last_place
 from bench.group_norm import AllGroupNorms
 from minisd.config import SD1
 from minisd.ops import REFERENCE, TORCH, Call, Ops, choose, watch
 from minisd.unet import UNet
+from minisd.vae import VAE
 
 DEVICE = torch.device("cuda")
 CASES = [case for case in shapes.full() if not isinstance(case, AllGroupNorms)]
 DTYPES = pytest.mark.parametrize("dtype", launch.DTYPES, ids=lambda dtype: str(dtype)[6:])
 # They count what the interpreter does, or rely on its exact float32.
-INTERPRETER_ALONE = ("cost_is", "corrections_of", "precisions")
+INTERPRETER_ALONE = ("cost_is", "corrections_of", "precisions", "_unets", "_decoder")
 
 with patch.object(launch, "interpreted", lambda kernel: True):  # those files insist on it
-    for name in ("attention", "group_norm"):
+    for name in ("attention", "group_norm", "fused"):
         for test, function in vars(importlib.import_module(f"interpreted_{name}")).items():
             if test.startswith("test_") and not any(word in test for word in INTERPRETER_ALONE):
                 globals()[f"test_{name}_{test.removeprefix('test_')}"] = function
@@ -128,3 +134,47 @@ def test_unet(dtype):
     assert len(calls) == 93 and {call.took for call in calls} == {"triton"}
     bound = 2 * error(torchs, exact) + last_place(exact, dtype)
     assert error(ours, exact) <= bound < float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_fused_unet_in_a_graph(dtype):
+    """SD1 at 512x512: one graph serves other timesteps and other prompts, always the same bits."""
+    weights, x = draw(dtype), torch.randn(1, 4, 64, 64).to(dtype)
+    prompts = torch.randn(2, 2, 77, 768).to(dtype)
+    fused = FusedUNet(unet(TORCH, weights), triton_bodies())
+    asked = [Steps(fused, prompt, [981, 1]) for prompt in prompts]
+    answers = {(p, i): asked[p](x, i).clone() for p, i in ((0, 0), (0, 1), (1, 1))}
+    assert len(fused.graphs) == 1
+    assert torch.equal(asked[0](x, 0), answers[0, 0])
+    readable, doubled = unet(TORCH, weights), {name: p.double() for name, p in weights.items()}
+    for (p, i), ours in answers.items():
+        twice = x.repeat(2, 1, 1, 1), torch.full((2,), (981, 1)[i])
+        exact = unet(REFERENCE, doubled)(twice[0].double(), twice[1], prompts[p].double())
+        bound = 2 * error(readable(*twice, prompts[p]), exact) + last_place(exact, dtype)
+        assert error(ours, exact) <= bound < float("inf")
+        if dtype == torch.float32:
+            assert error(ours, exact) <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_fused_decoder(dtype):
+    """SD1's, to 512x512."""
+    with DEVICE:
+        vae = VAE(SD1.vae, TORCH).to(dtype).requires_grad_(False)
+    latent = torch.randn(1, 4, 64, 64).to(dtype)
+    torchs = vae.decode(latent)
+    doubled = VAE(SD1.vae, TORCH).double().requires_grad_(False)
+    doubled.load_state_dict(vae.state_dict())
+    exact = doubled.decode(latent.double())
+    vae.decoder = FusedDecoder(vae.decoder, triton_bodies())
+    assert error(vae.decode(latent), exact) <= 2 * error(torchs, exact) + last_place(exact, dtype)
+
+
+def test_fused_picture_in_float16():
+    with torch.device("cpu"):  # where noise is drawn
+        ask = dict(prompt="a red heart", seed=0, num_inference_steps=20, output_type="pt")
+        exact = minisd.load(device="cuda", dtype="float32", ops="torch")(**ask).images
+        fused = minisd.load(device="cuda", dtype="float16", ops="fused")
+        first, again = (fused(**ask).images for _ in range(2))
+    assert torch.equal(first, again)
+    assert (first - exact).square().mean() <= 1e-4  # 40 dB

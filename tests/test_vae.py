@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from oracles import (
     AUTOENCODER,
     error,
@@ -99,3 +100,32 @@ def test_names_and_shapes_of_the_official_model():
     assert shapes == {name: p.shape for name, p in official.state_dict().items()}
     assert len(shapes) == 248
     assert sum(shape.numel() for shape in shapes.values()) == 83_653_863
+
+
+class Doubling(torch.nn.Module):
+    """A decoder of which every pixel is known: the mean of its channels, eight times as large."""
+
+    def forward(self, z):
+        return F.interpolate(z.mean(1, keepdim=True).repeat(1, 3, 1, 1), scale_factor=8)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 8), (5, 31), (20, 1), (17, 17)], ids=str)
+@pytest.mark.parametrize("side", [1, 4, 8])
+def test_tiles_cover_the_picture_evenly(size, side):
+    vae = randomise(VAE(AUTOENCODER, TORCH))
+    vae.decoder = Doubling()
+    vae.config = replace(vae.config, block_out_channels=(1,) * 4)  # doubles three times
+    latent = randn(2, vae.config.latent_channels, *size)
+    whole = vae.decode(latent)
+    vae.tile = side
+    assert error(vae.decode(latent), whole) <= 1e-12
+
+
+def test_decoding_in_tiles():
+    """Of the size of a tile it is the same; past it, nearly, the more so the larger the tile."""
+    vae, errors = randomise(VAE(AUTOENCODER, TORCH)), []
+    latent = randn(1, AUTOENCODER.latent_channels, 24, 10)
+    whole = vae.decode(latent)
+    for vae.tile in (24, 20, 10):
+        errors.append(error(vae.decode(latent), whole))
+    assert errors[0] == 0 < errors[1] < errors[2] < 0.5 * whole.abs().max()

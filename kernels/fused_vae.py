@@ -1,0 +1,79 @@
+"""The VAE's decoder, packed anew as the fused UNet is and out of the same parts; and `fuse`.
+
+What it does otherwise is told in fused_unet.py: layout, pending sums, one matrix for q, k and v,
+and doubling in phases, which is most of what is to be gained here: 386 of 2515 GFLOP.
+
+B latents, C channels, h w height and width of the latent, L = h*w rows
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minisd.ops import Ops
+from minisd.vae import Attention, Decoder, ResBlock
+from minisd_kernels.bodies import PLAIN, Bodies, triton_bodies
+from minisd_kernels.fused_unet import FusedUNet, Norm, Pending, Res, Up, picture, rows
+from minisd_kernels.packed import Conv, Linear
+
+
+class DecoderRes(nn.Module):
+    """ResBlock; nothing but its own bias follows the first convolution."""
+
+    def __init__(self, block: ResBlock, bodies: Bodies):
+        super().__init__()
+        self.block, self.shift = Res(block, bodies), nn.Buffer(block.conv1.bias.detach())
+
+    def forward(self, s: Pending) -> Pending:
+        return self.block(s, self.shift)
+
+
+class DecoderAttn(nn.Module):
+    """Attention of one head over all positions, added to its input."""
+
+    def __init__(self, module: Attention, bodies: Bodies):
+        super().__init__()
+        self.norm, self.attention = Norm(module.group_norm, False, bodies), bodies.attention
+        out, three = module.to_out[0], (module.to_q, module.to_k, module.to_v)
+        self.qkv = Linear(torch.cat([m.weight for m in three]), torch.cat([m.bias for m in three]))
+        self.out = Linear(out.weight, out.bias)
+
+    def forward(self, s: Pending) -> Pending:
+        y, x = self.norm(s)
+        q, k, v = self.qkv(rows(y)).chunk(3, dim=-1)                         # (B, L, C)
+        return Pending(picture(self.out(self.attention(q, k, v, 1)), x), None, x)
+
+
+class FusedDecoder(nn.Module):
+    """Takes the place of a VAE's ``decoder``: latents (B, 4, h, w) -> images (B, 3, H, W).
+
+    A module as that one is: ``.to(dtype)`` gives a decoder in float32 where float16 overflows.
+    """
+
+    @torch.no_grad()
+    def __init__(self, decoder: Decoder, bodies: Bodies):
+        super().__init__()
+        self.conv_in = decoder.conv_in.to(memory_format=torch.channels_last)
+        (first, second), (attention,) = decoder.mid_block.resnets, decoder.mid_block.attentions
+        self.blocks = nn.Sequential(
+            DecoderRes(first, bodies), DecoderAttn(attention, bodies), DecoderRes(second, bodies))
+        for level in decoder.up_blocks:
+            self.blocks.extend(DecoderRes(block, bodies) for block in level.resnets)
+            self.blocks.extend(Up(m.conv, odd=False) for m in getattr(level, "upsamplers", ()))
+        self.norm_out = Norm(decoder.conv_norm_out, True, bodies)
+        self.conv_out = Conv(decoder.conv_out.weight)
+        self.bias = nn.Buffer(decoder.conv_out.bias.detach().view(-1, 1, 1))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        x = latent.contiguous(memory_format=torch.channels_last)
+        y, _ = self.norm_out(self.blocks(
+            Pending(F.conv2d(x, self.conv_in.weight, padding=1), self.conv_in.bias, None)))
+        return self.conv_out(y) + self.bias                                  # (B, 3, H, W)
+
+
+def fuse(parts: dict[str, nn.Module], ops: Ops) -> None:
+    """Pack a model's "unet" and the decoder of its "vae" anew, in place, around the same ops."""
+    bodies = PLAIN if ops.why else triton_bodies()
+    bodies = bodies._replace(attention=ops.attention)
+    parts["unet"] = FusedUNet(parts["unet"], bodies)
+    parts["vae"].decoder = FusedDecoder(parts["vae"].decoder, bodies)

@@ -1,0 +1,112 @@
+"""What the compiler makes of the kernels: within bounds, as the kept tables say, and both checked.
+
+Compiling needs kernels that no interpreter has taken over, so it happens in processes of its own,
+each with an empty cache.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton compiles the kernels")
+
+from bench import compile  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(
+    not compile.CUOBJDUMP.exists(), reason="this triton comes without cuobjdump"
+)
+GOOD = compile.Row(
+    "flash_attention_kernel", "float16", "D40 A32 B16", 8, 3, "sm_90", registers=116, stack=0,
+    spills=0, scalar_spills=0, shared=49152, matrix=22, instructions=1096, programs=2,
+    triton="3.9.0",
+)
+
+
+def python(script: str, cache: Path, *arguments: object) -> subprocess.CompletedProcess:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_few_of_every_kind_compile_as_the_tables_say(tmp_path):
+    done = python("""
+import sys
+from bench.compile import main
+raise SystemExit(max(main(["--only", only]) for only in sys.argv[1:]))
+""", tmp_path,
+        "sm_90 flash_attention_kernel float16 heads:i32 D", "sm_90 flash_attention_sliced_kernel f",
+        "gfx942 layer_norm_kernel float16 C320", "sm_80 geglu_kernel", "sm_100 layer_norm_kernel")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\n0 of" not in done.stdout  # each of them found something
+
+
+def test_tables_are_kept_for_the_oldest_and_the_newest_triton():
+    names = {path.name for path in compile.RESULTS.glob("compile-triton-*.csv")}
+    assert {"compile-triton-3.6.csv", "compile-triton-3.9.csv"} <= names
+
+
+def test_a_table_that_is_not_of_this_code_is_reported(tmp_path):
+    table = (compile.RESULTS / "compile-triton-3.9.csv").read_text().splitlines()
+    cells = table[-1].split(",")
+    cells[compile.Row._fields.index("stack")] = "8"
+    broken = [*table[:1], *table[2:-1], ",".join(cells)]  # a row less, and one that spills
+    (tmp_path / "compile-triton-3.9.csv").write_text("\n".join(broken))
+    done = python("""
+import sys
+from pathlib import Path
+from bench.compile import kept, stale
+folder = Path(sys.argv[1])
+last = kept(folder / "compile-triton-3.9.csv")[-1]
+print(*stale([last._replace(registers=last.registers + 1)], folder), sep="\\n")
+""", tmp_path, tmp_path)
+    assert "1 rows too few or too many" in done.stdout, done.stderr
+    assert "spills, with 8 bytes of stack" in done.stdout
+    assert "now" in done.stdout
+
+
+@pytest.mark.parametrize("setting, target, said", [
+    ("'attention', 32] = Tile(128, 128, 4, 3)", "sm_90", "spills, with"),
+    ("'attention', 32] = Tile(16, 64, 4, 2)", "sm_90", "no HGMMA"),  # wgmma takes 64 rows
+    ("'attention', 32] = Tile(64, 128, 8, 5)", "sm_89", "shared memory past 101376"),
+])
+def test_settings_that_break_a_bound_are_named_and_end_with_1(setting, target, said, tmp_path):
+    done = python(f"""
+import sys
+from minisd_kernels.launch import DEFAULT, Tile
+DEFAULT[{setting}
+from bench.compile import main
+raise SystemExit(main(["--only", "{target} flash_attention_kernel float16 heads:i32 D40"]))
+""", tmp_path)
+    assert done.returncode == 1, done.stderr
+    report = done.stdout.partition("broken:")[2]
+    assert said in report and "D40" in report
+    assert "too few or too many" in report  # the tables have no such setting
+
+
+def test_what_is_within_bounds_is_not_reported():
+    assert compile.broken(GOOD) == []
+    assert compile.broken(GOOD._replace(dtype="float32", matrix=0)) == []
+
+
+@pytest.mark.parametrize("change", [
+    {"stack": 8}, {"spills": 1}, {"shared": 227 * 1024 + 1}, {"matrix": 0},
+    {"target": "sm_80", "shared": 163 * 1024 + 1}, {"target": "gfx942", "shared": 65537},
+    {"target": "gfx942", "spills": 1}, {"dtype": "bfloat16", "target": "sm_100", "matrix": 0},
+], ids=str)
+def test_each_bound(change):
+    assert len(compile.broken(GOOD._replace(**change))) == 1
+
+
+@pytest.mark.parametrize("target, registers, shared, warps, fit", [
+    ("sm_90", 128, 65536, 8, 2),  # just fits twice: 128 * 256 * 2 = 65536
+    ("sm_90", 129, 65536, 8, 1),  # a warp's registers are given out by 256, 8 a thread
+    ("sm_90", 32, 0, 1, 32),  # never more than 32
+    ("sm_90", 32, 75 * 1024, 4, 3),  # 3 * (75 + 1) = 228 KiB
+    ("sm_89", 32, 0, 8, 6),  # 48 warps
+])
+def test_how_many_programs_fit(target, registers, shared, warps, fit):
+    assert compile.programs(compile.TARGETS[target], registers, shared, warps) == fit
