@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=7, help="samples of each, at most (default: %(default)s)")
     add("--batches", type=int, nargs="*", help="default: 1 2 4 8 16; none with --quick")
     add("--batch-steps", type=int, default=20, help="steps of these (default: %(default)s)")
-    add("--minutes", type=float, help="then start nothing new (default: 6.5; 0.5 with --quick)")
+    add("--minutes", type=float, help="then start nothing new (default: 6.5; 0.6 with --quick)")
     add("--compile-minutes", type=float, help="for torch.compile (default: 2; 0 on a CPU)")
     add("--label", help="what has changed: adds a row to waterfall.csv")
     add("--predicted", type=float, help="milliseconds of a step that the change was to save")
@@ -64,7 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.quick |= not gpu
     args.dtype = getattr(torch, args.dtype or ("float16" if gpu else "float32"))
     if args.minutes is None:
-        args.minutes = 0.5 if args.quick else 6.5
+        args.minutes = 0.6 if args.quick else 6.5
     if args.compile_minutes is None:
         args.compile_minutes = 2 if gpu else 0
     if args.batches is None:
@@ -140,8 +140,8 @@ def main(argv: list[str] | None = None) -> int:
         contests[name] = contest = Contest(make(), args.device, args.dtype, add)
         enter_all(contest, args.only, compiling, end)
         contest.race(args.rounds, (end - time.monotonic()) / (len(wanted) - i))
-        if name == "tiny" and args.dtype == torch.float32 and args.only in FUSED:
-            contest.half()
+    if "tiny" in contests and args.dtype == torch.float32 and args.only in FUSED:
+        contests["tiny"].half()
     for contest in contests.values():
         contest.batches(args.batches, args.batch_steps, 2, lambda: time.monotonic() > end)
     if args.label:
