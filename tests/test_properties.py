@@ -1,0 +1,102 @@
+"""What holds for every number, not only for the chosen ones: the schedule, sizes and name maps.
+
+Settings in a PNG have theirs in test_save.py.
+"""
+
+import torch
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+from oracles import error
+
+from minisd import arguments, ddim, names
+from minisd.config import ScheduleConfig, UNetConfig, VAEConfig
+from minisd.ops import TORCH
+from minisd.unet import UNet
+from minisd.vae import VAE
+
+KINDS = st.sampled_from(["epsilon", "v_prediction"])
+BETAS = st.floats(1e-5, 2e-2)
+LATENT = torch.linspace(-3, 3, 8, dtype=torch.float64)
+NOISE = torch.tensor([1, -2, 0.5, 0, 3, -0.1, 1e-3, -1], dtype=torch.float64)
+
+
+@st.composite
+def schedules(draw):
+    """Noise shares of a schedule with any betas."""
+    low, high = sorted((draw(BETAS), draw(BETAS)))
+    return ddim.alphas_cumprod(ScheduleConfig(beta_start=low, beta_end=high)).tolist()
+
+
+@given(st.integers(1, 1000))
+def test_timesteps_fall_in_equal_strides_and_stay_inside(steps):
+    walked = ddim.timesteps(steps)
+    assert len(walked) == steps and 0 <= walked[-1] <= 1 and walked[0] <= 999
+    assert {a - b for a, b in zip(walked, walked[1:])} <= {1000 // steps}
+
+
+@given(schedules())
+def test_the_signal_falls_all_the_way(alphas):
+    assert 1 > alphas[0] and alphas[-1] > 0 and alphas == sorted(alphas, reverse=True)
+
+
+@given(schedules(), KINDS, st.data())
+def test_a_perfect_prediction_walks_along_the_noise(alphas, kind, data):
+    """Told the truth, the sampler is at each stop where adding noise would have put it."""
+    stops = data.draw(st.lists(st.integers(0, 999), min_size=2, max_size=8, unique=True))
+    first, *later = sorted(stops, reverse=True)
+    a, x = alphas[first], ddim.add_noise(LATENT, NOISE, alphas[first])
+    for t in later:
+        truth = NOISE if kind == "epsilon" else a**0.5 * NOISE - (1 - a) ** 0.5 * LATENT
+        x, a = ddim.step(x, truth, a, alphas[t], kind), alphas[t]
+        assert error(x, ddim.add_noise(LATENT, NOISE, a)) <= 1e-6
+
+
+@given(schedules(), st.integers(0, 998), st.floats(0, 1))
+def test_fresh_noise_replaces_as_much_as_it_adds(alphas, t, eta):
+    """With eta the share of noise stays what the schedule says: only its direction is new."""
+    a, a_next = alphas[t + 1], alphas[t]
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    x = (1 - a) ** 0.5 * one  # nothing but noise, of variance 1 - a
+    kept = ddim.step(x, one, a, a_next, "epsilon", eta, zero)
+    fresh = ddim.step(x, one, a, a_next, "epsilon", eta, one) - kept
+    assert error(kept**2 + fresh**2, one * (1 - a_next)) <= 1e-9
+
+
+@given(st.integers(-100, 2 * arguments.MAX_SIDE), st.sampled_from([1, 4, 8, 16]))
+def test_a_side_is_taken_or_the_nearest_are_named(value, multiple):
+    try:
+        assert arguments.side("width", value, multiple, 1) == value
+        assert value % multiple == 0 and value > 0
+    except ValueError as refusal:
+        near = str(refusal).partition("nearest valid: ")[2].rstrip(")").split(" or ")
+        for other in map(int, near):
+            assert arguments.side("width", other, multiple, 1) == other
+        assert min(abs(int(other) - value) for other in near) < multiple or not (
+            multiple <= value <= arguments.MAX_SIDE)
+
+
+@st.composite
+def configs(draw):
+    """Models of any depth, with attention anywhere."""
+    levels = draw(st.integers(1, 5))
+    has = tuple(draw(st.lists(st.booleans(), min_size=levels, max_size=levels)))
+    unet = UNetConfig(block_out_channels=(32,) * levels, has_attention=has, num_heads=(2,) * levels,
+                      layers_per_block=draw(st.integers(1, 3)))
+    vae = VAEConfig(block_out_channels=(32,) * draw(st.integers(1, 5)),
+                    layers_per_block=draw(st.integers(1, 3)))
+    return unet, vae
+
+
+@effort(max_examples=30, deadline=None)
+@given(configs())
+def test_every_parameter_has_an_official_name(found):
+    """One in a UNet; in a VAE each, though its attention has been published under several."""
+    unet, vae = found
+    with torch.device("meta"):
+        parts = {"unet": UNet(unet, TORCH), "vae": VAE(vae, TORCH)}
+    rows = {"unet": names.unet(unet), "vae": names.vae(vae)}
+    for part, module in parts.items():
+        ours = [name for tensors in rows[part].values() for name in tensors]
+        assert module.state_dict().keys() <= set(ours)
+        assert part == "vae" or len(ours) == len(set(ours))
