@@ -79,6 +79,10 @@ def draw(argv: list[str]) -> None:
         call["image"] = pictures.open_image(args.image)
     if args.mask is not None:
         call["mask_image"] = pictures.open_image(args.mask)
+    from minisd import arguments, checkpoint  # not above: a usage error need not wait for torch
+
+    config = checkpoint.open_checkpoint(_model(args.model)).config
+    arguments.check(config, args.prompt, **call)  # what it refuses, before any weight is read
     sd = minisd.load(_model(args.model), device=args.device, dtype=args.dtype, ops=args.ops)
     for path, seed in plan:
         out = sd(args.prompt, seed=seed, progress=False if args.quiet else None, **call)

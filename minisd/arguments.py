@@ -67,11 +67,12 @@ class Request:
 
 
 def check(
-    config: Config, prompt: object, negative_prompt: object, height: object, width: object,
-    num_inference_steps: object, guidance_scale: object, num_images_per_prompt: object,
-    eta: object, seed: object, generator: object, latents: object, prompt_embeds: object,
-    negative_prompt_embeds: object, image: object, mask_image: object, strength: object,
-    output_type: object, callback_on_step_end: object,
+    config: Config, prompt: object, negative_prompt: object = None, height: object = None,
+    width: object = None, num_inference_steps: object = 50, guidance_scale: object = 7.5,
+    num_images_per_prompt: object = 1, eta: object = 0.0, seed: object = None,
+    generator: object = None, latents: object = None, prompt_embeds: object = None,
+    negative_prompt_embeds: object = None, image: object = None, mask_image: object = None,
+    strength: object = None, output_type: object = "pil", callback_on_step_end: object = None,
 ) -> Request:
     """The request that these arguments make, or one TypeError or ValueError."""
     f, trained = config.vae.downscale, config.schedule.num_train_timesteps

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import resources
 from os import PathLike
 from pathlib import Path
 
@@ -70,13 +71,14 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | PathLike,
+    path: str | PathLike | None,
     config: Config | str | PathLike | None = None,
     vae: str | PathLike | None = None,
     prediction_type: str | None = None,
 ) -> Checkpoint:
     """Recognise a .safetensors file, a folder in diffusers layout, or a cached "owner/name".
 
+    ``path``: one of these, or None for the shipped model.
     ``config``: the sizes of a single file, or a folder of diffusers JSON files that has them.
     ``vae``: a file, or a folder with a diffusers file, whose VAE is used instead.
     ``prediction_type``: outranks what is found.
@@ -84,7 +86,7 @@ def open_checkpoint(
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ValueError(f"prediction_type is {prediction_type!r}, not one of {PREDICTION_TYPES}")
-    place = locate(path)
+    place = locate(resources.files("minisd_weights") / "tiny" if path is None else path)
     if not place.is_dir():
         found = _open_file(place, config, prediction_type)
     elif config is None:

@@ -87,7 +87,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         file.seek(8)
         header = parse_json(file.read(length), path)
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise WeightError(f"{path}: its __metadata__ is not a table of strings")
     if len(header) > MAX_TENSORS:
         raise WeightError(f"{path} declares {len(header)} tensors; no model has over {MAX_TENSORS}")
@@ -136,8 +136,11 @@ def parse_json(data: bytes, path: Path) -> dict:
             raise WeightError(f"{path} has {twice[:80]!r} twice")
         return result
 
+    def whole(digits: str) -> int | float:
+        return -0.0 if digits == "-0" else int(digits)  # to safetensors -0 is no integer
+
     try:
-        result = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+        result = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_int=whole)
     except WeightError:
         raise
     except (ValueError, RecursionError) as error:
@@ -178,6 +181,10 @@ def _stored(path: Path, name: str, entry: object, data: int) -> StoredTensor:
             f"{path}: {name} is {shape} of {dtype}, which is not {stop - start} bytes"
         )
     return StoredTensor(path, name, dtype, tuple(shape), data + start, data + stop)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _whole_numbers(values: object, limit: int) -> bool:

@@ -12,7 +12,6 @@ B pictures, H W height and width in pixels, h w of the latent, D width of the co
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from os import PathLike
 from typing import Any
 
@@ -264,8 +263,6 @@ def load(
     device = arguments.device(device)
     dtype = arguments.dtype(dtype, device)
     body = bodies.choose(ops, device)
-    if path is None:
-        path = resources.files("minisd_weights") / "tiny"
     found = checkpoint.open_checkpoint(path, config=config, vae=vae,
                                        prediction_type=prediction_type)
     if found.tokenizer_folder is None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # file of minisd -> the files of minisd that it may import, anywhere in it
 ARROWS = {
     "__init__": {"checkpoint", "image", "sd"},
-    "__main__": {"checkpoint", "hub", "image", "sd"},
+    "__main__": {"arguments", "checkpoint", "hub", "image", "sd"},
     "sd": {"arguments", "checkpoint", "clip", "config", "coverage", "ddim", "image", "latents",
            "ops", "tokenizer", "unet", "vae"},
     "latents": {"ddim"},

@@ -11,6 +11,7 @@ from PIL import Image
 
 import minisd
 from minisd.__main__ import main
+from minisd.config import SD1
 from minisd.hub import HubError
 from minisd.image import read_settings
 
@@ -39,6 +40,7 @@ class FakeModel:
 def model(monkeypatch, tmp_path):
     fake = FakeModel()
     monkeypatch.setitem(vars(minisd), "load", fake.load)  # without importing the real one
+    monkeypatch.setattr("minisd.checkpoint.open_checkpoint", lambda _: SimpleNamespace(config=SD1))
     monkeypatch.chdir(tmp_path)
     return fake
 
