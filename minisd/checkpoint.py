@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from os import PathLike
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisd import names
+from minisd import hub, names
 from minisd.config import PREDICTION_TYPES, Config
 from minisd.diffusers_config import SCHEDULER, JsonFile, read_config, read_schedule, read_vae
 from minisd.recognise import find_prediction, recognise, refuse, settle
@@ -104,14 +103,10 @@ def locate(path: str | PathLike) -> Path:
     if os.path.exists(place):  # Path.exists would raise for a name too long to be one
         return place
     hint = ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and place.suffix != ".safetensors":
-        from huggingface_hub import errors, try_to_load_from_cache
-
-        with suppress(errors.HFValidationError):  # "../x" looks like a name, and is none
-            index = try_to_load_from_cache(str(path), "model_index.json")
-            if isinstance(index, str):
-                return Path(index).parent
-            hint = f"; if it is a model on the Hugging Face hub, run `minisd download {path}` first"
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and place.suffix != ".safetensors":
+        if folder := hub.cached(str(path)):
+            return folder
+        hint = f"; if it is a model on the Hugging Face hub, run `minisd download {path}` first"
     beside = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, beside) or sorted(beside)[:SHOWN]
     there = f" ({place.parent} has {', '.join(near)})" if near else ""

@@ -1,6 +1,7 @@
 """What the README says of the tree is true of the tree."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,28 @@ def test_the_tour_has_every_file_of_the_package():
 @pytest.mark.parametrize("path, lines", TOUR, ids=[path for path, _ in TOUR])
 def test_line_counts(path, lines):
     assert len((ROOT / path).read_text().splitlines()) == int(lines.replace(",", ""))
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NEEDS = re.findall(
+    r"^\| (\w+)(?: \(extras? (.*)\))? \| .* \| (\[.*\))\s*\|$", README.split("## Dependencies")[1], re.M
+)
+
+
+def test_the_dependencies_are_those_declared():
+    extras = PROJECT["optional-dependencies"]
+    declared = {(re.match(r"\w+", line)[0], "") for line in PROJECT["dependencies"]}
+    declared |= {(re.match(r"\w+", line)[0], extra) for extra in extras for line in extras[extra]}
+    told = {(name, extra) for name, inside, _ in NEEDS for extra in re.findall(r"\w+", inside) or [""]}
+    assert told == declared and len(NEEDS) == len({name for name, _ in declared})
+
+
+@pytest.mark.parametrize("name, where", [(name, where) for name, _, where in NEEDS])
+def test_dependencies_are_used_where_it_says(name, where):
+    imported = re.compile(rf"^\s*(import|from) {'PIL' if name == 'pillow' else name}\b", re.M)
+    for target in re.findall(r"\((.*?)\)", where):
+        files = [ROOT / target] if target.endswith(".py") else (ROOT / target).glob("*.py")
+        assert any(imported.search(file.read_text()) for file in files), target
 
 
 def test_every_link_leads_somewhere():
