@@ -6,6 +6,7 @@ A wrong type is a TypeError and a wrong value a ValueError, save that a number o
 
 import math
 import re
+import reprlib
 import secrets
 import sys
 from dataclasses import dataclass
@@ -91,9 +92,9 @@ def check(
     shape = (len(generators), config.vae.latent_channels, height // f, width // f)
     if latents is not None:
         _check_latents(latents, shape)
-    if output_type not in OUTPUT_TYPES:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, "
-                         f"not {output_type!r}")
+                         f"not {_shown(output_type)}")
     if callback_on_step_end is not None and not callable(callback_on_step_end):
         raise TypeError("callback_on_step_end must be a function, "
                         f"not {type(callback_on_step_end).__name__}")
@@ -102,10 +103,14 @@ def check(
                    eta, strength, generators, latents, shape, config)
 
 
+def _shown(value: object) -> str:
+    return " ".join(reprlib.repr(value).split())  # arrays have lines, and 10**400 has no end
+
+
 def _integer(name: str, value: object, low: int, high: int) -> int:
     """``value`` as an int from ``low`` to ``high``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
-        raise ValueError(f"{name} must be an integer from {low} to {high}, not {value!r}")
+        raise ValueError(f"{name} must be an integer from {low} to {high}, not {_shown(value)}")
     return int(value)
 
 
@@ -114,7 +119,7 @@ def _real(name: str, value: object, low: float = -LARGEST, high: float = LARGEST
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not low <= value <= high:  # which nan and the infinities are not either
         bounds = f" from {low:g} to {high:g}" if high < LARGEST else ""
-        raise ValueError(f"{name} must be a finite number{bounds}, not {value!r}")
+        raise ValueError(f"{name} must be a finite number{bounds}, not {_shown(value)}")
     return float(value)
 
 
@@ -153,15 +158,13 @@ def side(name: str, value: object, multiple: int, default: int) -> int:
         near = f" (nearest valid: {_nearest(value, multiple)})" if isinstance(value, Real) else ""
         raise ValueError(
             f"{name} must be a multiple of {multiple} from {multiple} to {MAX_SIDE} pixels, "
-            f"not {value!r}{near}"
+            f"not {_shown(value)}{near}"
         )
     return int(value)
 
 
 def _nearest(value: float, multiple: int) -> str:
-    if value != value:  # not a number: nothing is near
-        value = 0
-    value = min(max(value, multiple), MAX_SIDE)
+    value = multiple if value != value else min(max(value, multiple), MAX_SIDE)  # nan: no number
     near = {math.floor(value / multiple), math.ceil(value / multiple)}
     return " or ".join(str(n * multiple) for n in sorted(near))
 
@@ -282,7 +285,7 @@ def device(name: object) -> torch.device:
     except (RuntimeError, TypeError):
         whole = None
     if whole not in there:
-        raise ValueError(f"device must be auto or one of {', '.join(there)}, not {str(name)!r}")
+        raise ValueError(f"device must be auto or one of {', '.join(there)}, not {_shown(name)}")
     return chosen
 
 
@@ -292,5 +295,5 @@ def dtype(name: object, on: torch.device) -> torch.dtype:
         return torch.float32 if on.type == "cpu" else torch.float16
     chosen = DTYPES.get(name) if isinstance(name, str) else name
     if chosen not in DTYPES.values():
-        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {name!r}")
+        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {_shown(name)}")
     return chosen

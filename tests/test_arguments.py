@@ -1,5 +1,6 @@
 """What bad arguments get: one clear sentence before any work, and a model that works afterwards."""
 
+import inspect
 from dataclasses import replace
 
 import numpy as np
@@ -86,6 +87,24 @@ def test_bad_arguments_are_refused_before_any_work(call, kind, words, monkeypatc
     assert type(caught.value) is kind and "\n" not in str(caught.value)
 
 
+ODD = [np.zeros((3, 3)), np.array("pil"), torch.full((2, 2), NAN), {"a": 1}, set(), (), [[]], b"x",
+       1j, 10**400, "x" * 1000, range(3), int, object()]  # fmt: skip
+NEVER_ODD = {"self", "prompt", "negative_prompt", "image", "callback_on_step_end", "progress"}
+
+
+@pytest.mark.parametrize(
+    "name", sorted(inspect.signature(StableDiffusion.__call__).parameters.keys() - NEVER_ODD)
+)
+def test_odd_objects_are_refused_in_one_line(name):
+    for value in ODD:
+        call = {"prompt": "a", "num_inference_steps": 2, name: value}
+        with pytest.raises((TypeError, ValueError)) as caught:
+            small_model(SMALL)(**call)
+        message = str(caught.value)
+        assert name in message or name in ("mask_image", "seed", "generator")
+        assert "\n" not in message and len(message) < 200
+
+
 def test_the_model_works_after_refusals():
     sd = small_model(SMALL)
     with pytest.raises(ValueError):
@@ -138,6 +157,15 @@ def test_seeds_and_order_of_a_batch():
         torch.testing.assert_close(batch.images[i : i + 1], alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("cudas, mps, chosen", [
+    (2, True, "cuda:0"), (0, True, "mps:0"), (0, False, "cpu"),
+])
+def test_auto_takes_the_best_device_that_is_there(cudas, mps, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cudas)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert arguments.device("auto") == torch.device(chosen)
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:7", 3.5, None])
 def test_a_device_that_is_not_there(name):
     with pytest.raises(ValueError, match="device must be auto or one of .*cpu"):
@@ -162,6 +190,20 @@ def test_callbacks_see_and_change_the_latents():
              callback_on_step_end=callback)
     assert seen == [(0, 501), (1, 1)]
     assert out.images.abs().max() == 0
+
+
+@pytest.mark.parametrize("error", [KeyError("mine"), KeyboardInterrupt()])
+def test_what_a_callback_raises_goes_through_and_leaves_the_model_as_it_was(error):
+    sd, call = small_model(SMALL), dict(num_inference_steps=2, seed=0, output_type="latent")
+    before = sd("a", **call).images
+
+    def callback(*_):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        sd("a", callback_on_step_end=callback, **call)
+    assert caught.value is error
+    assert torch.equal(sd("a", **call).images, before)
 
 
 @pytest.mark.parametrize("changes, kind, words", [

@@ -60,7 +60,7 @@ BAD = {
     "field twice": (framed(b'{"a": {"dtype": "F32", "dtype": "F16"}}'), "has 'dtype' twice"),
     "NUL in a name": (rows(**{"a\0b": ROW}), r"'a\\x00b' cannot be the name"),
     "surrogate in a name": (rows(**{"\ud800": ROW}), "cannot be the name"),
-    "surrogate in the metadata": (rows(__metadata__={"a": "\ud800"}, a=ROW, b=NEXT), "__metadata__"),
+    "surrogate in metadata": (rows(__metadata__={"a": "\ud800"}, a=ROW, b=NEXT), "__metadata__"),
     "-0": (framed(json.dumps({"a": ROW}).replace("[0,", "[-0,").encode()), "impossible offsets"),
     "../ in a name": (rows(**{"../a": ROW}), "'../a' cannot be the name"),
     "name without an end": (rows(**{"a" * 10**5: ROW}), "'a{80}' cannot be the name"),
