@@ -99,15 +99,16 @@ def open_checkpoint(
 
 def locate(path: str | PathLike) -> Path:
     """The path itself, or what the Hugging Face cache holds of an "owner/name"; no network."""
-    place = Path(path).expanduser()
-    if os.path.exists(place):  # Path.exists would raise for a name too long to be one
+    # os.path where pathlib would raise for names that can be none: too long, ~ of an unknown user.
+    place = Path(os.path.expanduser(path))
+    if os.path.exists(place):
         return place
     hint = ""
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and place.suffix != ".safetensors":
         if folder := hub.cached(str(path)):
             return folder
         hint = f"; if it is a model on the Hugging Face hub, run `minisd download {path}` first"
-    beside = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+    beside = os.listdir(place.parent) if os.path.isdir(place.parent) else []
     near = difflib.get_close_matches(place.name, beside) or sorted(beside)[:SHOWN]
     there = f" ({place.parent} has {', '.join(near)})" if near else ""
     raise FileNotFoundError(f"{path} does not exist{there}{hint}")

@@ -1,5 +1,6 @@
 """What bad arguments get: one clear sentence before any work, and a model that works afterwards."""
 
+import copy
 import inspect
 from dataclasses import replace
 
@@ -268,3 +269,19 @@ def test_a_planted_overflow_names_its_stage(monkeypatch):
             patched.setattr(part, method, lambda x, *_: torch.full_like(x, NAN))
             with pytest.raises(ArithmeticError, match=stage):
                 sd("a", num_inference_steps=1, seed=0)
+
+
+def test_a_vae_that_overflows_in_half_precision_decodes_in_float32():
+    small = small_model(SMALL)
+    parts = (copy.deepcopy(part).half() for part in (small.text_encoder, small.unet, small.vae))
+    sd = StableDiffusion(SMALL, small.tokenizer, *parts)
+    sd.vae.decoder.conv_norm_out.weight.fill_(60_000)  # times a normal number: past float16's 65504
+    call = dict(num_inference_steps=1, seed=0)
+    latent = sd("a", output_type="latent", **call).images
+    assert latent.isfinite().all() and not sd.vae.decode(latent.half()).isfinite().all()
+    whole = copy.deepcopy(sd.vae).float().decode(latent)
+    assert torch.equal(sd("a", output_type="pt", **call).images, ((whole + 1) / 2).clamp(0, 1))
+    assert {p.dtype for p in sd.vae.parameters()} == {torch.float16}
+    sd.vae.decoder.conv_norm_out.weight.fill_(NAN)
+    with pytest.raises(ArithmeticError, match="the VAE gave values that are not finite: try dtype"):
+        sd("a", **call)

@@ -1,6 +1,7 @@
 """A path, folder or config that is not what it should be gets one sentence that says so."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -20,6 +21,14 @@ def test_missing_path_names_what_is_near(tmp_path):
         open_checkpoint("../nowhere")
     with pytest.raises(FileNotFoundError, match="has readme, v1-5-pruned.safetensors"):
         open_checkpoint(tmp_path / "0")
+
+
+@pytest.mark.parametrize("path", [
+    "~nobody-of-this-name/x", "x" * 5000, "x/" * 5000, "a\0b", "a--b/c", "owner/na me", "\udcff",
+])
+def test_path_that_cannot_be_one_is_missing_too(path):
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(path))} does not exist"):
+        open_checkpoint(path)
 
 
 def test_folder_without_an_index(tmp_path):

@@ -21,6 +21,7 @@ import minisd
 from minisd import checkpoint
 from minisd.__main__ import main
 from minisd.config import SD1
+from minisd.image import read_settings
 
 WHOLE = "unet/diffusion_pytorch_model.safetensors"
 IN = "model.diffusion_model.input_blocks.0.0.bias"
@@ -170,6 +171,7 @@ def test_a_loaded_model_needs_its_file_no_more(good, tmp_path):
 
 # On the command line: what the model's configs rule out is refused before its weights are read.
 
+SHORT = ["--size", "8x8", "--steps", "1", "--quiet"]
 LINES = [
     (["x\udcff"], 2, "prompt has a lone surrogate"),
     (["x", "-n", "y\udcff"], 2, "negative_prompt has a lone surrogate"),
@@ -211,6 +213,14 @@ def test_an_inpainting_model_without_a_mask(tmp_path, capsys):
 def test_after_all_refusals_the_same_process_draws(good, tmp_path, capsys):
     for line, code, _ in LINES[:5]:
         assert main([*line, "-m", str(good), "-o", str(tmp_path / "a.png")]) == code
-    line = ["x", "-m", str(good), "--size", "8x8", "--steps", "1", "--quiet"]
-    assert main([*line, "-o", str(tmp_path / "a.png")]) == 0
-    assert minisd.image.read_settings(tmp_path / "a.png")["prompt"] == "x"
+    assert main([*SHORT, "x", "-m", str(good), "-o", str(tmp_path / "a.png")]) == 0
+    assert read_settings(tmp_path / "a.png")["prompt"] == "x"
+
+
+def test_a_prompt_of_5000_words_is_cut_and_one_line_says_what_was_dropped(good, tmp_path, capsys):
+    prompt = " ".join(["cat"] * 75 + ["dog"] * 4925)
+    assert main([*SHORT, prompt, "-m", str(good), "-o", str(tmp_path / "a.png")]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith("minisd: warning: the prompt is 5000 tokens long and the model reads 75")
+    assert told.count("\n") == 1 and told.count("dog") == 4925 and "cat" not in told
+    assert read_settings(tmp_path / "a.png")["prompt"] == prompt
