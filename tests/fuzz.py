@@ -1,6 +1,6 @@
 """Damage without end: every case of damage.py, counted, until a time or the targets are reached.
 
-    python -m tests.fuzz SECONDS [--seed N] [--state FILE]    with a state, goes on where it was
+    python -m tests.fuzz SECONDS [--seed N] [--state FILE]    with a state, goes on with its seed
     python -m tests.fuzz 0 --case headers:1234 [--seed N]     one case again
 
 Run from the folder above tests. A case follows from the seed, its kind and its number alone. The

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import damage
 import fuzz
@@ -22,6 +23,16 @@ def test_a_short_run(kind, tmp_path):
     assert rows["done"] == rows["same"] + rows["refused"] == SHORT[kind]
     outcomes = {ONE_OUTCOME[kind]} if kind in ONE_OUTCOME else {"same", "refused"}
     assert {outcome for outcome in fuzz.RIGHT if rows[outcome]} == outcomes
+
+
+def test_the_figures_that_are_kept_are_of_a_complete_run():
+    text = (Path(__file__).parent / "README.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    kept = {row[0]: [int(n.replace(",", "")) for n in row[1:6]]
+            for row in rows if len(row) == 7 and row[0] in fuzz.TARGETS}  # fmt: skip
+    assert {kind: numbers[0] for kind, numbers in kept.items()} == fuzz.TARGETS
+    for cases, refused, same, others, different in kept.values():
+        assert cases == refused + same and others == different == 0
 
 
 def test_a_case_is_the_same_again_and_others_are_not(tmp_path):

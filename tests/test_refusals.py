@@ -1,7 +1,7 @@
 """Every refusal from both ends: by minisd.load and a call, and as one line of the command line.
 
-Each is of the exact type, in one line, before a weight is read; nothing is written, and a good
-model loads and draws afterwards.
+Each is of the exact type, in one line, before a weight is read; nothing is written, a model that
+was loaded before draws, and after them all a model is loaded and draws.
 """
 
 import json
@@ -34,6 +34,11 @@ def good(tmp_path_factory):
     for path in folder.glob("*/*.safetensors"):
         save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path)
     return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(good):
+    return minisd.load(good)
 
 
 # What is wrong with the weights: how it is made of a good folder, its type, words of the message.
@@ -126,7 +131,7 @@ def one_line(capsys):
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
-def test_weights(case, good, tmp_path, capsys, monkeypatch):
+def test_weights(case, good, loaded, tmp_path, capsys, monkeypatch):
     make, kind, words = WEIGHTS[case]
     path = make(shutil.copytree(good, tmp_path / "model"))
     before = everything(tmp_path)
@@ -138,8 +143,7 @@ def test_weights(case, good, tmp_path, capsys, monkeypatch):
     assert main(["x", "-m", str(path), "-o", str(tmp_path / "a.png")]) == 3
     assert str(path) in one_line(capsys)
     assert everything(tmp_path) == before
-    monkeypatch.undo()
-    draws(minisd.load(good))
+    draws(loaded)
 
 
 def draws(sd):
