@@ -66,8 +66,9 @@ def draw(argv: list[str]) -> None:
     """Make pictures one at a time, so that an interruption keeps those that are finished."""
     args = _parse(argv)
     call = _call_arguments(args)
-    plan = []
-    for path, seed in _names(args):
+    plan, names = [], _names(args)
+    pictures.remove_leftovers(names[0][0].parent)
+    for path, seed in names:
         if _is_made(path, seed, args, call):
             print(f"{path}  seed {seed}  (kept: made before with these settings)", flush=True)
         else:
@@ -288,7 +289,7 @@ def _sentence(error: BaseException, code: int) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"
-    if code == 4:
+    if code == 4 and "smaller" not in text:
         return f"{text or 'out of memory'}; a smaller --size needs less"
     return text if code > 1 else f"{type(error).__name__}: {text} (--debug shows where)"
 

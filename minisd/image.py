@@ -4,12 +4,14 @@ A picture is read once, as RGB, and refused with one sentence when it cannot be.
 written whole or not at all, and carries the settings that made it.
 """
 
+import errno
 import json
 import os
 import secrets
+import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -117,6 +119,9 @@ def check_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise NotADirectoryError(f"{path.parent} is not a folder: create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{path.parent} is not writable: choose another folder")
+    disk = shutil.disk_usage(path.parent)
+    if disk.free == 0 < disk.total:  # some network drives say 0 of 0
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: choose another name")
     if os.path.lexists(path) and not overwrite:
@@ -137,7 +142,7 @@ def save(
     # ASCII with \u escapes: the only form that also keeps lone surrogates, as in odd file names.
     chunks.add_itxt("minisd", json.dumps(settings))
     path = Path(path)
-    _remove_leftovers(path.parent)
+    remove_leftovers(path.parent)
     temporary = path.with_name(f".minisd-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -163,20 +168,23 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
         raise
     except OSError:  # exFAT and some network drives have no links: claim the name, then fill it
         open(path, "xb").close()
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            path.unlink()
+            raise
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of processes that were killed while they saved."""
     if os.name != "posix":  # elsewhere os.kill(pid, 0) may end the process it asks about
         return
     for leftover in folder.glob(".minisd-*-*.tmp"):
-        try:
-            os.kill(int(leftover.name.split("-")[1]), 0)
-        except ProcessLookupError:
-            leftover.unlink(missing_ok=True)
-        except (ValueError, OverflowError, PermissionError):  # not ours, or another user's
-            pass
+        with suppress(ValueError, OverflowError, OSError):  # not ours, or another user's
+            try:
+                os.kill(int(leftover.name.split("-")[1]), 0)
+            except ProcessLookupError:
+                leftover.unlink()
 
 
 def _parameters(settings: dict) -> str:

@@ -21,7 +21,7 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd import arguments, checkpoint, ddim, ops as bodies, image as pictures
+from minisd import arguments, checkpoint, ddim, memory, ops as bodies, image as pictures
 from minisd.arguments import Request
 from minisd.clip import TextEncoder
 from minisd.config import Config
@@ -58,6 +58,7 @@ class StableDiffusion:
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
         self.alphas = ddim.alphas_cumprod(config.schedule).tolist()
 
+    @memory.explained()
     @torch.no_grad()
     def __call__(
         self, prompt: str | list[str] | None = None, *,
@@ -89,13 +90,14 @@ class StableDiffusion:
         ``callback_on_step_end(sd, step, t, {"latents": x})`` may return {"latents": another x}.
         ``progress``: whether to draw a bar; None draws one on a terminal only.
         Raises TypeError or ValueError for a bad argument and ImageError for a bad picture, before
-        any work; ArithmeticError if latents or picture come out other than finite.
+        any work; ArithmeticError if a part gives values that are not finite; MemoryError.
         """
         r = arguments.check(
             self.config, prompt, negative_prompt, height, width, num_inference_steps,
             guidance_scale, num_images_per_prompt, eta, seed, generator, latents, prompt_embeds,
             negative_prompt_embeds, image, mask_image, strength, output_type,
             callback_on_step_end)
+        memory.check(self.unet, self.vae, r, image is not None, output_type != "latent")
         # Half-precision models still add up their steps in float32.
         state = torch.promote_types(self._weight.dtype, torch.float32)
         like = torch.empty(1, *r.shape[1:], dtype=state, device=self._weight.device)
@@ -110,6 +112,7 @@ class StableDiffusion:
         if r.guidance_scale != 1.0:
             empty = self._context(empty).repeat_interleave(r.copies, dim=0)  # (B, 77, D)
             context = torch.cat([empty, context])                            # (2B, 77, D)
+        _finite(context, "the text encoder")
         noise = Noise(r.generators, like)
         x, known, extra = self._start(r, image, mask_image, noise)
         x = self._denoise(r, x, context, noise, known, extra, callback_on_step_end, progress)
@@ -227,10 +230,14 @@ class StableDiffusion:
     def _with_vae(self, method: str, *inputs: Tensor) -> Tensor:
         """``vae.encode`` or ``vae.decode`` in the model's dtype, or in float32 if that overflows."""
         out = getattr(self.vae, method)(*(x.to(self._weight) for x in inputs)).to(inputs[0])
-        if not out.isfinite().all() and self._weight.dtype != inputs[0].dtype:
-            # Some published VAEs exceed float16 on some pictures.
-            out = getattr(copy.deepcopy(self.vae).to(inputs[0].dtype), method)(*inputs)
-        return _finite(out, "the VAE")
+        try:
+            return _finite(out, "the VAE")
+        except ArithmeticError:
+            if self._weight.dtype == inputs[0].dtype:
+                raise
+        # Some published VAEs exceed float16 on some pictures.
+        again = copy.deepcopy(self.vae).to(inputs[0].dtype)
+        return _finite(getattr(again, method)(*inputs), "the VAE")
 
 
 def _finite(x: Tensor, stage: str) -> Tensor:

@@ -1,0 +1,121 @@
+"""What a call will need at its worst moment, told from the model's sizes before any of it is done.
+
+Nearly everything that lives in a forward is proportional to positions times channels, so it is
+counted in channels per position, at the widest moment of each part. A copy that convolutions make
+of their input, in the order that the library wants, is among them.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from minisd.arguments import Request
+from minisd.config import Config, UNetConfig
+from minisd.unet import UNet
+from minisd.vae import VAE
+
+REMEDIES = ("choose a smaller size or fewer pictures at once, set sd.vae.tile = 64 for large "
+            'pictures, or load with dtype="float16" on a GPU')
+# What torch and the libraries below it say when there is no memory left, beside the two types.
+SAYINGS = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a ")
+
+
+def activations(
+    config: Config, shape: tuple[int, ...], prompts: int, guided: bool, itemsize: int,
+    tile: int | None = None, encodes: bool = False, decodes: bool = True,
+    stores_scores: bool = False,
+) -> int:
+    """Bytes that a call needs beside the weights, when it needs most.
+
+    ``shape`` (B, 4, h, w) of the latents; ``itemsize`` bytes of a weight; ``tile`` as of the VAE;
+    ``encodes``: a picture is given; ``decodes``: one is wanted; ``stores_scores``: attention keeps
+    all of q k^T, in float32, as only the reference does.
+    """
+    count, _, h, w = shape
+    f, widths = config.vae.downscale, config.vae.block_out_channels
+    pixels, scores = f * f * h * w, 8 * stores_scores  # q k^T and its softmax
+    # The hidden layer, its activation in three steps, and as much in narrow tensors.
+    text = prompts * itemsize * config.text.max_position_embeddings * 4 * (
+        config.text.intermediate_size + config.text.hidden_size)
+
+    unet = count * (1 + guided) * (
+        itemsize * _unet_channels(config.unet) * h * w + scores * _unet_scores(config.unet, h * w))
+
+    part = h * w if tile is None else min(h, tile) * min(w, tile)
+    # The wide input, its norm and the copy of that, and the narrow output of a convolution.
+    decoder = max((3 * wide + c) / 4**i for i, (c, wide) in enumerate(_levels(widths)))
+    vae = decodes * (itemsize * decoder * f * f * part + scores * part**2)
+    if encodes:  # one picture, never in tiles: two inputs, h, its norm, the copy and the output
+        vae = max(vae, itemsize * 6 * widths[0] * pixels + scores * (h * w) ** 2)
+    pictures = decodes * count * 3 * 4 * pixels  # float32; three at a time as they turn to 8 bits
+    return round(max(text, unet, vae + pictures, 3 * pictures))
+
+
+def _levels(widths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(width, width of the next smaller level) of each level, the largest first."""
+    return list(zip(widths, (*widths[1:], widths[-1])))
+
+
+def _unet_channels(config: UNetConfig) -> float:
+    """Channels per position of the latent at the widest moment, which is on the way up."""
+    most, skips = 0.0, 0.0
+    for i, (c, wide) in enumerate(_levels(config.block_out_channels)):
+        skips += config.layers_per_block * c / 4**i
+        # A res block: its wide input, that and a skip, their norm and its copy, and the output.
+        work = wide + 3 * (wide + c) + c
+        if config.has_attention[i]:  # GEGLU: 8 wide, the gate and the product 4 each, 4 inputs
+            work = max(work, wide + 20 * c)
+        most = max(most, skips + work / 4**i)
+        skips += c / 4**i
+    return most
+
+
+def _unet_scores(config: UNetConfig, positions: int) -> float:
+    """The entries of the largest q k^T of a picture, all heads together."""
+    levels = enumerate(zip(config.num_heads, config.has_attention))
+    return max((n * (positions / 4**i) ** 2 for i, (n, on) in levels if on), default=0.0)
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes that the device could still give to this process; None where nobody says."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    try:
+        lines = Path("/proc/meminfo").read_text() if device.type == "cpu" else ""
+    except OSError:
+        return None
+    kib = dict(re.findall(r"^(\w+): +(\d+) kB$", lines, re.MULTILINE))
+    if "MemAvailable" not in kib:
+        return None
+    return 1024 * (int(kib["MemAvailable"]) + int(kib.get("SwapFree", 0)))
+
+
+def check(unet: UNet, vae: VAE, r: Request, encodes: bool, decodes: bool) -> None:
+    """Raise MemoryError, before the attempt, for a request that cannot fit."""
+    weight = unet.conv_in.weight
+    need = activations(
+        r.config, r.shape, len(r.generators) // r.copies, r.guidance_scale != 1.0,
+        weight.itemsize, vae.tile, encodes, decodes, unet.ops.name == "reference")
+    there = free(weight.device)
+    if there is not None and need > there:
+        raise MemoryError(
+            f"{len(r.generators)} of {r.width}x{r.height} pixels at once needs about "
+            f"{need / 2**30:.1f} GiB beside the weights, and {weight.device} has "
+            f"{there / 2**30:.1f} GiB free: {REMEDIES}")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn whatever says that memory ran out into one MemoryError with what to do about it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        ran_out = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if REMEDIES in text or not (ran_out or any(saying in text for saying in SAYINGS)):
+            raise
+        raise MemoryError(f"{text or 'out of memory'}: {REMEDIES}") from error

@@ -1,0 +1,72 @@
+"""The memory reckoned before a call beside what it takes: `python -m tests.peaks 256 384 512`.
+
+SD1.5's sizes in float32 on the CPU, weights and all, in a fresh process for each side in pixels.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minisd import memory
+from minisd.clip import TextEncoder
+from minisd.config import SD1
+from minisd.ops import TORCH
+from minisd.sd import StableDiffusion
+from minisd.tokenizer import Tokenizer
+from minisd.unet import UNet
+from minisd.vae import VAE
+from tests.leaks import resident
+
+
+def official() -> StableDiffusion:
+    """Any weights will do, but they must be written: untouched memory is not resident."""
+    with torch.device("meta"):
+        parts = (TextEncoder(SD1.text, TORCH), UNet(SD1.unet, TORCH), VAE(SD1.vae, TORCH))
+    for part in parts:
+        part.to_empty(device="cpu").requires_grad_(False)
+        for p in part.parameters():
+            p.fill_(0.001)
+    return StableDiffusion(SD1, Tokenizer.clip(SD1.text.pad_token_id), *parts)
+
+
+def weights(sd: StableDiffusion) -> int:
+    parts: list[nn.Module] = [sd.text_encoder, sd.unet, sd.vae]
+    return sum(p.nbytes for part in parts for p in part.parameters())
+
+
+def reckoned(sd: StableDiffusion, **call) -> int:
+    """Make a call of one step; what minisd thought it would need beside the weights."""
+    needs, really = [], memory.activations
+    memory.activations = lambda *args: needs.append(really(*args)) or needs[-1]
+    try:
+        sd("a", num_inference_steps=1, seed=0, progress=False, **call)
+    finally:
+        memory.activations = really
+    return needs[0]
+
+
+def growth(sd: StableDiffusion, **call) -> tuple[int, int]:
+    """(reckoned, measured) bytes of one call beside the weights."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = resident()
+    return reckoned(sd, **call), resident("VmHWM") - before
+
+
+def whole(side: int) -> None:
+    before = resident()
+    sd = official()
+    need = weights(sd) + reckoned(sd, height=side, width=side)
+    measured = resident("VmHWM") - before
+    print(f"SD1.5, {side}x{side}: reckoned {need / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB, "
+          f"ratio {need / measured:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if len(sys.argv) == 2:
+        whole(int(sys.argv[1]))
+    for each in sys.argv[1:] if len(sys.argv) > 2 else ():
+        subprocess.run([sys.executable, "-m", "tests.peaks", each], check=True)
