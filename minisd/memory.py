@@ -19,8 +19,9 @@ from minisd.vae import VAE
 
 REMEDIES = ("choose a smaller size or fewer pictures at once, set sd.vae.tile = 64 for large "
             'pictures, or load with dtype="float16" on a GPU')
-# What torch and the libraries below it say when there is no memory left, beside the two types.
-SAYINGS = ("can't allocate memory", "out of memory", "bad_alloc", "could not create a ")
+# What torch and oneDNN say, beside the two types, when there is no memory left.
+RAN_OUT = re.compile(
+    r"can't allocate memory|out of memory|bad_alloc|could not create a (memory object|primitive$)")
 
 
 def activations(
@@ -115,7 +116,7 @@ def explained() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        ran_out = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if REMEDIES in text or not (ran_out or any(saying in text for saying in SAYINGS)):
+        typed = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if REMEDIES in text or not (typed or RAN_OUT.search(text)):
             raise
         raise MemoryError(f"{text or 'out of memory'}: {REMEDIES}") from error

@@ -228,7 +228,7 @@ class StableDiffusion:
         return image if output_type == "pt" else pictures.to_pil(image)
 
     def _with_vae(self, method: str, *inputs: Tensor) -> Tensor:
-        """``vae.encode`` or ``vae.decode`` in the model's dtype, or in float32 if that overflows."""
+        """``vae.encode`` or ``vae.decode``: in float32 if the model's dtype overflows."""
         out = getattr(self.vae, method)(*(x.to(self._weight) for x in inputs)).to(inputs[0])
         try:
             return _finite(out, "the VAE")
