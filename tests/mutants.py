@@ -1,0 +1,138 @@
+"""Does the suite see slips that look almost right, where no parity test looks?
+
+    python -m tests.mutants            # all; some minutes
+    python -m tests.mutants --only seed
+
+Each row is one slip in one line of a copy of the package; the tests named beside it must fail. The
+constants of the model have theirs in traps.py, which the suite itself runs.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# file, tests, the line as it is, the slip
+MUTANTS = [
+    ("arguments", "arguments", "isinstance(value, bool) or not isinstance(value, Integral)",
+     "not isinstance(value, Integral)"),
+    ("arguments", "arguments", "not low <= value <= high:  # which",
+     "not low < value <= high:  # which"),
+    ("arguments", "arguments", "left = int(value * steps)", "left = round(value * steps)"),
+    ("arguments", "arguments", "if left == 0:", "if left < 0:"),
+    ("arguments", "arguments", "mask is None or strength < 1", "mask is None and strength < 1"),
+    ("arguments", "arguments", "not multiple <= value <= MAX_SIDE:", "not 0 <= value <= MAX_SIDE:"),
+    ("arguments", "arguments", "math.floor(value / multiple), math.ceil(value / multiple)",
+     "math.floor(value / multiple), math.floor(value / multiple)"),
+    ("arguments", "arguments", "if (prompt is None) == (embeds is None):",
+     "if prompt is None and embeds is None:"),
+    ("arguments", "arguments", "negatives *= 1 if isinstance(negative, (list, tuple)) else count",
+     "negatives *= count"),
+    ("arguments", "arguments", '"[\\ud800-\\udfff]", text):', '"[\\ud800-\\udbff]", text):'),
+    ("arguments", "arguments", "value.dim() != 3 or value.shape[1:] != shape",
+     "value.shape[1:] != shape"),
+    ("arguments", "arguments", "_check_latents(changes[\"latents\"], tuple(latents.shape))",
+     "pass"),
+    ("arguments", "arguments", "return [first + i for i in range(count)]",
+     "return [first for i in range(count)]"),
+    ("arguments", "arguments", "first + count - 1 > MAX_SEED", "first + count > MAX_SEED"),
+    ("arguments", "arguments", "if len(seed) != count:", "if len(seed) < count:"),
+    ("arguments", "arguments properties", "ddim.timesteps(steps, trained)[-left:]",
+     "ddim.timesteps(steps, trained)[:left]"),
+    ("latents", "parity determinism", "device=g.device, dtype=torch.float32)",
+     "device=g.device, dtype=self.like.dtype)"),
+    ("latents", "parity", "return (1 - self.mask) * self.image + self.mask * image",
+     "return image"),
+    ("sd", "parity determinism", "x.split(1)", "x.split(2)"),
+    ("sd", "arguments determinism", "if self._weight.dtype == inputs[0].dtype:", "if True:"),
+    ("tokenizer", "tokenizer", "return encoding.ids[:room]", "return encoding.ids[-room:]"),
+    ("tokenizer", "tokenizer", "room = self.length - 2", "room = self.length - 1"),
+    ("tokenizer", "tokenizer", "normalizers.NFC(), normalizers.Lowercase()",
+     "normalizers.Lowercase()"),
+    ("tokenizer", "tokenizer", "dropped = prompt[encoding.offsets[room][0] :]",
+     "dropped = prompt[encoding.offsets[room - 1][0] :]"),
+    ("tokenizer", "tokenizer", "ids = torch.full((len(prompts), self.length), self.pad_token_id",
+     "ids = torch.full((len(prompts), self.length), self.eos_token_id"),
+    ("safetensors_file", "bad_files fuzz", "if tensor.start != end:", "if tensor.start < end:"),
+    ("safetensors_file", "bad_files fuzz", "    if end != size:", "    if end > size:"),
+    ("safetensors_file", "bad_files fuzz", "type(v) is int and 0 <= v < limit",
+     "isinstance(v, int) and 0 <= v < limit"),
+    ("safetensors_file", "bad_files fuzz", "if len(result) < len(pairs):", "if False:"),
+    ("safetensors_file", "bad_files checkpoint", "shape=shape, start=s, stop=s + size)",
+     "shape=shape, start=self.start, stop=self.start + size)"),
+    ("safetensors_file", "bad_tensors bad_files", "if tensor.numel() and not all(extreme.isfinite()",
+     "if tensor.numel() and not any(extreme.isfinite()"),
+    ("safetensors_file", "bad_files bad_tensors", "if file.readinto(raw) != len(raw):",
+     "if not file.readinto(raw):"),
+    ("checkpoint", "bad_tensors bad_files", "for name in want if name not in have]",
+     "for name in want if name in have]"),
+    ("checkpoint", "bad_tensors checkpoint", "if parameter in parts[part]:", "if False:"),
+    ("checkpoint", "bad_folders checkpoint", "!= sorted(rows.items()):", "< sorted(rows.items()):"),
+    ("checkpoint", "bad_folders", r'r"\w[\w.-]*\.safetensors", shard', r'r".*\.safetensors", shard'),
+    ("checkpoint", "checkpoint bad_folders", 'for variant in ("", ".fp16"):',
+     'for variant in (".fp16", ""):'),
+    ("recognise", "recognise", "for place in (folder, path.parent):", "for place in (folder,):"),
+    ("recognise", "recognise", 'guess = "v_prediction" if std > TELLTALE_STD else "epsilon"',
+     'guess = "epsilon"'),
+    ("image", "image", "image = ImageOps.exif_transpose(image)", "image = image"),
+    ("image", "image", "clip(0, 65535) / 257", "clip(0, 65535) / 256"),
+    ("image", "image", 'Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size)'),
+    ("image", "image save", ".mul(255).round().byte()", ".mul(255).byte()"),
+    ("image", "image", ">= 0.5).float()", "> 0.5).float()"),
+    ("image", "save", "if os.path.lexists(path) and not overwrite:",
+     "if os.path.exists(path) and not overwrite:"),
+    ("image", "save", "            os.fsync(file.fileno())\n", ""),
+    ("image", "save", "temporary.unlink(missing_ok=True)", "pass"),
+    ("image", "save", 'if settings.get("negative_prompt"):', "if False:"),
+    ("memory", "memory", "count * (1 + guided) * (", "count * ("),
+    ("memory", "memory", "part = h * w if tile is None else", "part = h * w if True else"),
+    ("vae", "vae tiny", "_tent(part.shape[2], z)[:, None] * _tent(part.shape[3], z)",
+     "_tent(part.shape[3], z)[:, None] * _tent(part.shape[2], z)"),
+    ("vae", "vae", "4 * (length - side) // (3 * side)", "(length - side) // side"),
+]
+
+
+def killed(file: str, tests: str, right: str, wrong: str, tree: Path) -> bool:
+    """Whether the tests fail with the slip in the copy; a tree is whole again afterwards."""
+    path = tree / "minisd" / f"{file}.py"
+    source = path.read_text()
+    if source.count(right) != 1:
+        raise SystemExit(f"{file}.py has {source.count(right)} times, not once: {right}")
+    path.write_text(source.replace(right, wrong))
+    try:
+        names = [f"tests/test_{name}.py" for name in tests.split()]
+        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *names]
+        environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        if done.returncode > 1:
+            raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
+        return done.returncode == 1
+    finally:
+        path.write_text(source)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="rows with this in them")
+    args = parser.parse_args()
+    rows = [row for row in MUTANTS if args.only in " ".join(row)]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        ignored = shutil.ignore_patterns(".git", "__pycache__", "*.csv", "*.png")
+        shutil.copytree(ROOT, tree, ignore=ignored)
+        for row in rows:
+            dead = killed(*row, tree)
+            file, _, right, wrong = row
+            print("killed  " if dead else "SURVIVED", f"{file}: {right} -> {wrong}", flush=True)
+            survivors += [] if dead else [row]
+    print(f"{len(rows) - len(survivors)} of {len(rows)} killed")
+    return min(len(survivors), 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
