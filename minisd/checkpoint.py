@@ -118,9 +118,10 @@ def check(checkpoint: Checkpoint, part: str, module: nn.Module) -> None:
     """WeightError, with counts and first names, unless module and file agree on every tensor."""
     have, want = checkpoint.parts[part], module.state_dict()
     shared = [(stored, tuple(want[name].shape)) for name, stored in have.items() if name in want]
-    spelled = _official_names(checkpoint, part)
+    missing = [name for name in want if name not in have]
+    spelled = _official_names(checkpoint, part) if missing else {}
     faults = {
-        "missing": [spelled.get(name, name) for name in want if name not in have],
+        "missing": [spelled.get(name, name) for name in missing],
         "unexpected": [stored.name for name, stored in have.items() if name not in want],
         "of the wrong shape": [
             f"{s.name} {list(s.shape)} for {list(shape)}" for s, shape in shared if s.shape != shape
