@@ -248,9 +248,7 @@ def _record(args: argparse.Namespace) -> dict:
 
 def _names(args: argparse.Namespace) -> list[tuple[Path, int]]:
     """The (path, seed) of every picture to make."""
-    first = args.seed
-    if first is None:
-        first = secrets.randbelow(LAST_SEED - args.count + 2)
+    first = secrets.randbelow(LAST_SEED - args.count + 2) if args.seed is None else args.seed
     return [(_path(args, index, first + index), first + index) for index in range(args.count)]
 
 
