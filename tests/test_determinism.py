@@ -39,7 +39,7 @@ def test_a_picture_alone_and_in_a_batch(sd):
 
 
 def test_one_thread_and_two(sd):
-    call = dict(num_inference_steps=4, seed=7, width=32, height=32, output_type="latent")
+    call = dict(num_inference_steps=2, seed=7, width=32, height=32, output_type="latent")
     one, before = sd(PROMPT, **call).images, torch.get_num_threads()
     torch.set_num_threads(2)
     try:
