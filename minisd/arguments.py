@@ -215,7 +215,7 @@ def _embeddings(name: str, value: object, shape: tuple[int, int]) -> None:
         return
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor")
-    if value.dim() != 3 or value.shape[1:] != shape or len(value) == 0:
+    if value.shape[1:] != shape or len(value) == 0:
         raise ValueError(f"{name} must be (prompts, {shape[0]}, {shape[1]}), "
                          f"not {tuple(value.shape)}")
     if not value.isfinite().all():

@@ -158,6 +158,13 @@ def test_seeds_and_order_of_a_batch():
         torch.testing.assert_close(batch.images[i : i + 1], alone, rtol=1e-10, atol=1e-10)
 
 
+def test_the_last_seed_and_the_part_of_the_way_that_a_strength_walks():
+    request = arguments.check(SMALL, ["a", "b"], seed=2**32 - 2, image=PICTURE, strength=0.79,
+                              num_inference_steps=10)
+    assert [g.initial_seed() for g in request.generators] == [2**32 - 2, 2**32 - 1]
+    assert request.timesteps == [601, 501, 401, 301, 201, 101, 1]
+
+
 @pytest.mark.parametrize("cudas, mps, chosen", [
     (2, True, "cuda:0"), (0, True, "mps:0"), (0, False, "cpu"),
 ])
