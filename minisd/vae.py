@@ -227,7 +227,7 @@ class VAE(nn.Module):
 def _starts(length: int, side: int) -> list[int]:
     """Where tiles of a side begin that cover a length evenly and share a quarter or more."""
     steps = max(0, -(-4 * (length - side) // (3 * side)))
-    return [i * (length - side) // max(steps, 1) for i in range(steps + 1)]
+    return sorted({i * (length - side) // max(steps, 1) for i in range(steps + 1)})
 
 
 def _tent(length: int, like: Tensor) -> Tensor:

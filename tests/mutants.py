@@ -82,7 +82,7 @@ MUTANTS = [
     ("image", "image", "clip(0, 65535) / 257", "clip(0, 65535) / 256"),
     ("image", "image", 'Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size)'),
     ("image", "image save", ".mul(255).round().byte()", ".mul(255).byte()"),
-    ("image", "image", ">= 0.5).float()", "> 0.5).float()"),
+    ("image", "image", ">= 0.5).float()", ">= 0.49).float()"),
     ("image", "save", "if os.path.lexists(path) and not overwrite:",
      "if os.path.exists(path) and not overwrite:"),
     ("image", "save", "            os.fsync(file.fileno())\n", ""),

@@ -65,7 +65,8 @@ REFUSED = [
     ({"latents": torch.full(SHAPE, NAN)}, ValueError, "not finite"),
     ({"latents": np.zeros(SHAPE)}, TypeError, "latents must be a tensor"),
     ({"prompt_embeds": torch.zeros(1, 77, 20)}, ValueError, "either prompt or prompt_embeds"),
-    ({"prompt": None, "prompt_embeds": torch.zeros(1, 77, 9)}, ValueError, "prompt_embeds must be"),
+    *(({"prompt": None, "prompt_embeds": torch.zeros(shape)}, ValueError, "prompt_embeds must be")
+      for shape in ((1, 77, 9), (77, 20), (0, 77, 20))),
     ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt"),
     ({"output_type": "gif"}, ValueError, "output_type must be one of pil, pt, np, latent"),
     ({"image": 3}, TypeError, "picture"),

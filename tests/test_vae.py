@@ -17,7 +17,7 @@ from oracles import (
 
 from minisd.config import SD1
 from minisd.ops import REFERENCE, TORCH
-from minisd.vae import VAE, ResBlock
+from minisd.vae import VAE, ResBlock, _starts
 
 PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=lambda ops: ops.name)
 DTYPES = pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -119,6 +119,10 @@ def test_tiles_cover_the_picture_evenly(size, side):
     whole = vae.decode(latent)
     vae.tile = side
     assert error(vae.decode(latent), whole) <= 1e-12
+    for length in size:
+        starts = _starts(length, side)
+        assert starts[0] == 0 and length - side <= starts[-1] <= max(0, length - side)
+        assert all(0 < 4 * (b - a) <= 3 * side + 3 for a, b in zip(starts, starts[1:]))
 
 
 def test_decoding_in_tiles():
