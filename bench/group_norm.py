@@ -87,7 +87,7 @@ class GroupNorm(NamedTuple):
         return self.groups, 1e-5 if self.silu else 1e-6, self.silu
 
     def cost(self, itemsize: int) -> launch.Cost:
-        return kernel.cost(self.batch * self.channels * self.side**2, itemsize)
+        return kernel.cost(self.batch * self.channels * self.side**2, itemsize, self.silu)
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """x (B, C, h, w), weight and bias (C,): off-centre noise."""

@@ -4,9 +4,8 @@
     y = (s - mean) / sqrt(variance + eps) * weight + bias, over each group of channels
     y * sigmoid(y), if silu
 
-Takes: x (B, C, ...) in fp16, bf16 or fp32, NCHW or channels_last, or a run of channels of a larger
-such tensor; any number of pixels. Neither layout is copied into the other. Refuses the rest with a
-ValueError that says why: `refusal`.
+Takes: x (B, C, ...) in fp16, bf16 or fp32, NCHW or channels_last (neither is copied into the other)
+or a run of channels of a larger such tensor; any number of pixels. `refusal` says why not the rest.
 
 Both layouts are read by the same code, through strides. A tile is (PIXELS, GROUPS, CHANNELS), and
 the side with stride 1 is the one that neighbouring threads read. In NCHW, CHANNELS is a power of
@@ -266,11 +265,9 @@ def plan(
     front, keeps = dict(SHIFT=shift is not None, RESIDUAL=residual is not None), total is not None
     shift = weight if shift is None else shift  # never looked at, as are the next two
     x, out = _flat(x), _flat(out)
-    residual = x if residual is None else _flat(residual)
-    total = x if total is None else _flat(total)
+    residual, total = (x if y is None else _flat(y) for y in (residual, total))
     batch, channels, pixels = x.shape
-    cg = channels // groups
-    two = cg * pixels > LARGEST_IN_ONE_LAUNCH
+    two = (cg := channels // groups) * pixels > LARGEST_IN_ONE_LAUNCH
     tile = launch.setting(x.device, "group norm", int(two))
     last = _channels_last(x)
     spans = math.gcd(tile.groups, groups) if last else 1
@@ -286,10 +283,9 @@ def plan(
     split = triton.cdiv(triton.cdiv(pixels, SPLITS), rows) * rows  # pixels, in whole tiles
     grid = (triton.cdiv(pixels, split), *grid)
     moments = x.new_empty(batch * groups, 2, SPLITS, dtype=torch.float32)
-    args = (x, shift, residual, total, moments, *x.stride(), *strides, *total.stride(), pixels)
-    sizes |= front | dict(SPLITS=SPLITS)
-    constants = sizes | dict(TOTAL=keeps)
-    first = launch.Call(_moments_kernel, grid, (*args, split), constants, tile.warps)
+    args = (x, shift, residual, total, moments, *x.stride(), *strides, *total.stride())
+    args, sizes = (*args, pixels, split), sizes | front | dict(SPLITS=SPLITS)
+    first = launch.Call(_moments_kernel, grid, args, sizes | dict(TOTAL=keeps), tile.warps)
     if keeps:  # the sum is there by then
         x, shift, residual, sizes = total, weight, total, sizes | dict.fromkeys(front, False)
     args = (x, shift, residual, moments, weight, bias, out, *x.stride(), *strides, *out.stride())
@@ -297,6 +293,8 @@ def plan(
     return [first, launch.Call(_apply_kernel, grid, args, constants, tile.warps)]
 
 
-def cost(elements: int, itemsize: int, residual: bool = False, total: bool = False) -> launch.Cost:
+def cost(
+    elements: int, itemsize: int, silu: bool = True, residual: bool = False, total: bool = False,
+) -> launch.Cost:
     """The least work of one call; 10 operations and, for SiLU, an exponential an element."""
-    return launch.Cost(10 * elements, (2 + residual + total) * elements * itemsize, elements)
+    return launch.Cost(10 * elements, (2 + residual + total) * elements * itemsize, silu * elements)

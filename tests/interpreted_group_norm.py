@@ -240,3 +240,6 @@ def test_cost_is_what_the_kernel_does(last, monkeypatch):
     x, weight, bias = inputs((2, 8, 16, 16), last, torch.float16)
     normalise(x, weight, bias, 2)
     assert sum(exponentials) == cost(x.numel(), x.itemsize).exponentials
+    exponentials.clear()
+    group_norm_silu(x, weight, bias, 2, silu=False)
+    assert sum(exponentials) == cost(x.numel(), x.itemsize, silu=False).exponentials
