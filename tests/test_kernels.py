@@ -193,5 +193,5 @@ def test_attention_cost():
 def test_group_norm_cost(residual, total):
     x = torch.empty(2, 40, 9, 7, dtype=torch.float16)
     moved = [x, x] + [x] * residual + [x] * total  # read, written, and again for each of the two
-    cost = gn.cost(x.numel(), x.itemsize, residual, total)
+    cost = gn.cost(x.numel(), x.itemsize, residual=residual, total=total)
     assert cost.bytes == sum(picture.nbytes for picture in moved)
