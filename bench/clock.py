@@ -53,7 +53,7 @@ class Memory:
         if not self.gpu:
             if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
                 libc.malloc_trim(0)  # glibc hands freed memory back only when asked
-            return self._resident("VmRSS")
+            return _known(resident("VmRSS"))
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         return {"memory": torch.cuda.memory_reserved(),
@@ -75,17 +75,22 @@ class Memory:
         """The most bytes held since `restart`, beyond those at the beginning. What a CUDA graph
         keeps for its inside is not allocated, only held; so both are told."""
         if not self.gpu:
-            now = self._resident("VmHWM")
+            now = _known(resident("VmHWM"))
         else:
             now = {"memory": torch.cuda.max_memory_reserved(),
                    "memory allocated": torch.cuda.max_memory_allocated()}
         return {what: size - self.base[what] for what, size in now.items()}
 
-    @staticmethod
-    def _resident(field: str) -> dict[str, int]:
-        """Nothing where the system has no such file."""
-        lines = STATUS.read_text().splitlines() if STATUS.exists() and CLEAR.exists() else []
-        return {"memory": int(line.split()[1]) * 1024 for line in lines if line.startswith(field)}
+
+def resident(field: str) -> int | None:
+    """Bytes of this process in memory now ("VmRSS") or at most so far ("VmHWM"); None where the
+    system does not tell, or cannot begin the peak anew."""
+    lines = STATUS.read_text().splitlines() if STATUS.exists() and CLEAR.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
+
+
+def _known(size: int | None) -> dict[str, int]:
+    return {} if size is None else {"memory": size}
 
 
 class OutOfTime(BaseException):

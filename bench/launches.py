@@ -195,7 +195,7 @@ def rungs(config: Config, side: int) -> Iterator[tuple[str, Count]]:
     """From the slowest to the fastest: its name, and what one step takes."""
     step = Step(config, side)
     if importlib.util.find_spec("diffusers"):
-        from bench.peers import official_unet, quiet
+        from bench.official import official_unet, quiet
 
         quiet()
         with torch.device("meta"):

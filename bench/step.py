@@ -18,6 +18,7 @@ from minisd_kernels.bodies import PLAIN
 from minisd_kernels.fused_step import Steps
 from minisd_kernels.fused_unet import FusedUNet
 
+from bench.official import official_unet
 from minisd.config import SD1
 from minisd.ops import TORCH
 from minisd.unet import UNet
@@ -27,7 +28,7 @@ def build() -> tuple[UNet, diffusers.UNet2DConditionModel]:
     """Our SD1 UNet and diffusers', with the same random weights."""
     with torch.device("meta"):
         ours = UNet(SD1.unet, TORCH)
-        theirs = diffusers.UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+        theirs = official_unet(SD1.unet)
     weights = {}
     for name, p in ours.state_dict().items():
         weights[name] = torch.randn(p.shape) * (0.02 if p.dim() > 1 else 0.1)

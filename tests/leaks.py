@@ -1,19 +1,13 @@
 """Whether memory grows while pictures are made: `python -m tests.leaks 1000`."""
 
 import sys
-from pathlib import Path
 
 import torch
 
 import minisd
+from bench.clock import resident
 
 WARM = 50
-
-
-def resident(key: str = "VmRSS") -> int:
-    """Bytes of this process in memory; "VmHWM": at most so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def main(count: int) -> None:
@@ -21,9 +15,10 @@ def main(count: int) -> None:
     sd = minisd.load()
     for i in range(WARM + count):
         if i == WARM:
-            before = resident()
+            before = resident("VmRSS")
         sd("a red heart", seed=i, num_inference_steps=2, progress=False)
-    print(f"{count} pictures after the first {WARM}: {resident() - before} bytes more")
+    more = resident("VmRSS") - before
+    print(f"{count} pictures after the first {WARM}: {more} bytes more")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The official models, built from minisd's configs: what every parity test compares with.
 
-Parameters have the same names on both sides, so weights pass from one to the other by a strict
-load_state_dict, and modules of the same name can be compared one by one.
+Modules have the same names on both sides, so that they can be compared one by one.
 """
 
 import gzip
@@ -10,17 +9,14 @@ from functools import cache
 from importlib import resources
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
+from bench.official import official_scheduler as published_scheduler
+from bench.official import official_text_encoder, official_unet, official_vae
 from minisd import ddim
 from minisd.clip import TextEncoder
 from minisd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
@@ -76,49 +72,9 @@ def with_weights(official: nn.Module, ours: nn.Module) -> nn.Module:
     return official.eval().requires_grad_(False)
 
 
-def official_unet(config: UNetConfig, sample_size: int = 8) -> UNet2DConditionModel:
-    kinds = ["CrossAttn" if on else "" for on in config.has_attention]
-    return UNet2DConditionModel(
-        sample_size=sample_size, in_channels=config.in_channels, out_channels=config.out_channels,
-        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
-        up_block_types=[f"{kind}UpBlock2D" for kind in kinds[::-1]],
-        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
-        # In the official configs this key holds the number of heads.
-        attention_head_dim=config.num_heads, cross_attention_dim=config.cross_attention_dim,
-        use_linear_projection=config.use_linear_projection,
-        norm_num_groups=config.norm_num_groups,
-    )
-
-
-def official_vae(config: VAEConfig) -> AutoencoderKL:
-    levels = len(config.block_out_channels)
-    return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels, norm_num_groups=config.norm_num_groups,
-        scaling_factor=config.scaling_factor,
-    )
-
-
-def official_text_encoder(config: TextConfig) -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size, hidden_act=config.hidden_act,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        bos_token_id=0, eos_token_id=2, pad_token_id=1,  # as in the published configs; unused
-    ))
-
-
 def official_scheduler(config: ScheduleConfig) -> DDIMScheduler:
     """DDIM as in the published scheduler_config.json files, with the schedule in float64."""
-    scheduler = DDIMScheduler(
-        num_train_timesteps=config.num_train_timesteps, beta_start=config.beta_start,
-        beta_end=config.beta_end, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, prediction_type=config.prediction_type,
-    )
+    scheduler = published_scheduler(config)
     # diffusers keeps this table in float32, which would hide all differences below 1e-7.
     scheduler.alphas_cumprod = ddim.alphas_cumprod(config)
     scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]

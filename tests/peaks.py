@@ -5,11 +5,11 @@ SD1.5's sizes in float32 on the CPU, weights and all, in a fresh process for eac
 
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from bench.clock import CLEAR, resident
 from minisd import memory
 from minisd.clip import TextEncoder
 from minisd.config import SD1
@@ -18,7 +18,6 @@ from minisd.sd import StableDiffusion
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
-from tests.leaks import resident
 
 
 def official() -> StableDiffusion:
@@ -50,13 +49,13 @@ def reckoned(sd: StableDiffusion, **call) -> int:
 
 def growth(sd: StableDiffusion, **call) -> tuple[int, int]:
     """(reckoned, measured) bytes of one call beside the weights."""
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before = resident()
+    CLEAR.write_text("5")  # VmHWM begins anew
+    before = resident("VmRSS")
     return reckoned(sd, **call), resident("VmHWM") - before
 
 
 def whole(side: int) -> None:
-    before = resident()
+    before = resident("VmRSS")
     sd = official()
     need = weights(sd) + reckoned(sd, height=side, width=side)
     measured = resident("VmHWM") - before
