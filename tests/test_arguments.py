@@ -94,6 +94,13 @@ ODD = [np.zeros((3, 3)), np.array("pil"), torch.full((2, 2), NAN), {"a": 1}, set
 NEVER_ODD = {"self", "prompt", "negative_prompt", "image", "callback_on_step_end", "progress"}
 
 
+def test_what_is_left_out_means_the_same_in_a_call_and_in_its_check():
+    called, checked = (inspect.signature(function).parameters
+                       for function in (StableDiffusion.__call__, arguments.check))
+    for name in checked.keys() - {"config", "prompt"}:
+        assert called[name].default == checked[name].default, name
+
+
 @pytest.mark.parametrize(
     "name", sorted(inspect.signature(StableDiffusion.__call__).parameters.keys() - NEVER_ODD)
 )
