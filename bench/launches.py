@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from minisd_kernels import flash_attention, group_norm_silu, launch
 from minisd_kernels.bodies import PLAIN, triton_bodies
-from minisd_kernels.fused_step import Steps
+from minisd_kernels.fused_step import Steps, advance
 from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.fused_vae import FusedDecoder
 from torch import Tensor
@@ -48,6 +48,7 @@ from minisd.vae import Decoder
 
 MODELS = {"SD1.5, 512x512": (SD1, 64), "SD2.1, 768x768": (SD2_V, 96)}
 COLUMNS = ["model", "rung", "launches", "bytes", "flops", "torch", "triton", "commit", "date"]
+GUIDANCE = 7.5
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 OVERWRITTEN = {"copy_", "fill_", "zero_"}  # what these change, they do not read
 
@@ -157,38 +158,45 @@ class Step:
             return UNet(self.config.unet, ops).to(self.dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def count(self, unet: UNet | FusedUNet, ask: Callable[[Tensor, int], Tensor]) -> Launches:
-        """``ask(x, i)`` stands for the UNet; what was made before is not counted."""
-        sd = StableDiffusion(self.config, None, None, unet, None)
-        kind, (a_next, a) = self.config.schedule.prediction_type, sd.alphas[:2]
+    def count(self, step: Callable[[Tensor], Tensor]) -> Launches:
+        """Of ``step(x)``, the next x; what was made before is not counted."""
         with torch.device("meta"), Launches() as launches:
-            ddim.step(self.x, sd._predict(ask, self.x, 0, 7.5, None), a, a_next, kind)
+            step(self.x)
         return launches
 
-    def readable(self, unet: Callable) -> Callable[[Tensor, int], Tensor]:
-        """As `StableDiffusion._asker` calls a UNet that has one call only."""
-        def ask(x: Tensor, i: int) -> Tensor:
-            x = x.repeat(2, 1, 1, 1)
-            return unet(x, torch.full((len(x),), self.timesteps[i]), self.context)
-        return ask
+    def readable(self, unet: UNet) -> Callable[[Tensor], Tensor]:
+        """As `StableDiffusion._denoise` has it."""
+        sd = StableDiffusion(self.config, None, None, unet, None)
+        kind, (a_next, a) = self.config.schedule.prediction_type, sd.alphas[:2]
+        return lambda x: ddim.step(x, sd._predict(x, self.timesteps[0], self.context, GUIDANCE),
+                                   a, a_next, kind)
 
-    def fused(self, fused: FusedUNet) -> Callable[[Tensor, int], Tensor]:
-        """Prompt and times anew at every step."""
-        return lambda x, i: fused(x, torch.full((1,), self.timesteps[i]), self.context)
+    def steps(self, fused: FusedUNet) -> Steps:
+        return Steps(fused, self.context, self.timesteps, [[1.0, 1.0 - GUIDANCE, GUIDANCE]])
+
+    def anew(self, fused: FusedUNet) -> Callable[[Tensor], Tensor]:
+        """Prompt and times at every step."""
+        return lambda x: self.steps(fused)(x, 0)
 
     @torch.no_grad()
-    def replay(self, fused: FusedUNet) -> tuple[Callable[[Tensor, int], Tensor], Count]:
-        """What surrounds the replay of a graph, as `fused_step.Graph` has it; and the replay."""
-        steps = Steps(fused, self.context, self.timesteps)
-        x, times = self.x.to(self.dtype), steps.times[0].clone()
-        with Launches() as inside:
-            out = fused.step(x, times, steps.prompt)
+    def once(self, fused: FusedUNet) -> Callable[[Tensor], Tensor]:
+        steps = self.steps(fused)
+        return lambda x: steps(x, 0)
 
-        def ask(given: Tensor, i: int) -> Tensor:
-            x.copy_(given)
-            times.copy_(steps.times[i])
-            return out
-        return ask, inside.total._replace(launches=1)
+    @torch.no_grad()
+    def replay(self, fused: FusedUNet) -> tuple[Callable[[Tensor], Tensor], Count]:
+        """What surrounds the replay of a graph, as `fused_step.Graph` has it; and the replay."""
+        steps = self.steps(fused)
+        given = [self.x, steps.times[0], steps.table[0]]
+        buffers = [x.clone() for x in given]
+        with Launches() as inside:
+            out = advance(fused, *buffers, None, *steps.fixed)
+
+        def step(x: Tensor) -> Tensor:
+            for mine, one in zip(buffers, [x, *given[1:]]):
+                mine.copy_(one)
+            return out.clone()
+        return step, inside.total._replace(launches=1)
 
 
 def rungs(config: Config, side: int) -> Iterator[tuple[str, Count]]:
@@ -200,18 +208,16 @@ def rungs(config: Config, side: int) -> Iterator[tuple[str, Count]]:
         quiet()
         with torch.device("meta"):
             theirs = official_unet(config.unet, side).to(step.dtype).eval().requires_grad_(False)
-        ask = step.readable(lambda *args: theirs(*args).sample)
-        yield "diffusers eager", step.count(step.unet(TORCH), ask).total
+        theirs.forward = lambda *args, forward=theirs.forward: forward(*args).sample
+        yield "diffusers eager", step.count(step.readable(theirs)).total
     for name, ops in OPS.items():
-        unet = step.unet(ops)
-        yield f'ops="{name}"', step.count(unet, step.readable(unet)).total
+        yield f'ops="{name}"', step.count(step.readable(step.unet(ops))).total
     for name, bodies in {"torch": PLAIN, "triton": triton_bodies()}.items():
         fused = FusedUNet(step.unet(TORCH), bodies)
-        yield f"fused UNet, {name} bodies", step.count(fused, step.fused(fused)).total
-    once = Steps(fused, step.context, step.timesteps)
-    yield "prompt and times made once", step.count(fused, once).total
+        yield f"fused UNet, {name} bodies", step.count(step.anew(fused)).total
+    yield "prompt and times made once", step.count(step.once(fused)).total
     around, graph = step.replay(fused)
-    yield "one graph", step.count(fused, around).total + graph
+    yield "one graph", step.count(around).total + graph
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from minisd_kernels.fused_step import Steps
+from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.fused_vae import fuse
 from torch import Tensor, nn
 
@@ -133,9 +135,12 @@ class Ours:
     def step(self) -> Callable[[], Tensor]:
         """One prediction with guidance (1, 4, h, w)."""
         context = self.sd._context(self.sd._ids(["", PROMPT]))               # (2, 77, D)
-        ask, x = self.sd._asker(context, [500]), self.model.noise(1).to(self.device)
-        x = x.to(torch.promote_types(context.dtype, torch.float32))
-        return lambda: self.sd._predict(ask, x, 0, GUIDANCE, None)
+        x = self.model.noise(1).to(self.device, torch.promote_types(context.dtype, torch.float32))
+        if isinstance(self.sd.unet, FusedUNet):
+            # The weights of guidance alone: nothing of x.
+            steps = Steps(self.sd.unet, context, [500], [[0.0, 1.0 - GUIDANCE, GUIDANCE]])
+            return lambda: steps(x, 0)
+        return lambda: self.sd._predict(x, 500, context, GUIDANCE)
 
     def decode(self) -> Callable[[], Tensor]:
         """(1, 3, H, W), about [-1, 1]."""

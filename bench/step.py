@@ -15,7 +15,6 @@ import time
 import diffusers
 import torch
 from minisd_kernels.bodies import PLAIN
-from minisd_kernels.fused_step import Steps
 from minisd_kernels.fused_unet import FusedUNet
 
 from bench.official import official_unet
@@ -58,9 +57,11 @@ def main() -> None:
     ours, theirs = build()
     x = torch.randn(1, 4, args.size // 8, args.size // 8)
     twice, t, context = torch.cat([x, x]), torch.tensor([500, 500]), torch.randn(2, 77, 768)
+    run_ours = lambda: ours(twice, t, context)  # noqa: E731
     if args.ops == "fused":
-        steps = Steps(FusedUNet(ours, PLAIN), context, [500])
-    run_ours = (lambda: ours(twice, t, context)) if args.ops == "torch" else lambda: steps(x, 0)
+        fused = FusedUNet(ours, PLAIN)
+        times, prompt = fused.times(t[:1])[0], fused.prompt(context)
+        run_ours = lambda: fused.step(x, times, prompt)  # noqa: E731
     run_theirs = lambda: theirs(twice, t, context).sample  # noqa: E731
     error = (run_ours() - run_theirs()).abs().max() / run_theirs().abs().max()  # and a warm-up
 

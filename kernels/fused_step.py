@@ -1,68 +1,102 @@
-"""The fused UNet asked once a step: what does not change is made once, and a GPU replays a graph.
+"""A denoise step around the fused UNet, whole: what does not change is made once, and a GPU
+replays a graph.
 
 A step of SD1.5 is some four hundred launches of a few microseconds each, and Python cannot issue
 them as fast as a GPU runs them. A CUDA graph records them once for a batch and a size and replays
-them as one; prompts, guidance and schedules change only what its input buffers hold. Guidance and
-the DDIM update stay outside, where a reader finds them: some thirteen small launches, which are
-issued while the graph still runs, since nothing waits for it.
+them as one; prompts, guidance and schedules change only what its input buffers hold.
+
+Guidance and the DDIM update are linear in x, the UNet's answers and fresh noise, so that a step
+ends in one weighted sum; the weights of all steps are a table, made once.
 
 B latents, M contexts (B or 2B), C channels, h w height and width of the latent
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
+from minisd import ddim
 from minisd_kernels.fused_unet import FusedUNet
 
 
-class Graph:
-    """One recorded step, for one batch and size, with buffers of its own."""
+def weights(alphas: list[float], prediction_type: str, eta: float, guidance_scale: float
+            ) -> list[list[float]]:
+    """For each step from one signal share to the next, the weights of x, of the answer without
+    the prompt (but with a scale of 1) and with it, and of noise (but with an ``eta`` of 0)."""
+    halves = [1.0] if guidance_scale == 1.0 else [1.0 - guidance_scale, guidance_scale]
+    table = []
+    for a, a_next in pairwise(alphas):
+        # A linear function's weight of an input is what it makes of 1 there and 0 elsewhere.
+        x, prediction, noise = (
+            ddim.step(one[0], one[1], a, a_next, prediction_type, eta, one[2])
+            for one in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
+        table.append([x, *(prediction * half for half in halves), *([noise] if eta > 0 else [])])
+    return table
 
-    def __init__(self, unet: FusedUNet, x: Tensor, times: Tensor, prompt: list):
-        self.x, self.times = x.clone(), times.clone()
-        self.prompt = [(k.clone(), v.clone()) for k, v in prompt]
-        self.holds = prompt
-        inputs = (self.x, self.times, self.prompt)
+
+def advance(unet: FusedUNet, x: Tensor, times: Tensor, weights: Tensor, fresh: Tensor | None,
+            extra: Tensor | None, *prompt: Tensor) -> Tensor:
+    """One step, from x (B, C, h, w) to the next x."""
+    shown = x if extra is None else torch.cat([x, extra], dim=1)
+    answers = unet.step(shown.to(times), times, prompt)                      # (M, C, h, w)
+    terms = torch.cat([x, answers] if fresh is None else [x, answers, fresh])
+    terms = terms.unflatten(0, (len(weights), len(x)))                       # (2 to 4, B, C, h, w)
+    return (weights.view(-1, 1, 1, 1, 1) * terms).sum(dim=0)
+
+
+class Graph:
+    """A recorded step, for one batch and size, with buffers of its own."""
+
+    def __init__(self, unet: FusedUNet, changing: tuple, fixed: tuple):
+        """All that ``advance`` is given: what every step changes, and what a picture does."""
+        self.changing, self.fixed = (
+            [None if x is None else x.clone() for x in given] for given in (changing, fixed))
+        self.holds = fixed
         # Once outside the graph: the first call compiles kernels and lets libraries choose theirs.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            unet.step(*inputs)
+            advance(unet, *self.changing, *self.fixed)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.out = unet.step(*inputs)
+            self.out = advance(unet, *self.changing, *self.fixed)
 
-    def replay(self, x: Tensor, times: Tensor, prompt: list) -> Tensor:
-        """The prediction (M, 4, h, w), in a buffer that the next replay overwrites."""
-        self.x.copy_(x)
-        self.times.copy_(times)
-        if prompt is not self.holds:
-            for (k, v), (new_k, new_v) in zip(self.prompt, prompt):
-                k.copy_(new_k)
-                v.copy_(new_v)
-            self.holds = prompt
+    def replay(self, changing: tuple, fixed: tuple) -> Tensor:
+        new = [*zip(self.changing, changing)]
+        if fixed is not self.holds:
+            new += zip(self.fixed, fixed)
+            self.holds = fixed
+        for mine, given in new:
+            if given is not None:
+                mine.copy_(given)
         self.graph.replay()
-        return self.out
+        return self.out.clone()  # the next replay overwrites it
 
 
 class Steps:
-    """The UNet's answers for one picture or batch: ``steps(x, i)`` at the i-th timestep."""
+    """The denoise steps of one picture or batch: ``x = steps(x, i)`` is the i-th."""
 
     @torch.no_grad()
-    def __init__(self, unet: FusedUNet, context: Tensor, timesteps: list[int]):
-        """context (M, L, D); timesteps as they will be walked."""
+    def __init__(self, unet: FusedUNet, context: Tensor, timesteps: list[int],
+                 table: list[list[float]], extra: Tensor | None = None):
+        """context (M, L, D); timesteps as they will be walked, and a row of `weights` for each;
+        ``extra``: what an inpainting UNet sees beside x, (B, 5, h, w)."""
         self.unet = unet
-        self.prompt = unet.prompt(context)
         self.times = unet.times(torch.tensor(timesteps, device=context.device))
+        state = torch.promote_types(context.dtype, torch.float32)
+        self.table = torch.tensor(table, dtype=state, device=context.device)
+        self.fixed = extra, *unet.prompt(context)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, i: int) -> Tensor:
-        """Latents (B, C, h, w) -> predictions (M, 4, h, w); on a GPU valid until the next call."""
+    def __call__(self, x: Tensor, i: int, fresh: Tensor | None = None) -> Tensor:
+        """Latents x (B, C, h, w), in float32 or more, to the next; ``fresh`` noise is alike."""
+        changing = x, self.times[i], self.table[i], fresh
         if x.device.type != "cuda":
-            return self.unet.step(x, self.times[i], self.prompt)
-        size = (*x.shape, len(self.prompt[0][0]))
+            return advance(self.unet, *changing, *self.fixed)
+        size = *x.shape, len(self.fixed[1]), fresh is None, self.fixed[0] is None
         graphs = self.unet.graphs
         if size not in graphs:
-            graphs[size] = Graph(self.unet, x, self.times[i], self.prompt)
-        return graphs[size].replay(x, self.times[i], self.prompt)
+            graphs[size] = Graph(self.unet, changing, self.fixed)
+        return graphs[size].replay(changing, self.fixed)

@@ -19,6 +19,7 @@ B latents, M contexts (B or 2B), C channels, h w height and width, L = h*w rows,
 """
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -111,17 +112,18 @@ class Attn(nn.Module):
         bias = module.proj_out.bias + module.proj_out.weight.flatten(1) @ narrow.bias
         self.proj_out = Linear(module.proj_out.weight, bias)
 
-    def forward(self, s: Pending, prompt: tuple[Tensor, Tensor]) -> Pending:
+    def forward(self, s: Pending, prompt: Tensor) -> Pending:
         attention = self.bodies.attention
         y, x = self.norm(s)
-        y, h = self._norm(0, self.proj_in(rows(y)))                           # (B, L, C)
+        y, h = self._norm(0, self.proj_in(rows(y)))                          # (B, L, C)
         q, k, v = self.qkv(y).chunk(3, dim=-1)                               # (B, L, C)
         h2 = self.out1(attention(q, k, v, self.heads))                       # (B, L, C)
-        if len(prompt[0]) == 2 * len(x):  # here the two halves of guidance part
+        if len(prompt) == 2 * len(x):  # here the two halves of guidance part
             x = picture(rows(x).repeat(2, 1, 1), x)                          # (2B, C, h, w)
             h, h2 = h.repeat(2, 1, 1), h2.repeat(2, 1, 1)                    # (2B, L, C)
         y, h = self._norm(1, h2, h)
-        h2 = self.out2(attention(self.q(y), *prompt, self.heads))            # (M, L, C)
+        k, v = prompt.chunk(2, dim=-1)                                       # (M, 77, C)
+        h2 = self.out2(attention(self.q(y), k, v, self.heads))               # (M, L, C)
         y, h = self._norm(2, h2, h)
         h = self.narrow.add_to(h, self.bodies.geglu(self.widen(y)))          # (M, L, C)
         return Pending(picture(self.proj_out(h), x), None, x)
@@ -216,9 +218,9 @@ class FusedUNet:
         return self.step(x, times, self.prompt(context))
 
     @torch.no_grad()
-    def prompt(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (M, L, C) of every cross-attention, from the context (M, L, D)."""
-        return [layer.kv(context).chunk(2, dim=-1) for layer in self.attentions]
+    def prompt(self, context: Tensor) -> list[Tensor]:
+        """Keys and values (M, L, 2C) of every cross-attention, from the context (M, L, D)."""
+        return [layer.kv(context) for layer in self.attentions]
 
     @torch.no_grad()
     def times(self, t: Tensor) -> Tensor:
@@ -228,9 +230,9 @@ class FusedUNet:
         return F.linear(time, self.time_weight, self.time_bias)              # (S, all widths)
 
     @torch.no_grad()
-    def step(self, x: Tensor, times: Tensor, prompt: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def step(self, x: Tensor, times: Tensor, prompt: Sequence[Tensor]) -> Tensor:
         """x (B, 4, h, w), times (one row, or (M, ...)), prompt of M -> predictions (M, 4, h, w)."""
-        m, prompt = len(prompt[0][0]), iter(prompt)
+        m, prompt = len(prompt[0]), iter(prompt)
         times = iter(times.split(self.time_widths, dim=-1))
         x = x.contiguous(memory_format=torch.channels_last)
         s = Pending(F.conv2d(x, self.conv_in.weight, padding=1), self.conv_in.bias, None)

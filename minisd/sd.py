@@ -176,13 +176,21 @@ class StableDiffusion:
         """Walk x (B, 4, h, w) down the timesteps: Stable Diffusion is this loop."""
         # After the last timestep comes the noise level of timestep 0, which is not quite none.
         alphas = [self.alphas[t] for t in r.timesteps] + [self.alphas[0]]
-        ask = self._asker(context, r.timesteps)
+        kind = self.config.schedule.prediction_type
+        fused = not isinstance(self.unet, UNet)
+        if fused:
+            from minisd_kernels.fused_step import Steps, weights
+
+            table = weights(alphas, kind, r.eta, r.guidance_scale)
+            steps = Steps(self.unet, context, r.timesteps, table, extra)
         bar = tqdm(r.timesteps, disable=None if progress is None else not progress)
         for i, t in enumerate(bar):
-            prediction = self._predict(ask, x, i, r.guidance_scale, extra)
             fresh = noise.draw() if r.eta > 0 else None
-            x = ddim.step(x, prediction, alphas[i], alphas[i + 1],
-                          self.config.schedule.prediction_type, r.eta, fresh)
+            if fused:
+                x = steps(x, i, fresh)
+            else:
+                prediction = self._predict(x, t, context, r.guidance_scale, extra)
+                x = ddim.step(x, prediction, alphas[i], alphas[i + 1], kind, r.eta, fresh)
             if known is not None:
                 x = known.put_back(x, alphas[i + 1] if i + 1 < len(r.timesteps) else 1.0)
             if callback is not None:
@@ -190,25 +198,13 @@ class StableDiffusion:
                 x = arguments.changed_latents(changes, x)
         return _finite(x, "the UNet")
 
-    def _asker(self, context: Tensor, timesteps: list[int]) -> Callable[[Tensor, int], Tensor]:
-        """(x, i) -> the UNet's answer at the i-th timestep for every context: x (B, C, h, w) is
-        asked about once with each half of a context twice as long."""
-        if not isinstance(self.unet, UNet):
-            from minisd_kernels.fused_step import Steps
-
-            return Steps(self.unet, context, timesteps)
-
-        def ask(x: Tensor, i: int) -> Tensor:
-            x = x.repeat(len(context) // len(x), 1, 1, 1)                    # (B or 2B, C, h, w)
-            t = torch.full((len(x),), timesteps[i], device=x.device)
-            return self.unet(x, t, context)
-        return ask
-
-    def _predict(self, ask: Callable, x: Tensor, i: int, guidance_scale: float,
-                 extra: Tensor | None) -> Tensor:
+    def _predict(self, x: Tensor, t: int, context: Tensor, guidance_scale: float,
+                 extra: Tensor | None = None) -> Tensor:
         """The UNet's answer for x (B, 4, h, w), with guidance unless its scale is 1."""
         inputs = x if extra is None else torch.cat([x, extra], dim=1)        # (B, 4 or 9, h, w)
-        prediction = ask(inputs.to(self._weight), i).to(x)                   # (B or 2B, 4, h, w)
+        inputs = inputs.repeat(len(context) // len(x), 1, 1, 1)              # (B or 2B, ...)
+        times = torch.full((len(inputs),), t, device=x.device)
+        prediction = self.unet(inputs.to(self._weight), times, context).to(x)
         if guidance_scale == 1.0:
             return prediction
         without, with_prompt = prediction.chunk(2)                           # (B, 4, h, w)

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
 from minisd_kernels.bodies import PLAIN
-from minisd_kernels.fused_step import Steps
 from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.geglu import geglu
 from minisd_kernels.group_norm_silu import group_norm_silu
@@ -91,7 +90,7 @@ def step():
 
 def test_readable_step(step):
     unet = step.unet(TORCH)
-    seen = step.count(unet, step.readable(unet))
+    seen = step.count(step.readable(unet))
     modules = [type(m).__name__ for m in unet.modules()]
     assert seen.names["convolution"] == modules.count("Conv2d")
     assert seen.names["native_group_norm"] == modules.count("GroupNorm")
@@ -104,15 +103,14 @@ def test_readable_step(step):
 
 def test_what_is_made_once_is_not_counted(step):
     fused = FusedUNet(step.unet(TORCH), PLAIN)
-    anew = step.count(fused, step.fused(fused))
-    once = step.count(fused, Steps(fused, step.context, step.timesteps))
+    anew, once = step.count(step.anew(fused)), step.count(step.once(fused))
     for name in anew.names | once.names:
         assert anew.names[name] >= once.names[name], name
     assert anew.names["mm"] - once.names["mm"] == len(fused.attentions)
     assert (anew.names["cos"], once.names["cos"]) == (1, 0)
-    ask, graph = step.replay(fused)
-    around = step.count(fused, ask).total
-    assert graph.launches == 1 and graph.bytes < once.total.bytes < (around + graph).bytes
+    around, graph = step.replay(fused)
+    around = step.count(around).total
+    assert graph.launches == 1 and graph.bytes == once.total.bytes and around.launches == 4
     assert graph.flops == once.total.flops
 
 

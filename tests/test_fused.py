@@ -2,19 +2,23 @@
 
 import copy
 import gc
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from types import FunctionType, ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from minisd_kernels.bodies import PLAIN
-from minisd_kernels.fused_step import Steps
+from minisd_kernels.fused_step import Graph, Steps, advance, weights
 from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.fused_vae import FusedDecoder
 from oracles import AUTOENCODER, DENOISER, SMALL, SMALL_V, error, randn, randomise, small_model
 
 import minisd
+from minisd import ddim
 from minisd.ops import REFERENCE
 from minisd.sd import StableDiffusion
 from minisd.unet import UNet, Upsample
@@ -60,10 +64,46 @@ def test_fused_unet(unet, size, contexts):
 
 def test_what_is_made_once_serves_every_step(unet):
     x, _, context = inputs(unet, (6, 8), 2)
-    steps = Steps(FusedUNet(unet, PLAIN), context, [981, 1])
+    each = [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]  # of two steps, what they take of x and the answers
+    latents, extra = x[:, :4], x[:, 4:] if x.shape[1] == 9 else None
+    steps = Steps(FusedUNet(unet, PLAIN), context, [981, 1], each, extra)
     for i, t in enumerate((981, 1)):
         exact = unet(x.repeat(2, 1, 1, 1), torch.full((6,), t), context)
-        assert error(steps(x, i), exact) <= BOUND
+        assert error(steps(latents, i), exact.chunk(2)[i]) <= BOUND
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_a_step_is_a_weighted_sum(kind, eta, scale):
+    alphas = [0.02, 0.4, 0.9991]
+    x, without, given, fresh = (randn(2, 4, 3, 3, seed=seed) for seed in range(4))
+    guided = without + scale * (given - without)
+    for row, (a, a_next) in zip(weights(alphas, kind, eta, scale), pairwise(alphas), strict=True):
+        terms = [x, given] if scale == 1.0 else [x, without, given]
+        terms += [fresh] if eta > 0 else []
+        exact = ddim.step(x, guided, a, a_next, kind, eta, fresh if eta > 0 else None)
+        assert error(sum(w * y for w, y in zip(row, terms, strict=True)), exact) <= BOUND
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_what_a_graph_is_given(eta, monkeypatch):
+    """Its buffers hold what each step and each prompt brings; here a replay is one more call."""
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    unet = randomise(UNet(SMALL.unet, REFERENCE))
+    x, _, prompt = inputs(unet, (4, 6), 2)
+    fused, fresh = FusedUNet(unet, PLAIN), randn(*x.shape, seed=2) if eta > 0 else None
+    table = weights([0.1, 0.5, 0.9], "epsilon", eta, 7.5)
+    one, other = (Steps(fused, context, [981, 1], table) for context in (prompt, -prompt))
+    given = [((y, steps.times[i], steps.table[i], fresh), steps.fixed)
+             for steps, y, i in ((one, x, 0), (one, 2 * x, 1), (other, x, 1), (one, x, 0))]
+    graph = Graph(fused, *given[0])
+    graph.graph.replay = lambda: graph.out.copy_(advance(fused, *graph.changing, *graph.fixed))
+    for changing, fixed in given:
+        assert torch.equal(graph.replay(changing, fixed), advance(fused, *changing, *fixed))
 
 
 @pytest.mark.parametrize("oneDNN", [True, False])

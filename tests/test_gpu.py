@@ -138,19 +138,27 @@ def test_unet(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_fused_unet_in_a_graph(dtype):
-    """SD1 at 512x512: one graph serves other timesteps and other prompts, always the same bits."""
+    """SD1 at 512x512: one graph serves other timesteps, prompts and weights of the answers, and
+    always gives the same bits."""
     weights, x = draw(dtype), torch.randn(1, 4, 64, 64).to(dtype)
     prompts = torch.randn(2, 2, 77, 768).to(dtype)
     fused = FusedUNet(unet(TORCH, weights), triton_bodies())
-    asked = [Steps(fused, prompt, [981, 1]) for prompt in prompts]
-    answers = {(p, i): asked[p](x, i).clone() for p, i in ((0, 0), (0, 1), (1, 1))}
+    rows = [[0.3, -1.0, 2.0], [0.7, -6.5, 7.5]]  # guidance, and a share of x
+    asked = [Steps(fused, prompt, [981, 1], rows) for prompt in prompts]
+    answers = {(p, i): asked[p](x.float(), i) for p, i in ((0, 0), (0, 1), (1, 1))}
     assert len(fused.graphs) == 1
-    assert torch.equal(asked[0](x, 0), answers[0, 0])
+    assert torch.equal(asked[0](x.float(), 0), answers[0, 0])
+
+    def step(answer: torch.Tensor, i: int) -> torch.Tensor:
+        terms = [x.double(), *answer.double().split(1)]
+        return sum(w * y for w, y in zip(rows[i], terms, strict=True))
+
     readable, doubled = unet(TORCH, weights), {name: p.double() for name, p in weights.items()}
     for (p, i), ours in answers.items():
         twice = x.repeat(2, 1, 1, 1), torch.full((2,), (981, 1)[i])
         exact = unet(REFERENCE, doubled)(twice[0].double(), twice[1], prompts[p].double())
-        bound = 2 * error(readable(*twice, prompts[p]), exact) + last_place(exact, dtype)
+        exact = step(exact, i)
+        bound = 2 * error(step(readable(*twice, prompts[p]), i), exact) + last_place(exact, dtype)
         assert error(ours, exact) <= bound < float("inf")
         if dtype == torch.float32:
             assert error(ours, exact) <= 1e-5 * exact.abs().max()
