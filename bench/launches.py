@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench import record
+from bench.models import GUIDANCE
 from minisd import ddim
 from minisd.config import SD1, SD2_V, Config
 from minisd.ops import REFERENCE, TORCH, Ops
@@ -48,11 +49,8 @@ from minisd.vae import Decoder
 
 MODELS = {"SD1.5, 512x512": (SD1, 64), "SD2.1, 768x768": (SD2_V, 96)}
 COLUMNS = ["model", "rung", "launches", "bytes", "flops", "torch", "triton", "commit", "date"]
-GUIDANCE = 7.5
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 OVERWRITTEN = {"copy_", "fill_", "zero_"}  # what these change, they do not read
-
-
 OPS = {"reference": REFERENCE, "torch": TORCH, "triton": Ops(
     "triton", flash_attention.flash_attention, group_norm_silu.group_norm_silu)}
 
