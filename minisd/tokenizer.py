@@ -30,6 +30,7 @@ class Tokenizer:
     """Prompts to a (B, length) int64 tensor: begin, at most length - 2 tokens, end, padding.
 
     ``vocab`` maps each symbol to its id, ``merges`` lists the pairs to join, first one first.
+    ``words``: those that the model was taught; None: any.
     Attributes: ``vocab_size``, ``bos_token_id``, ``eos_token_id``, ``pad_token_id``, ``length``.
     """
 
@@ -43,12 +44,13 @@ class Tokenizer:
         eos_token: str = EOS,
         unk_token: str = EOS,
         length: int = LENGTH,
+        words: frozenset[str] | None = None,
     ):
         self.vocab_size = len(vocab)
         self.bos_token_id = vocab[bos_token]
         self.eos_token_id = vocab[eos_token]
         self.pad_token_id = pad_token_id
-        self.length = length
+        self.length, self.words = length, words
         # The padding token is left out on purpose: SD2 pads with "!", and were it special, every
         # "!" that a user types would become padding too (as it does in transformers).
         self._bpe = _build_bpe(vocab, merges, unk_token, special=(bos_token, eos_token))
@@ -73,7 +75,8 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """The ``tokenizer/`` folder of a model in diffusers layout, old (vocab.json) or new
-        (tokenizer.json). Raises ValueError, naming the file, if it is missing or malformed.
+        (tokenizer.json). A words.txt beside the folder lists the words that the model knows.
+        Raises ValueError, naming the file, if it is missing or malformed.
         """
         folder = Path(folder)
         path, vocab, merges = _read_vocabulary(folder)
@@ -88,12 +91,14 @@ class Tokenizer:
             raise ValueError(f"{folder}: model_max_length is {length!r}, not an integer above 2")
         # transformers writes 10^30 for "never set"; CLIP has no more than 77 positions anyway.
         length = min(length, LENGTH)
-        return cls(vocab, merges, pad_token_id=pad_token_id, length=length, **tokens)
+        path = folder.parent / "words.txt"
+        words = frozenset(_read_text(path).split()) if path.is_file() else None
+        return cls(vocab, merges, pad_token_id=pad_token_id, length=length, words=words, **tokens)
 
     def __call__(self, prompts: str | list[str]) -> torch.Tensor:
         """Ids of the prompts, (B, length) int64. What does not fit is cut, with a warning that
-        quotes it; the end token always stays. Raises TypeError for anything that is not text,
-        ValueError for an empty list or a lone surrogate.
+        quotes it; the end token always stays. Words outside ``words`` get a warning too. Raises
+        TypeError for anything that is not text, ValueError for an empty list or a lone surrogate.
         """
         prompts = _check_prompts(prompts)
         ids = torch.full((len(prompts), self.length), self.pad_token_id, dtype=torch.int64)
@@ -113,6 +118,18 @@ class Tokenizer:
                 f"these words were dropped: {dropped!r}",
                 stacklevel=3,
             )
+        if self.words is not None:
+            spans = {}  # of the words, each of which may be several tokens
+            for word, (start, end) in zip(encoding.word_ids[:room], encoding.offsets):
+                spans[word] = spans.get(word, (start, end))[0], end
+            said = dict.fromkeys(prompt[start:end].lower() for start, end in spans.values())
+            unknown = [repr(word) for word in said if word not in self.words]
+            if unknown:
+                warnings.warn(
+                    f"this model was not taught {', '.join(unknown)}: what it makes of that is "
+                    "chance (`minisd words` lists what the shipped model knows)",
+                    stacklevel=3,
+                )
         return encoding.ids[:room]
 
 

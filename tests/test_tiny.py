@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from importlib import resources
 
@@ -14,6 +15,7 @@ from transformers import CLIPTokenizer
 
 import minisd
 from minisd.__main__ import main
+from minisd.tokenizer import Tokenizer
 
 TINY = resources.files("minisd_weights") / "tiny"
 PROMPT = "a red heart on a blue background"
@@ -52,13 +54,25 @@ def test_the_same_picture_in_diffusers(sd, pipeline):
 def test_the_same_ids_in_transformers(sd, text):
     theirs = CLIPTokenizer.from_pretrained(str(TINY / "tokenizer"))
     ids = theirs(text, padding="max_length", truncation=True, max_length=77).input_ids
-    with pytest.warns() if len(text) > 200 else nullcontext():
+    known = text in (PROMPT, "")
+    with nullcontext() if known else pytest.warns(UserWarning):
         assert sd.tokenizer([text]).tolist() == [ids]
 
 
 def test_words_of_captions_are_single_tokens(sd):
     ids = sd.tokenizer([PROMPT])[0].tolist()
     assert ids.index(sd.tokenizer.eos_token_id) == 1 + len(PROMPT.split())
+
+
+def test_an_unknown_word_warns(sd, tmp_path, capsys):
+    with pytest.warns(UserWarning, match="not taught 'wrods', ',', 'élan': "):
+        sd.tokenizer(["a heart", "A HEART wrods, \tÉLAN Wrods"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd.tokenizer([PROMPT, "", " A  Red HEART\n"])
+        Tokenizer.clip(49407)(["wrods"])  # of a vocabulary that spells what it does not know
+    assert main(["wrods", "-o", str(tmp_path / "x.png"), "--steps", "1", "--quiet"]) == 0
+    assert "warning: this model was not taught 'wrods'" in capsys.readouterr().err
 
 
 def test_the_background_is_the_colour_asked_for(sd):
