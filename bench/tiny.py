@@ -1,14 +1,26 @@
-"""Does the shipped model draw what it is asked? Colours and objects, seen pairs and unseen ones.
+"""Does the shipped model draw what it is asked? Colours, objects, places, tones, negative prompts.
 
-    python -m bench.tiny --state DIR --sheet ten.png
+    python -m bench.tiny --state DIR                    # the figures, a line each
+    python -m bench.tiny --state DIR --sweeps --out DIR # and curves over guidance and steps
 
-``--state`` is the folder of weights/train_tiny.py, which holds the pictures to compare with. The
-objects, backgrounds and seeds are fixed by hashes of their names, so that nobody can choose them.
+``--state`` is the folder of weights/train_tiny.py, which holds the pictures to compare with; where
+there are none, they are fetched (npm is needed). What is asked is fixed by hashes of names, and
+picture i has seed i, so that nobody can choose them. All is compared at 64x64, in squared
+differences of pixels.
 
-* background: the share of a picture's outermost pixels whose nearest named colour is the asked one.
-* object: all objects are put on the asked background and sorted by their distance to the picture
-  (squared difference of pixels; an object's nearest skin tone counts). Is the asked one the
-  nearest, or among the nearest five?
+* border: the share of a picture's outermost pixels whose nearest named colour is the asked one.
+* object: of all objects put on the asked background in the same way, is the asked one the nearest
+  to the picture (top 1), or among the nearest five? An object's nearest skin tone counts.
+* layout, skin tone: of all layouts of the asked object, or of all its skin tones, is the asked one
+  the nearest? On backgrounds never trained with that object.
+* beside: the objects of the left and of the right half, each as above in its half.
+* negative: does "blue background" as the negative prompt bring the border further away from blue?
+  (Chance would do so for half of the pictures.)
+* autoencoder: PSNR of objects that it was not trained on, mean of decibels.
+* the curves: of a quarter of the trained pairs, the object as above, and the PSNR of the picture
+  against the one asked for.
+
+B pictures, N pictures of objects
 """
 
 import argparse
@@ -18,119 +30,270 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
 import minisd
+from weights.tiny_scenes import HELD_BACK, STATE, article, caption, catalogue, compose
 
-OBJECTS, STEPS, BATCH = 200, 30, 50
-TEN = (
-    "a red heart on a blue background", "a red apple on a white background",
-    "a rocket on a black background", "a cat face on a green background",
-    "a cup of coffee on a pink background", "a sunflower on a purple background",
-    "a slice of pizza on a teal background", "a penguin on an orange background",
-    "a guitar on a yellow background", "a light bulb on a gray background",
-)  # fmt: skip
+SIZE, BATCH, UNTITLED, NEGATIVE = 64, 50, 50, "blue background"
+SINGLE = slice(0, -1)  # of the layouts: all but the last hold one object
+SWEEPS = {
+    "guidance_scale": (1, 2, 3, 4, 5, 6, 7.5, 8, 9, 10),
+    "num_inference_steps": (5, 10, 15, 20, 30, 50, 100),
+}
 
 
 def order(text: str) -> bytes:
     return hashlib.sha256(f"bench|{text}".encode()).digest()
 
 
-def article(words: str) -> str:
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
 class Gallery:
-    """Every object's pictures, and which of them each drawn one resembles."""
+    """Every object's pictures, what to ask of them, and which of them a drawn one resembles."""
 
-    def __init__(self, state: Path):
+    def __init__(self, state: Path, device: torch.device):
         about = json.loads((state / "objects.json").read_text())
-        self.rgba = load_file(state / "objects.safetensors")["rgba"]         # (N, 4, 64, 64)
-        self.colours = torch.tensor(list(about["backgrounds"].values())).float()
+        self.full = load_file(state / "objects.safetensors")["rgba"].to(device)
+        self.rgba = F.adaptive_avg_pool2d(self.full.float(), SIZE)           # (N, 4, 64, 64)
+        self.colours = torch.tensor(list(about["backgrounds"].values()), device=device).float()
         self.backgrounds, self.objects = list(about["backgrounds"]), about["objects"]
-        counts = torch.tensor([len(o["skin_tones"]) for o in self.objects])
-        self.owner = torch.arange(len(counts)).repeat_interleave(counts)     # (N,)
+        self.layouts, self.device = about["layouts"], device
+        self.first = torch.tensor([o["first"] for o in self.objects], device=device)
+        counts = torch.tensor([len(o["skin_tones"]) for o in self.objects], device=device)
+        self.owner = torch.arange(len(counts), device=device).repeat_interleave(counts)  # (N,)
+        names = [thing["names"][0] for thing in self.objects]
+        self.by_hash = sorted(range(len(names)), key=lambda i: order(names[i]))
 
-    def questions(self, held_out: bool) -> list[tuple[int, int]]:
+    def questions(self, held_out: bool, count: int) -> list[tuple[int, int]]:
         """(object, background) pairs, seen in training or not, of the same objects."""
-        by_hash = sorted(range(len(self.objects)), key=lambda i: order(self.objects[i]["names"][0]))
         asked = []
-        for i in by_hash:
+        for i in self.by_hash:
             thing = self.objects[i]
             fits = [b for b in self.backgrounds if (b in thing["held_out"]) == held_out]
-            if thing["held_out"]:
+            if thing["held_out"] and len(thing["held_out"]) < len(self.backgrounds):
                 best = min(fits, key=lambda b: order(thing["names"][0] + b))
                 asked.append((i, self.backgrounds.index(best)))
-        return asked[:OBJECTS]
+        return asked[:count]
 
-    def prompt(self, thing: int, background: int) -> str:
-        name = article(self.objects[thing]["names"][0])
-        return f"{name} on {article(self.backgrounds[background])} background"
+    def prompt(self, pair: tuple[int, int], layout: str = "{}", *others: int) -> str:
+        *things, background = pair[0], *others, pair[1]
+        names = [self.objects[thing]["names"][0] for thing in things]
+        return caption(layout, names, self.backgrounds[background])
 
-    def right_border(self, pixels: Tensor, background: int) -> float:
-        """Share of the outermost pixels of (3, 64, 64), 0..255, nearest to the asked colour."""
-        sides = pixels[:, 0], pixels[:, -1], pixels[:, 1:-1, 0], pixels[:, 1:-1, -1]
-        border = torch.cat(sides, dim=1)                                     # (3, 252)
-        nearest = torch.cdist(border.T, self.colours).argmin(dim=1)
-        return (nearest == background).float().mean().item()
+    def place(self, which: Tensor, place: list, background: int) -> Tensor:
+        """Pictures ``which`` (B,) at a place, on a named colour: (B, 3, 64, 64) in [-1, 1]."""
+        places = torch.tensor([[place]], device=self.device).expand(len(which), 1, 3)
+        return compose(self.rgba, which[:, None], places, self.colours[None, background])
 
-    def ranks(self, pixels: Tensor, asked: list[tuple[int, int]]) -> Tensor:
-        """How many objects are nearer to each picture (B, 3, 64, 64) than the asked one: (B,)."""
+    def border(self, pixels: Tensor) -> Tensor:
+        """The outermost pixels of (B, 3, 64, 64), as (B, 252, 3) in 0..255."""
+        sides = pixels[:, :, 0], pixels[:, :, -1], pixels[:, :, 1:-1, 0], pixels[:, :, 1:-1, -1]
+        return (torch.cat(sides, dim=2).transpose(1, 2) + 1) * 127.5         # (B, 252, 3)
+
+    def right_border(self, pixels: Tensor, asked: list[tuple[int, int]]) -> Tensor:
+        """Which share of each border is of the asked colour: (B,)."""
+        border = self.border(pixels)
+        nearest = torch.cdist(border, self.colours.expand(len(border), -1, -1)).argmin(dim=2)
+        wanted = torch.tensor([background for _, background in asked], device=self.device)
+        return (nearest == wanted[:, None]).float().mean(dim=1)
+
+    def ranks(self, pixels: Tensor, asked: list[tuple[int, int]], layout="{}", slot=0) -> Tensor:
+        """How many objects are nearer to each picture (B, 3, 64, 64) than the asked one: (B,).
+
+        Of two objects beside each other only the half around ``slot`` is looked at.
+        """
         ranks = torch.empty(len(asked), dtype=torch.long)
-        for b, colour in enumerate(self.colours):
-            mine = torch.tensor([i for i, (_, background) in enumerate(asked) if background == b])
-            if not len(mine):
-                continue
-            alpha = self.rgba[:, 3:].float() / 255
-            known = self.rgba[:, :3] + (1 - alpha) * colour[:, None, None]   # (N, 3, 64, 64)
-            apart = torch.cdist(pixels[mine].flatten(1), known.flatten(1))   # (b, N)
-            nearest = torch.full((len(mine), len(self.objects)), torch.inf)
+        halves = len(self.layouts[layout])
+        part = slice(slot * SIZE // halves, (slot + 1) * SIZE // halves)
+        everything = torch.arange(len(self.rgba), device=self.device)
+        for background in sorted({b for _, b in asked}):
+            mine = torch.tensor([i for i, (_, b) in enumerate(asked) if b == background])
+            known = self.place(everything, self.layouts[layout][slot], background)
+            drawn = pixels[mine.to(self.device)]
+            apart = torch.cdist(drawn[..., part].flatten(1), known[..., part].flatten(1))  # (b, N)
+            nearest = apart.new_full((len(mine), len(self.objects)), torch.inf)
             nearest.scatter_reduce_(1, self.owner.expand_as(apart), apart, "amin")
-            own = nearest.gather(1, torch.tensor([[asked[i][0]] for i in mine]))
-            ranks[mine] = (nearest < own).sum(dim=1)
+            own = torch.tensor([[asked[i][0]] for i in mine], device=self.device)
+            ranks[mine] = (nearest < nearest.gather(1, own)).sum(dim=1).cpu()
         return ranks
 
+    def chosen(self, pixels: Tensor, background: int, choices: list[tuple[int, list]]) -> int:
+        """Which of some (picture, place) is nearest to pixels (3, 64, 64)."""
+        known = torch.cat([
+            self.place(torch.tensor([which], device=self.device), place, background)
+            for which, place in choices])
+        return (known - pixels).square().sum(dim=(1, 2, 3)).argmin().item()
 
-def make(sd: "minisd.StableDiffusion", prompts: list[str]) -> Tensor:
-    """Pictures (B, 3, 64, 64), 0..255, with the seeds 0, 1, 2, ..."""
+
+def make(sd: "minisd.StableDiffusion", prompts: list[str], device, **settings) -> Tensor:
+    """Pictures (B, 3, 64, 64) in [-1, 1], with the seeds 0, 1, 2, ..."""
     parts = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         seeds = list(range(start, start + len(part)))
-        out = sd(part, num_inference_steps=STEPS, seed=seeds, output_type="pt", progress=False)
-        parts.append(out.images)
-    return torch.cat(parts) * 255
+        out = sd(part, seed=seeds, output_type="pt", progress=False, **settings)
+        parts.append(F.adaptive_avg_pool2d(out.images.float(), SIZE).to(device))
+    return torch.cat(parts) * 2 - 1
 
 
-def sheet(pixels: Tensor, columns: int) -> Image.Image:
-    rows = pixels.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    return Image.fromarray(rows.round().byte().numpy())
+class Bench:
+    """The figures, by name, in the order in which they are measured."""
+
+    def __init__(self, sd: "minisd.StableDiffusion", gallery: Gallery, count: int, settings: dict):
+        self.sd, self.gallery, self.count, self.settings = sd, gallery, count, settings
+        self.figures = {}
+
+    def make(self, prompts: list[str], **settings) -> Tensor:
+        return make(self.sd, prompts, self.gallery.device, **(self.settings | settings))
+
+    def note(self, name: str, values: Tensor) -> None:
+        """The mean of what each picture got; its unit is 1, or decibel."""
+        mean, count = values.float().mean().item(), len(values)
+        self.figures[name] = {"mean": round(mean, 4), "pictures": count}
+        shown = f"{mean:.2f}" if mean > 1 else f"{mean:.1%}"
+        print(f"{name:32} {shown:>6}  of {count}", flush=True)
+
+    def note_ranks(self, name: str, ranks: Tensor) -> None:
+        for k in (1, 5):
+            self.note(f"{name}, top {k}", ranks < k)
+
+    def pairs(self) -> None:
+        for name, held_out in (("trained", False), ("held out", True)):
+            asked = self.gallery.questions(held_out, self.count)
+            pixels = self.make([self.gallery.prompt(pair) for pair in asked])
+            self.note(f"border, {name}", self.gallery.right_border(pixels, asked))
+            self.note_ranks(f"object, {name}", self.gallery.ranks(pixels, asked))
+
+    def layouts(self) -> None:
+        gallery, names = self.gallery, list(self.gallery.layouts)[SINGLE]
+        asked = gallery.questions(True, self.count)
+        wanted = [names[1 + i % (len(names) - 1)] for i in range(len(asked))]
+        prompts = [gallery.prompt(p, layout) for p, layout in zip(asked, wanted, strict=True)]
+        right = []
+        for picture, (thing, background) in zip(self.make(prompts), asked, strict=True):
+            first = gallery.objects[thing]["first"]
+            choices = [(first, gallery.layouts[name][0]) for name in names]
+            right.append(names[gallery.chosen(picture, background, choices)])
+        for name in sorted(set(wanted), key=names.index):
+            hits = [r == w for r, w in zip(right, wanted, strict=True) if w == name]
+            self.note(f"layout, {name}", torch.tensor(hits))
+
+    def skin_tones(self) -> None:
+        gallery, hits = self.gallery, []
+        asked = gallery.questions(True, len(gallery.objects))
+        asked = [p for p in asked if len(gallery.objects[p[0]]["skin_tones"]) == 6]
+        asked = asked[: self.count // 2]
+        things = [gallery.objects[thing] for thing, _ in asked]
+        tones = [thing["skin_tones"][1 + i % 5] for i, thing in enumerate(things)]
+        prompts = [gallery.prompt(p, "{}" + tone) for p, tone in zip(asked, tones, strict=True)]
+        for i, picture in enumerate(self.make(prompts)):
+            choices = [(things[i]["first"] + tone, (0, 0, 1)) for tone in range(1, 6)]
+            hits.append(gallery.chosen(picture, asked[i][1], choices) == i % 5)
+        self.note("skin tone", torch.tensor(hits))
+
+    def beside(self) -> None:
+        gallery, layout = self.gallery, list(self.gallery.layouts)[-1]
+        left = gallery.questions(True, self.count // 2)
+        right = [(gallery.by_hash[-1 - i], background) for i, (_, background) in enumerate(left)]
+        prompts = [gallery.prompt(p, layout, o) for p, (o, _) in zip(left, right, strict=True)]
+        pixels = self.make(prompts)
+        ranks = [gallery.ranks(pixels, asked, layout, i) for i, asked in enumerate((left, right))]
+        self.note("border, beside", gallery.right_border(pixels, left))
+        self.note_ranks("object, beside", torch.cat(ranks))
+
+    def negative(self) -> None:
+        gallery = self.gallery
+        names = [gallery.objects[i]["names"][0] for i in gallery.by_hash]
+        names = [n for n in names if not set(n.split()) & {*gallery.backgrounds, "grey"}][:UNTITLED]
+        blue = gallery.colours[gallery.backgrounds.index("blue")]
+        apart = []
+        for settings in ({}, {"negative_prompt": NEGATIVE}):
+            pixels = self.make([article(n) for n in names], **settings)
+            apart.append((gallery.border(pixels).mean(dim=1) - blue).norm(dim=1))
+        self.note("negative", apart[1] > apart[0])
+
+    @torch.no_grad()
+    def autoencoder(self) -> None:
+        gallery, vae = self.gallery, self.sd.vae
+        first = gallery.first[::HELD_BACK]
+        colours = gallery.colours[torch.arange(len(first)) % len(gallery.colours)]
+        places = torch.tensor([[(0, 0, 1)]], device=gallery.device).expand(len(first), 1, 3)
+        image = compose(gallery.full, first[:, None], places, colours)
+        image = image.to(next(vae.parameters()))
+        made = vae.decode(vae.encode(image)).clamp(-1, 1)
+        mse = ((made - image).float() / 2).square().mean(dim=(1, 2, 3))
+        self.note("autoencoder, dB", -10 * mse.log10())
+
+    def measure(self) -> None:
+        self.autoencoder()
+        self.pairs()
+        self.layouts()
+        self.skin_tones()
+        self.beside()
+        self.negative()
+
+    def sweep(self, setting: str) -> dict[float, dict[str, float]]:
+        """What becomes of a quarter of the trained pairs, by the setting's value."""
+        gallery, curves = self.gallery, {}
+        asked = gallery.questions(False, self.count // 4)
+        right = [gallery.place(gallery.first[i : i + 1], (0, 0, 1), b) for i, b in asked]
+        for value in SWEEPS[setting]:
+            pixels = self.make([gallery.prompt(pair) for pair in asked], **{setting: value})
+            ranks = gallery.ranks(pixels, asked)
+            mse = ((pixels - torch.cat(right)) / 2).square().mean(dim=(1, 2, 3))
+            curves[value] = {
+                "top 1, %": 100 * (ranks < 1).float().mean().item(),
+                "top 5, %": 100 * (ranks < 5).float().mean().item(),
+                "PSNR, dB": -10 * mse.log10().mean().item(),
+            }
+            told = (f"{name} {y:.1f}" for name, y in curves[value].items())
+            print(f"{setting} {value:<6}", *told, sep="  ", flush=True)
+        return curves
+
+
+def plot(setting: str, curves: dict[float, dict[str, float]], path: Path) -> None:
+    from matplotlib import pyplot
+
+    _, (above, below) = pyplot.subplots(2, sharex=True, figsize=(5, 4), layout="constrained")
+    for axes, name in ((above, "top 1, %"), (above, "top 5, %"), (below, "PSNR, dB")):
+        axes.plot(list(curves), [f[name] for f in curves.values()], marker="o", label=name)
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend()
+    above.set(ylim=(0, 103))
+    below.set(xlabel=setting)
+    pyplot.savefig(path, dpi=120)
+    pyplot.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--state", type=Path, default=Path.home() / ".cache/minisd/train_tiny")
+    parser.add_argument("--state", type=Path, default=STATE / "cpu")
+    parser.add_argument("--things", type=int, default=512, help="that the model was taught")
     parser.add_argument("--model", help="default: the shipped one")
-    parser.add_argument("--sheet", type=Path, help="save ten common objects here, as a PNG")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--count", type=int, default=200, help="pictures a figure, where it can")
+    parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--sweeps", action="store_true", help="also over guidance and steps")
+    parser.add_argument("--out", type=Path, help="write tiny.json and the curves here")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    began = time.perf_counter()
     sd = minisd.load(args.model) if args.model else minisd.load()
-    if args.sheet:
-        sheet(make(sd, list(TEN)), columns=5).save(args.sheet)
-    gallery = Gallery(args.state)
-    print("pairs      pictures  background  top 1  top 5  seconds")
-    for name, held_out in (("trained", False), ("held out", True)):
-        asked, began = gallery.questions(held_out), time.perf_counter()
-        pixels = make(sd, [gallery.prompt(*pair) for pair in asked])
-        seconds = time.perf_counter() - began
-        pairs = zip(pixels, asked, strict=True)
-        border = sum(gallery.right_border(p, b) for p, (_, b) in pairs) / len(asked)
-        ranks = gallery.ranks(pixels, asked)
-        top1, top5 = ((ranks < k).float().mean().item() for k in (1, 5))
-        print(f"{name:9} {len(asked):9}  {border:10.1%} {top1:6.1%} {top5:6.1%}  {seconds:7.0f}")
+    catalogue(args.state, sd.config.sample_size, args.things)
+    if {*(args.state / "words.txt").read_text().split()} != sd.tokenizer.words:
+        parser.error(f"{args.state} is not what the model was taught from")
+    gallery = Gallery(args.state, next(sd.vae.parameters()).device)
+    settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    bench = Bench(sd, gallery, args.count, settings)
+    bench.measure()
+    curves = {setting: bench.sweep(setting) for setting in SWEEPS if args.sweeps}
+    print(f"{'seconds':32} {time.perf_counter() - began:.0f}")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        record = settings | {"count": args.count, "figures": bench.figures, "curves": curves}
+        (args.out / "tiny.json").write_text(json.dumps(record, indent=1))
+        for setting, points in curves.items():
+            plot(setting, points, args.out / f"{setting}.png")
 
 
 if __name__ == "__main__":

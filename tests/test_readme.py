@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.gallery import captions
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TOUR = re.findall(r"^\| \[.*\]\((\S+\.py)\) \| ([\d,]+) \|", README, re.MULTILINE)
@@ -43,8 +45,13 @@ def test_dependencies_are_used_where_it_says(name, where):
         assert any(imported.search(file.read_text()) for file in files), target
 
 
+def test_the_prompts_of_the_gallery():
+    assert README.count("\n1. ") == len(captions())
+    assert all(f"\n1. {line}\n" in README for line in captions())
+
+
 def test_every_link_leads_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+    for target in re.findall(r'(?:\]\(|src=")(?!http)([^)#"]+)', README):
         assert (ROOT / target).exists(), target
 
 
