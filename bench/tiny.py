@@ -126,15 +126,9 @@ class Gallery:
         return (known - pixels).square().sum(dim=(1, 2, 3)).argmin().item()
 
 
-def make(sd: "minisd.StableDiffusion", prompts: list[str], device, **settings) -> Tensor:
-    """Pictures (B, 3, 64, 64) in [-1, 1], with the seeds 0, 1, 2, ..."""
-    parts = []
-    for start in range(0, len(prompts), BATCH):
-        part = prompts[start : start + BATCH]
-        seeds = list(range(start, start + len(part)))
-        out = sd(part, seed=seeds, output_type="pt", progress=False, **settings)
-        parts.append(F.adaptive_avg_pool2d(out.images.float(), SIZE).to(device))
-    return torch.cat(parts) * 2 - 1
+def psnr(made: Tensor, right: Tensor) -> Tensor:
+    """Decibels of each picture (B, 3, S, S) in [-1, 1]: (B,)."""
+    return -10 * ((made - right) / 2).square().mean(dim=(1, 2, 3)).log10()
 
 
 class Bench:
@@ -145,7 +139,14 @@ class Bench:
         self.figures = {}
 
     def make(self, prompts: list[str], **settings) -> Tensor:
-        return make(self.sd, prompts, self.gallery.device, **(self.settings | settings))
+        """Pictures (B, 3, 64, 64) in [-1, 1], with the seeds 0, 1, 2, ..."""
+        parts, settings = [], self.settings | settings
+        for start in range(0, len(prompts), BATCH):
+            part = prompts[start : start + BATCH]
+            seeds = list(range(start, start + len(part)))
+            out = self.sd(part, seed=seeds, output_type="pt", progress=False, **settings)
+            parts.append(F.adaptive_avg_pool2d(out.images.float(), SIZE))
+        return torch.cat(parts).to(self.gallery.device) * 2 - 1
 
     def note(self, name: str, values: Tensor) -> None:
         """The mean of what each picture got; its unit is 1, or decibel."""
@@ -222,8 +223,7 @@ class Bench:
         image = compose(gallery.full, first[:, None], places, colours)
         image = image.to(next(vae.parameters()))
         made = vae.decode(vae.encode(image)).clamp(-1, 1)
-        mse = ((made - image).float() / 2).square().mean(dim=(1, 2, 3))
-        self.note("autoencoder, dB", -10 * mse.log10())
+        self.note("autoencoder, dB", psnr(made.float(), image.float()))
 
     def measure(self) -> None:
         self.autoencoder()
@@ -237,15 +237,15 @@ class Bench:
         """What becomes of a quarter of the trained pairs, by the setting's value."""
         gallery, curves = self.gallery, {}
         asked = gallery.questions(False, self.count // 4)
-        right = [gallery.place(gallery.first[i : i + 1], (0, 0, 1), b) for i, b in asked]
+        prompts = [gallery.prompt(pair) for pair in asked]
+        right = torch.cat([gallery.place(gallery.first[[i]], (0, 0, 1), b) for i, b in asked])
         for value in SWEEPS[setting]:
-            pixels = self.make([gallery.prompt(pair) for pair in asked], **{setting: value})
+            pixels = self.make(prompts, **{setting: value})
             ranks = gallery.ranks(pixels, asked)
-            mse = ((pixels - torch.cat(right)) / 2).square().mean(dim=(1, 2, 3))
             curves[value] = {
                 "top 1, %": 100 * (ranks < 1).float().mean().item(),
                 "top 5, %": 100 * (ranks < 5).float().mean().item(),
-                "PSNR, dB": -10 * mse.log10().mean().item(),
+                "PSNR, dB": psnr(pixels, right).mean().item(),
             }
             told = (f"{name} {y:.1f}" for name, y in curves[value].items())
             print(f"{setting} {value:<6}", *told, sep="  ", flush=True)

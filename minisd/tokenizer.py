@@ -119,10 +119,9 @@ class Tokenizer:
                 stacklevel=3,
             )
         if self.words is not None:
-            spans = {}  # of the words, each of which may be several tokens
-            for word, (start, end) in zip(encoding.word_ids[:room], encoding.offsets):
-                spans[word] = spans.get(word, (start, end))[0], end
-            said = dict.fromkeys(prompt[start:end].lower() for start, end in spans.values())
+            numbers = dict.fromkeys(encoding.word_ids[:room])  # of the words, each of some tokens
+            spans = (slice(*encoding.word_to_chars(number)) for number in numbers)
+            said = dict.fromkeys(prompt[span].lower() for span in spans)
             unknown = [repr(word) for word in said if word not in self.words]
             if unknown:
                 warnings.warn(
