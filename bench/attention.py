@@ -37,6 +37,7 @@ class Attention(NamedTuple):
 
     kernel = "attention"
     rate = "TFLOP/s"
+    pixels = property(lambda self: self.queries)
 
     @property
     def label(self) -> str:

@@ -5,8 +5,12 @@ inputs in the same dtype; and, because torch may be right by luck where two corr
 differently, one unit in the last place of the largest number.
 """
 
+import math
+import multiprocessing
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -68,24 +72,67 @@ def check(case, device: torch.device, dtype: torch.dtype) -> Verdict:
     return verdict(case, inputs, case.exact(*inputs), dtype)
 
 
+def equality_row(case, device: torch.device, dtype: torch.dtype) -> dict:
+    """One size in one dtype, as a row of equality.csv."""
+    row = {"kernel": case.kernel, "shape": case.label, "dtype": str(dtype)[6:], "ok": False}
+    try:
+        found = check(case, device, dtype)
+        row |= {"max_err": f"{found.ours:.3g}", "torch_err": f"{found.torch:.3g}",
+                "bound": f"{found.bound:.3g}", "ok": found.ok}
+    except Exception as failure:
+        row["note"] = one_line(failure)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # other processes check on the same GPU
+    return row
+
+
+def to_check(cases: list, dtypes: Sequence[torch.dtype]) -> list[tuple]:
+    """(case, dtype): float16 of every size first, then the next dtype."""
+    return [(case, dtype) for dtype in dtypes for case in cases
+            if not isinstance(case, AllGroupNorms)]
+
+
 def equality(cases: list, device: torch.device, dtypes: Sequence[torch.dtype],
-             add: Callable[[dict], None]) -> bool:
-    """Every size in every dtype, as rows of equality.csv; whether all were right."""
-    all_right = True
-    for case in cases:
-        for dtype in () if isinstance(case, AllGroupNorms) else dtypes:
-            row = {"kernel": case.kernel, "shape": case.label, "dtype": str(dtype)[6:], "ok": False}
-            try:
-                found = check(case, device, dtype)
-                row |= {"max_err": f"{found.ours:.3g}", "torch_err": f"{found.torch:.3g}",
-                        "bound": f"{found.bound:.3g}", "ok": found.ok}
-            except Exception as failure:
-                row["note"] = one_line(failure)
+             add: Callable[[dict], None], workers: int = 0, deadline: float = math.inf) -> bool:
+    """Every size in every dtype, as rows of equality.csv; whether all were right. What the
+    deadline (of time.monotonic) cuts off is not right. With ``workers``, in so many processes,
+    because most of it is compiling."""
+    jobs = [(case, device, dtype) for case, dtype in to_check(cases, dtypes)]
+    all_right, done = True, 0
+    with spread(equality_row, jobs, workers, deadline) as rows:
+        for row in rows:
             add(row)
-            said = row.get("note") or f"error {found.ours:.1e}, torch's {found.torch:.1e}"
+            said = row.get("note") or f"error {row['max_err']}, torch's {row['torch_err']}"
             print("equal" if row["ok"] else "WRONG", *list(row.values())[:3], said, flush=True)
             all_right &= row["ok"]
-    return all_right
+            done += 1
+    print(f"{done} of {len(jobs)} checked")
+    return all_right and done == len(jobs)
+
+
+@contextmanager
+def spread(function: Callable, jobs: list[tuple], workers: int,
+           deadline: float) -> Iterator[Iterator]:
+    """The results of function(*job), as they come, until the deadline; with workers, from so many
+    processes, which end with the context."""
+    if not workers:
+        yield (function(*job) for job in jobs if time.monotonic() < deadline)
+        return
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with context.Pool(workers) as pool:  # leaving it ends the processes, busy or not
+        yield _in_time(pool.imap_unordered(partial(_apply, function), jobs), deadline)
+
+
+def _apply(function: Callable, job: tuple):
+    return function(*job)
+
+
+def _in_time(results, deadline: float) -> Iterator:
+    while True:
+        try:
+            yield results.next(max(0.01, min(deadline - time.monotonic(), 1e6)))
+        except (StopIteration, multiprocessing.TimeoutError):
+            return
 
 
 def one_line(failure: Exception, *more: str) -> str:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.least = LEAST[device.type]
-        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        gpu = device.type == "cuda"
+        self.wait = partial(torch.cuda.synchronize, device) if gpu else lambda: None
 
     def of(self, call: Callable, times: int = 1) -> tuple[float, object]:
         """Seconds of so many calls, and what the last returned."""

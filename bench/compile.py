@@ -2,22 +2,23 @@
 
     python -m bench.compile             # a chosen list: under a minute on two cores
     python -m bench.compile --only D512 # of every variant (bench/variants.py), lines with this
-    python -m bench.compile --write     # every variant for every target, kept in bench/results
+    TRITON_CACHE_DIR=DIR python -m bench.compile --ahead sm_90
+
+The last fills Triton's cache with all that `python -m bench.everything` will launch on such a GPU
+but for its tests, so that nothing is compiled there. A cache serves the release of Triton and the
+kernels that it was made with, in a folder of the same name.
 
 A line is a variant and a target. Ends with 1, naming what is broken, unless in every line
 
   * nothing spills: NVIDIA's stack and local loads and stores, AMD's vector registers, are 0;
   * shared memory is within what the target gives one program;
-  * attention in half precision uses the target's matrix units (wgmma on sm_90);
+  * attention in half precision uses the target's matrix units (wgmma on sm_90).
 
-and unless the kept tables, one for each version of Triton, list today's variants, hold to these
-bounds, and have the figures that the running Triton gives. Registers and the rest of NVIDIA's are
-read from the machine code with cuobjdump, AMD's from the assembly text. Needs triton, which brings
-cuobjdump.
+Registers and the rest of NVIDIA's are read from the machine code with cuobjdump, AMD's from the
+assembly text. Needs triton, which brings cuobjdump.
 """
 
 import argparse
-import csv
 import multiprocessing
 import os
 import re
@@ -25,6 +26,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,9 +34,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from bench.check import one_line
-from bench.variants import Variant, chosen, source, variants
+from bench.variants import Variant, chosen, everything, source, variants
 
-RESULTS = Path(__file__).parent / "results"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -152,37 +153,6 @@ def broken(row: Row) -> list[str]:
     return found
 
 
-def kept(path: Path) -> list[Row]:
-    kinds = Row.__annotations__.values()
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    return [Row(*(kind(cell) for kind, cell in zip(kinds, row, strict=True))) for row in rows]
-
-
-def stale(rows: list[Row], folder: Path = RESULTS) -> Iterator[str]:
-    """What is wrong with the kept tables, given figures of today."""
-    tables = {path: kept(path) for path in sorted(folder.glob("compile-triton-*.csv"))}
-    if not tables:
-        yield f"no table compile-triton-*.csv in {folder}"
-    today = {(v, target) for v in variants() for target in TARGETS}
-    for path, table in tables.items():
-        by_key = {row.key: row for row in table}
-        if odd := today ^ by_key.keys():
-            yield f"{path.name}: {len(odd)} rows too few or too many; first {min(odd)}"
-        yield from (f"{path.name}: {why}: {row}" for row in table for why in broken(row))
-        for row in rows:
-            old = by_key.get(row.key)
-            if old and old != row and old.triton == row.triton:
-                yield f"{path.name}: was {old}\n    now {row}"
-
-
-def write(rows: list[Row], folder: Path = RESULTS) -> None:
-    version = ".".join(triton.__version__.split(".")[:2])
-    folder.mkdir(exist_ok=True)
-    with (folder / f"compile-triton-{version}.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([Row._fields, *sorted(rows)])
-
-
 def compile_all(jobs: list[tuple[Variant, str]], workers: int) -> Iterator[Row | str]:
     """A row for each, in order, as they come; where one does not compile, a sentence."""
     fork = multiprocessing.get_context("fork")  # workers inherit the variants, made by now
@@ -195,29 +165,48 @@ def compile_all(jobs: list[tuple[Variant, str]], workers: int) -> Iterator[Row |
                 yield f"{target} {' '.join(map(str, v))} does not compile: {one_line(failure)}"
 
 
+def ahead(name: str, workers: int) -> int:
+    """Fill Triton's cache for the target of that name. What does not compile is named, and is no
+    fault: some settings are only tried."""
+    if "TRITON_CACHE_DIR" not in os.environ:
+        print("--ahead needs TRITON_CACHE_DIR, the folder to fill")
+        return 2
+    calls = variants(everything)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        wrong = [why for why in pool.map(partial(fill, name), calls) if why]
+    print(f"{len(calls) - len(wrong)} of {len(calls)} kernels for {name}, "
+          f"Triton {triton.__version__}", *wrong, sep="\n")
+    return 0
+
+
+def fill(name: str, v: Variant) -> str:
+    """Compile a variant into the cache; what went wrong, or nothing."""
+    try:
+        code, options = source(variants(everything)[v], TARGETS[name].gpu)
+        triton.compile(code, TARGETS[name].gpu, options)
+    except Exception as failure:
+        return f"{' '.join(map(str, v))} does not compile: {one_line(failure)}"
+    return ""
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="of every variant, lines with this in them")
-    parser.add_argument("--write", action="store_true", help="compile everything, and keep it")
+    parser.add_argument("--ahead", choices=TARGETS, help="fill Triton's cache for that GPU instead")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
+    if args.ahead:
+        return ahead(args.ahead, args.workers)
     every = [(v, target) for v in variants() for target in TARGETS]
-    jobs = every if args.only or args.write else chosen([*TARGETS], full="sm_90")
+    jobs = every if args.only else chosen([*TARGETS], full="sm_90")
     jobs = [(v, target) for v, target in jobs
             if not args.only or args.only in " ".join(map(str, (target, *v)))]
-    rows, wrong = [], []
+    done, wrong = 0, []
     for row in compile_all(sorted(jobs, key=lambda job: job[1]), args.workers):
         print(row, flush=True)
-        if isinstance(row, Row):
-            rows.append(row)
-            wrong += [f"{why}: {row}" for why in broken(row)]
-        else:
-            wrong.append(row)
-    if args.write:
-        write(rows)
-    else:
-        wrong += stale(rows)
-    print(f"{len(rows)} of {len(every)} compiled with Triton {triton.__version__}")
+        done += isinstance(row, Row)
+        wrong += [f"{why}: {row}" for why in broken(row)] if isinstance(row, Row) else [row]
+    print(f"{done} of {len(every)} compiled with Triton {triton.__version__}")
     if wrong:
         print("broken:", *wrong, sep="\n  ")
     return 1 if wrong else 0

@@ -4,7 +4,7 @@ Who enters has ``picture(batch, steps)``, ``step()`` and ``decode()``, as `bench
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -94,11 +94,12 @@ class Contest:
         worst = (result.to(exact) - exact).abs().max().item()
         return {"max_err": f"{worst:.2g}", "psnr": f"{psnr(result, exact):.1f}"}
 
-    def race(self, rounds: int, seconds: float) -> None:
-        """Step, decoding and whole picture, in turns; in fewer rounds where seconds are few."""
+    def race(self, rounds: int, seconds: float, names: Collection[str] = ()) -> None:
+        """Step, decoding and whole picture of these, or of everyone, in turns; in fewer rounds
+        where seconds are few."""
         for what, share in SHARES.items():
             found = {name: self.clock.sampler(entrant.calls[what])
-                     for name, entrant in self.entered.items()}
+                     for name, entrant in self.entered.items() if not names or name in names}
             fit = int(share * seconds / (sum(once for _, once in found.values()) or 1))
             samplers = {name: sample for name, (sample, _) in found.items()}
             times = interleave(samplers, max(2, min(rounds, fit)))

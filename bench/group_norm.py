@@ -38,20 +38,22 @@ class Compiler:
         # A kernel a size. Past the limit torch would go on uncompiled and say nothing.
         torch._dynamo.config.recompile_limit = 1000
         torch._dynamo.config.accumulated_recompile_limit = 1000
-        self.functions = {
-            name: torch.compile(eager, mode=mode, dynamic=False, fullgraph=True)
-            for name, mode in MODES.items()
-        }
+        self.functions: dict[tuple, Callable] = {}
 
-    def __call__(self, name: str, rest: tuple, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """`eager`, compiled as ``name``; ``rest`` are its last arguments."""
-        size = (name, rest, x.shape, x.stride(), x.dtype)
+    def __call__(self, name: str, function: Callable, *args) -> Tensor | tuple[Tensor, ...]:
+        """The function of these arguments, compiled as ``name``, a key of MODES."""
+        size = (name, function, *((x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x
+                                  for x in args))
+        if (name, function) not in self.functions:
+            self.functions[name, function] = torch.compile(
+                function, mode=MODES[name], dynamic=False, fullgraph=True)
+        call = self.functions[name, function]
         if size in self.seen:
-            return self.functions[name](x, weight, bias, *rest)
+            return call(*args)
         if self.left <= 0:
             raise RuntimeError("the budget for compiling is spent (--compile-minutes)")
         start = time.monotonic()
-        y = self.functions[name](x, weight, bias, *rest)
+        y = call(*args)
         self.left -= time.monotonic() - start
         self.seen.add(size)
         return y
@@ -71,6 +73,7 @@ class GroupNorm(NamedTuple):
 
     kernel = "group_norm_silu"
     rate = "GB/s"
+    pixels = property(lambda self: self.side**2)
 
     @property
     def layout(self) -> str:
@@ -122,11 +125,14 @@ class GroupNorm(NamedTuple):
         modes = list(MODES)
         if (self.model, self.channels, self.side, self.silu, self.channels_last) != HEADLINE:
             modes.remove("compiled max-autotune")  # it takes too long for more than one size
-        peers |= {mode: partial(compiler, mode, self.rest) for mode in modes}
+        peers |= {mode: partial(self._compiled, compiler, mode) for mode in modes}
         peers["liger"] = self._liger if _has_liger() else "liger_kernel is not installed"
         if device.type == "cpu":
             peers |= {"torch": self.by_torch, "reference": self.by_reference}
         return peers
+
+    def _compiled(self, compiler: Compiler, mode: str, *args: Tensor) -> Tensor:
+        return compiler(mode, eager, *args, *self.rest)
 
     def _liger(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         from liger_kernel.ops.group_norm import LigerGroupNormFunction

@@ -2,12 +2,12 @@
 
     python -m bench.image                # everything, on the GPU if there is one
     python -m bench.image --quick        # small models, under 50 s on two CPU cores
-    python -m bench.image --models SD1.5-512 --only fused --label "GEGLU fused" --predicted 0.3
+    python -m bench.image --models SD1.5-512 --only fused
 
 All get copies of the same weights and the same noise, and take turns in one process; a peer that is
-not installed or fails is named with its reason. Times are a clock's, with the GPU waited for at
-both ends. Adds rows to bench/results/image.csv, from which `python -m bench.report` makes the
-tables in the README; with --label, a row to waterfall.csv too: what a change made of the step.
+not installed or fails is named with its reason. diffusers compiled comes last and takes its turns
+with minisd fused alone, so that compiling delays nobody. Times are a clock's, with the GPU waited
+for at both ends. Adds rows to image.csv, from which `python -m bench.report` makes tables.
 
   load           from weights in memory to a model that can be called: copied, packed
   first picture  with what is done once: kernels compiled, graphs recorded, plans chosen
@@ -24,20 +24,20 @@ in float32; in float64 where float32 is timed.
 
 import argparse
 import time
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench import models, plot_image, record
+from bench import models, record
 from bench.check import one_line
 from bench.clock import limited
 from bench.contest import COMPILED, EAGER, FUSED, Contest
 
 COLUMNS = ["model", "provider", "what", "unit", "batch", "steps", "dtype", "p20", "p50", "p80",
            "max_err", "psnr", *record.MACHINE, "note"]
-WATERFALL = ["label", "predicted", "model", "unit", "dtype", "p20", "p50", "p80", "max_err", "psnr",
-             *record.MACHINE]
+EVERYONE = (FUSED, EAGER, "minisd torch", "minisd triton")
 LATE = "the time was up (--minutes)"
 
 
@@ -53,9 +53,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batches", type=int, nargs="*", help="default: 1 2 4 8 16; none with --quick")
     add("--batch-steps", type=int, default=20, help="steps of these (default: %(default)s)")
     add("--minutes", type=float, help="then start nothing new (default: 6.5; 0.6 with --quick)")
-    add("--compile-minutes", type=float, help="for torch.compile (default: 2; 0 on a CPU)")
-    add("--label", help="what has changed: adds a row to waterfall.csv")
-    add("--predicted", type=float, help="milliseconds of a step that the change was to save")
+    add("--compile-minutes", type=float, help="for torch.compile (default: 3; 0 on a CPU)")
+    add("--compile-mode", default="reduce-overhead", help="of torch.compile (default: %(default)s)")
     add("--out", type=Path, default=record.ROOT / "bench" / "results", help="folder of the files")
     add("--commit", default="", help="what is measured, where git cannot tell")
     args = parser.parse_args(argv)
@@ -66,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.minutes is None:
         args.minutes = 0.6 if args.quick else 6.5
     if args.compile_minutes is None:
-        args.compile_minutes = 2 if gpu else 0
+        args.compile_minutes = 3 if gpu else 0
     if args.batches is None:
         args.batches = [] if args.quick else [1, 2, 4, 8, 16]
     return args
@@ -92,26 +91,20 @@ class Compiling:
             shutdown_compile_workers()
 
 
-def enter_all(contest: Contest, only: str, compiling: Compiling, end: float) -> None:
-    """Everyone whose name has ``only`` in it."""
+def enter(contest: Contest, name: str, mode: str = "",
+          limit: AbstractContextManager | None = None) -> None:
+    """Let a provider in, "minisd" with the name of its ops or diffusers, compiled in a ``mode``;
+    one that cannot be had gets a row that says why."""
     given = contest.model, contest.weights
-    makers = {f"minisd {name}": partial(models.Ours, *given, name, contest.device)
-              for name in ("torch", "triton", "fused")}
-    missing = ""
-    try:
-        from bench.peers import Theirs
-    except ImportError as error:
-        missing = one_line(error)
-    for name, mode in {EAGER: "", COMPILED: "max-autotune"}.items():
-        makers[name] = None if missing else partial(Theirs, *given, mode, contest.device)
-    for name, make in makers.items():
-        if only not in name:
-            continue
-        why = missing if make is None else LATE if time.monotonic() > end else ""
-        if why:
-            contest.add(name, "not run", note=why)
-        else:
-            contest.enter(name, make, compiling if name == COMPILED else None)
+    if name.startswith("minisd "):
+        make = partial(models.Ours, *given, name.removeprefix("minisd "), contest.device)
+    else:
+        try:
+            from bench.peers import Theirs
+        except ImportError as error:
+            return contest.add(name, "not run", note=one_line(error))
+        make = partial(Theirs, *given, mode, contest.device)
+    contest.enter(name, make, limit)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,30 +131,22 @@ def main(argv: list[str] | None = None) -> int:
             add({"model": name, "what": "not run", "note": LATE})
             continue
         contests[name] = contest = Contest(make(), args.device, args.dtype, add)
-        enter_all(contest, args.only, compiling, end)
-        contest.race(args.rounds, (end - time.monotonic()) / (len(wanted) - i))
+        for provider in EVERYONE:
+            if args.only in provider and time.monotonic() > end:
+                contest.add(provider, "not run", note=LATE)
+            elif args.only in provider:
+                enter(contest, provider)
+        share = (end - time.monotonic()) / (len(wanted) - i)
+        contest.race(args.rounds, share)
+        if args.only in COMPILED:
+            enter(contest, COMPILED, args.compile_mode, compiling)
+            if COMPILED in contest.entered:
+                contest.race(args.rounds, share, (FUSED, COMPILED))
     if "tiny" in contests and args.dtype == torch.float32 and args.only in FUSED:
         contests["tiny"].half()
     for contest in contests.values():
         contest.batches(args.batches, args.batch_steps, 2, lambda: time.monotonic() > end)
-    if args.label:
-        found = waterfall(rows, args.label, args.predicted)
-        record.append(args.out / "waterfall.csv", WATERFALL, [machine | row for row in found])
-    print(plot_image.plot(rows, args.out, machine))
     return 0 if rows else 1
-
-
-def waterfall(rows: list[dict], label: str, predicted: float | None) -> list[dict]:
-    """A row a model: the fused step, with the error of the picture."""
-    found = []
-    for step in rows:
-        if (step["provider"], step["what"]) == (FUSED, "step"):
-            picture, = (row for row in rows if row["what"] == "picture" and row.get("p50")
-                        and (row["model"], row["provider"]) == (step["model"], FUSED))
-            found.append({"label": label, "predicted": "" if predicted is None else predicted,
-                          **{key: step[key] for key in WATERFALL if key in step},
-                          "max_err": picture["max_err"], "psnr": picture["psnr"]})
-    return found
 
 
 def line(row: dict) -> str:

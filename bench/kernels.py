@@ -2,7 +2,7 @@
 
     python -m bench.kernels                      # everything, on the GPU if there is one
     python -m bench.kernels --only "SD1.5 2x8"   # the rows whose name has this in it
-    python -m bench.kernels --tune --minutes 3   # the neighbours of each setting (bench/tune.py)
+    python -m bench.kernels --tune --workers 14  # every listed launch setting (bench/tune.py)
 
 Prints a table, and adds rows to three files in bench/results, which are only ever added to:
 equality.csv, every size in float16, bfloat16 and float32 against float64; kernels.csv, the times;
@@ -38,27 +38,27 @@ def parse() -> argparse.Namespace:
     add("--only", default="", help='rows with this in their name, as in "attention SD1.5"')
     add("--dtype", choices=DTYPES, help="of the times (default: float16; float32 on a CPU)")
     add("--rounds", type=int, default=15, help="samples of each provider (default: %(default)s)")
-    add("--minutes", type=float, default=6.0, help="then start nothing new (default: %(default)s)")
+    add("--minutes", type=float, default=6.0,
+        help="of all, of which checking takes a third at most (default: %(default)s)")
     add("--compile-minutes", type=float, help="for torch.compile (default: 2; 0 on a CPU)")
-    add("--tune", action="store_true", help="time the neighbours of the launch settings instead")
-    add("--workers", type=int, default=0, help="processes that compile for --tune")
+    add("--tune", action="store_true", help="time every listed launch setting instead")
+    add("--workers", type=int, default=0, help="processes that compile and check")
     add("--out", type=Path, help="folder of the files (default: bench/results)")
     add("--commit", default="", help="what is measured, where git cannot tell")
     return parser.parse_args()
 
 
-def time_all(cases: list, device: torch.device, args: argparse.Namespace, deadline: float,
-             add: Callable[..., None]) -> list[dict]:
+def time_all(cases: list, device: torch.device, dtype: torch.dtype, compiler: Compiler,
+             rounds: int, deadline: float, add: Callable[..., None]) -> list[dict]:
     """The rows of every case, until the time is up; those that are left get one that says so."""
-    limits = timing.limits(device)
+    limits, found = timing.limits(device), []
     print(f"\nmeasured here: {limits.flops / 1e12:.3g} TFLOP/s, {limits.bytes / 1e9:.4g} GB/s; "
           f"computed: {limits.exponentials / 1e12:.3g} T exponentials/s")
-    compiler, found = Compiler(60 * args.compile_minutes), []
     for case in cases:
         try:
             if time.monotonic() > deadline:
                 raise TimeoutError("the time was up (--minutes)")
-            measured = measure(case, device, getattr(torch, args.dtype), compiler, args.rounds)
+            measured = measure(case, device, dtype, compiler, rounds)
         except Exception as failure:  # out of memory, say: the other sizes go on
             lost = {"kernel": case.kernel, "shape": case.label, "metric": "not timed",
                     "provider": "" if isinstance(failure, TimeoutError) else OURS,
@@ -85,7 +85,7 @@ def main() -> int:
         device, cases = torch.device("cpu"), shapes.tiny() if interpreted else shapes.small()
         print("rows of the CPU, on small sizes: " + ("TRITON_INTERPRET is set" if interpreted else
                                                      "there is no GPU here"))
-    args.dtype = args.dtype or ("float16" if gpu or interpreted else "float32")
+    dtype = getattr(torch, args.dtype or ("float16" if gpu or interpreted else "float32"))
     if args.compile_minutes is None:
         args.compile_minutes = 2 if gpu else 0
     cases = [case for case in cases if args.only in f"{case.kernel} {case.label}"]
@@ -99,17 +99,20 @@ def main() -> int:
         if folder:
             record.append(folder / name, columns, [machine | row for row in found])
 
-    deadline = time.monotonic() + 60 * args.minutes
+    start = time.monotonic()
+    deadline = start + 60 * args.minutes
     if args.tune:
-        setup = tune.Setup(device, getattr(torch, args.dtype), args.rounds)
+        setup = tune.Setup(device, dtype, args.rounds)
         return tune.tune(cases, setup, deadline, args.workers,
                          partial(add, "tune.csv", record.COLUMNS))
     right = True
     if gpu or interpreted:
         # The interpreter multiplies the bits of bfloat16 as integers.
         dtypes = [getattr(torch, name) for name in DTYPES if gpu or name != "bfloat16"]
-        right = equality(cases, device, dtypes, partial(add, "equality.csv", record.EQUALITY))
-    found = time_all(cases, device, args, deadline, partial(add, "kernels.csv", record.COLUMNS))
+        right = equality(cases, device, dtypes, partial(add, "equality.csv", record.EQUALITY),
+                         args.workers, start + 20 * args.minutes)
+    found = time_all(cases, device, dtype, Compiler(60 * args.compile_minutes), args.rounds,
+                     deadline, partial(add, "kernels.csv", record.COLUMNS))
     if gpu or interpreted:
         right &= not any(r["provider"] == OURS and r["metric"] == "not timed" for r in found)
     if folder:

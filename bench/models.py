@@ -118,7 +118,7 @@ class Ours:
 
     def __init__(self, model: Model, weights: Weights, name: str, device: torch.device):
         self.model, self.device = model, device
-        body = ops.choose(name, device)
+        body = ops.choose(name, device, next(iter(weights["unet"].values())).dtype)
         parts = {part: with_copies(module, weights[part])
                  for part, module in empty_parts(model.config, body).items()}
         if name == "fused":

@@ -29,8 +29,14 @@ def refuse_two_trees() -> None:
                          f"{', '.join(sorted(trees))}; install with: pip install -e .")
 
 
-def machine(device: torch.device, interpreted: bool, commit: str = "") -> dict[str, str]:
-    """The columns of MACHINE. A CPU has no compute capability, and no driver."""
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def machine(device: torch.device, interpreted: bool, commit: str = "",
+            date: str = "") -> dict[str, str]:
+    """The columns of MACHINE. A CPU has no compute capability, and no driver. Rows of one ``date``
+    are of one run, whichever process wrote them."""
     if device.type == "cuda":
         name, driver = torch.cuda.get_device_name(device), _driver()
         capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
@@ -43,7 +49,7 @@ def machine(device: torch.device, interpreted: bool, commit: str = "") -> dict[s
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit or _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": date or now(),
     }
 
 

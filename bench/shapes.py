@@ -1,4 +1,4 @@
-"""Every attention and GroupNorm of Stable Diffusion, as data: sizes, and how often a forward calls.
+"""Every attention and norm of Stable Diffusion, as data: sizes, and how often a forward calls.
 
 SD1.5 at 512x512 and SD2.1 at 768x768, batch 2 (one picture with guidance); the VAE decodes one
 picture of 512x512. A test counts them in the models.
@@ -6,6 +6,7 @@ picture of 512x512. A test counts them in the models.
 
 from bench.attention import Attention
 from bench.group_norm import AllGroupNorms, GroupNorm
+from bench.transformer import Geglu, LayerNorm
 
 CONTEXT = 77  # tokens of a prompt
 
@@ -21,6 +22,13 @@ SELF_ATTENTION = [
 ]
 CROSS_ATTENTION = [shape._replace(keys=CONTEXT) for shape in SELF_ATTENTION]
 VAE_ATTENTION = [Attention("VAE", 1, 1, 4096, 4096, 512, calls=1)]
+
+BLOCKS = [(shape.model, shape.batch, shape.queries, shape.heads * shape.d, shape.calls)
+          for shape in SELF_ATTENTION]  # transformer blocks: L, C, and how many of these sizes
+# Of a block's three norms two have a sum in front: what an attention gave, and what it was given.
+LAYER_NORMS = [LayerNorm(*sizes, calls * (1 + residual), residual)
+               for *sizes, calls in BLOCKS for residual in (False, True)]
+GEGLUS = [Geglu(*sizes, 4 * channels, calls) for *sizes, channels, calls in BLOCKS]
 
 SIDES = {"SD1.5": 64, "SD2.1": 96}  # of the latent
 UNET_NORMS = [  # channels, how often the side was halved, calls with SiLU, calls without
@@ -45,6 +53,8 @@ TINY_NORMS = [
     GroupNorm("tiny", 2, 6, 5, False, calls=1, channels_last=True, groups=2),
     GroupNorm("tiny", 1, 4, 65, True, calls=1, channels_last=True, groups=1),  # two launches
 ]
+TINY_ROWS = [LayerNorm("tiny", 1, 7, 40, calls=1, residual=False),
+             LayerNorm("tiny", 2, 5, 12, calls=1, residual=True), Geglu("tiny", 2, 5, 20, calls=1)]
 
 
 def group_norms(model: str) -> list[GroupNorm]:
@@ -58,9 +68,9 @@ def group_norms(model: str) -> list[GroupNorm]:
 
 
 def layouts(norms: list[GroupNorm]) -> list[GroupNorm | AllGroupNorms]:
-    """The same in NCHW and channels_last, each in front as one row of all calls of a forward."""
+    """The same in channels_last and NCHW, each in front as one row of all calls of a forward."""
     rows: list[GroupNorm | AllGroupNorms] = []
-    for last in (False, True):
+    for last in (True, False):  # the fused model has channels_last alone
         norms = [norm._replace(channels_last=last) for norm in norms]
         rows += [*norms[:1], AllGroupNorms(tuple(n for n in norms for _ in range(n.calls))),
                  *norms[1:]]
@@ -76,18 +86,18 @@ def full() -> list:
     """Everything, what matters most first: time may run out."""
     return [
         *attentions(SELF_ATTENTION[:1]), *attentions(CROSS_ATTENTION[:1]),
-        *layouts(group_norms("SD1.5")),
+        *layouts(group_norms("SD1.5")), *LAYER_NORMS[:2], *GEGLUS[:1],
         *attentions(SELF_ATTENTION[1:]), *attentions(CROSS_ATTENTION[1:]), *VAE_ATTENTION,
-        *layouts(group_norms("SD2.1")), *layouts(group_norms("VAE")),
+        *LAYER_NORMS[2:], *GEGLUS[1:], *layouts(group_norms("SD2.1")), *layouts(group_norms("VAE")),
     ]
 
 
 def small() -> list:
     """What a CPU has the patience for: SD1.5 at 16x16 and 8x8."""
-    return [case for case in full() if case.label.startswith("SD1.5 2x")
-            and (case.queries <= 256 if case.kernel == "attention" else case.side <= 16)]
+    return [case for case in full() if not isinstance(case, AllGroupNorms)
+            and case.model == "SD1.5" and case.pixels <= 256]
 
 
 def tiny() -> list:
     """For Triton's interpreter."""
-    return [*TINY_ATTENTION, *TINY_NORMS, AllGroupNorms((TINY_NORMS[0],) * 2)]
+    return [*TINY_ATTENTION, *TINY_NORMS, *TINY_ROWS, AllGroupNorms((TINY_NORMS[0],) * 2)]

@@ -5,6 +5,7 @@ VAE's decoder packed anew, the text encoder, and some sizes in bfloat16 and floa
 tensors without memory, and what would be launched is kept.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -24,9 +25,10 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from bench import shapes
+import minisd
+from bench import inside, shapes, tune
 from minisd.config import SD1, SD2_V, Config
-from minisd.ops import TORCH
+from minisd.ops import TORCH, choose
 from minisd.unet import UNet
 from minisd.vae import Decoder
 
@@ -58,15 +60,15 @@ class ChannelsLast(TorchFunctionMode):
         return out
 
 
-def fused_step(config: Config, side: int) -> None:
-    """One forward of the UNet packed anew, with guidance."""
+def fused_step(config: Config, side: int, batch: int = 1) -> None:
+    """One forward of the UNet packed anew, of so many pictures with guidance."""
     with META:
         unet = UNet(config.unet, TORCH).half().requires_grad_(False)
     unet = FusedUNet(unet, triton_bodies())
     with META, ChannelsLast():
-        x = torch.empty(1, config.unet.in_channels, side, side, dtype=torch.float16)
-        context = torch.empty(2, 77, config.unet.cross_attention_dim, dtype=torch.float16)
-        unet(x, torch.empty(1), context)
+        x = torch.empty(batch, config.unet.in_channels, side, side, dtype=torch.float16)
+        context = torch.empty(2 * batch, 77, config.unet.cross_attention_dim, dtype=torch.float16)
+        unet(x, torch.empty(batch), context)
 
 
 def fused_decode(config: Config, side: int) -> None:
@@ -98,14 +100,67 @@ def work() -> Iterator[Callable[[], object]]:
     yield text_attention
 
 
-@functools.cache
-def variants() -> dict[Variant, launch.Call]:
-    """Every variant, and a launch of it."""
+def readable(config: Config, side: int) -> None:
+    """One step and one decoding of the readable model by the kernels, and both of its prompts."""
+    ops = choose("triton", META)
+    with META:
+        unet = UNet(config.unet, ops).half().requires_grad_(False)
+        unet(torch.empty(2, config.unet.in_channels, side, side).half(), torch.empty(2),
+             torch.empty(2, 77, config.unet.cross_attention_dim).half())
+        decoder = Decoder(config.vae, ops).half().requires_grad_(False)
+        decoder(torch.empty(1, config.vae.latent_channels, side, side).half())
+        for batch in (1, 2):
+            x = torch.empty(batch, 77, config.text.hidden_size).half()
+            ops.attention(x, x, x, config.text.num_attention_heads, causal=True)
+
+
+def everything() -> Iterator[Callable[[], object]]:
+    """All that `python -m bench.everything` launches but for its tests, whose sizes are small."""
+    yield from work()
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in shapes.full():
+            yield functools.partial(case.ours, *case.inputs(META, dtype))
+    yield from (functools.partial(case._padded, *case.inputs(META, torch.float16))
+                for case in shapes.full() if case.kernel == "attention")
+    shipped = minisd.load(device="cpu").config
+    for config in (SD1, SD2_V, shipped):
+        side = config.sample_size // config.vae.downscale
+        yield functools.partial(readable, config, side)
+        yield from (functools.partial(fused_step, config, side, batch) for batch in (1, 4, 16))
+        yield functools.partial(fused_decode, config, side)
+    yield from (functools.partial(changed, change) for change in inside.CHANGES if change.compiles)
+    cases = [case for case in shapes.full() if getattr(case, "model", "") in ("SD1.5", "VAE")]
+    for key, mine in tune.served(cases, torch.float16).items():
+        for setting in tune.candidates(key, META):
+            yield functools.partial(tuned, key, setting, mine)
+
+
+def changed(change: inside.Change) -> None:
+    with change.made(None):
+        fused_step(SD1, 64)
+        fused_decode(SD1, 64)
+
+
+def tuned(key: tuple, setting: NamedTuple, cases: list) -> None:
+    with tune.using(key, setting):
+        for case in cases:
+            case.ours(*case.inputs(META, torch.float16))
+
+
+def planned(plans: Iterator[Callable[[], object]]) -> list[launch.Call]:
+    """What would be launched. A size that a plan refuses has nothing to launch."""
     calls: list[launch.Call] = []
     with mock.patch.object(launch, "run", calls.extend), torch.no_grad():
-        for plan in work():
-            plan()
-    return {variant(call): call for call in calls}
+        for plan in plans:
+            with contextlib.suppress(ValueError):
+                plan()
+    return calls
+
+
+@functools.cache
+def variants(all_of: Callable[[], Iterator] = work) -> dict[Variant, launch.Call]:
+    """Every variant, and a launch of it."""
+    return {variant(call): call for call in planned(all_of())}
 
 
 def source(call: launch.Call, gpu: GPUTarget) -> tuple[ASTSource, dict]:

@@ -3,7 +3,7 @@
 q, k and v are read where a projection left them, (B, L, H*d) with any strides of item and row, and
 the result is written the same way: no transpose, no copy, no padding of d in memory.
 
-Takes: fp16, bf16, fp32; d a multiple of 8 up to 256, and 512; any Lq, Lk >= 1. Refuses the rest
+Takes: fp16, bf16, fp32; d a multiple of 4 up to 256, and 512; any Lq, Lk >= 1. Refuses the rest
 with a ValueError that says why: `refusal`.
 
 One program makes one tile of queries of one head:
@@ -39,6 +39,7 @@ LOG2_E = 1.4426950408889634
 WIDEST_IN_PIECES = 160
 ONE_TILE_KEYS = 128
 WIDEST_IN_ONE_TILE = 64  # of piece A: with 128 keys a piece of 128 spills on sm_80
+SLICES = {2: (64, 128), 4: (32, 64)}  # by bytes an element: a chunk of d, a slice of the output
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
@@ -223,8 +224,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
     if 0 in q.shape or 0 in k.shape or heads < 1 or q.shape[2] % heads:
         return f"q {(*q.shape,)} and k {(*k.shape,)} do not split into {heads} heads"
     d = q.shape[2] // heads
-    if d % 8 or d > 256 and d != 512:
-        return f"a head of width {d}: it must be a multiple of 8 up to 256, or 512"
+    if d % 4 or d > 256 and d != 512:
+        return f"a head of width {d}: it must be a multiple of 4 up to 256, or 512"
     if not q.dtype == k.dtype == v.dtype:
         return f"dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}"
     for name, x in {"q": q, "k": k, "v": v}.items():
@@ -274,7 +275,7 @@ def plan(
     a, b = pieces(d)
     if sliced:
         kernel, tile = _sliced_kernel, launch.setting(q.device, "sliced", q.element_size())
-        chunk, columns = (64, 128) if q.element_size() == 2 else (32, 64)
+        chunk, columns = SLICES[q.element_size()]
         sizes = dict(D=d, CHUNK=chunk, SLICE=columns, PRECISION=precision)
     else:
         one_tile = n_keys <= ONE_TILE_KEYS and a <= WIDEST_IN_ONE_TILE

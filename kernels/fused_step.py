@@ -53,6 +53,11 @@ class Graph:
         self.changing, self.fixed = (
             [None if x is None else x.clone() for x in given] for given in (changing, fixed))
         self.holds = fixed
+        # Streams and graphs are of the current device, which need not be that of the tensors.
+        with torch.cuda.device_of(self.changing[0]):
+            self._record(unet)
+
+    def _record(self, unet: FusedUNet) -> None:
         # Once outside the graph: the first call compiles kernels and lets libraries choose theirs.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -60,7 +65,8 @@ class Graph:
             advance(unet, *self.changing, *self.fixed)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # On this stream: torch's own for captures is of the device that was the first to need it.
+        with torch.cuda.graph(self.graph, stream=side):
             self.out = advance(unet, *self.changing, *self.fixed)
 
     def replay(self, changing: tuple, fixed: tuple) -> Tensor:
@@ -71,7 +77,8 @@ class Graph:
         for mine, given in new:
             if given is not None:
                 mine.copy_(given)
-        self.graph.replay()
+        with torch.cuda.device_of(self.out):
+            self.graph.replay()
         return self.out.clone()  # the next replay overwrites it
 
 

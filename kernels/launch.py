@@ -107,7 +107,9 @@ def refusal(kernel, **tensors: Tensor) -> str | None:
 def run(calls: list[Call]) -> None:
     """Launch in order; on "meta" tensors there is nothing to launch."""
     for call in calls:
-        if call.args[0].device.type != "meta":
+        if call.args[0].device.type == "meta":
+            continue
+        with torch.cuda.device_of(call.args[0]):  # Triton launches on the current device
             call.kernel[call.grid](
                 *call.args, **call.constants, num_warps=call.warps, num_stages=call.stages,
                 enable_fp_fusion=True,  # some releases of Triton have it off by default

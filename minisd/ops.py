@@ -106,27 +106,25 @@ OTHERS = "the kernels were not asked for"
 REFERENCE = Ops("reference", reference_attention, reference_group_norm_silu, OTHERS)
 TORCH = Ops("torch", torch_attention, torch_group_norm_silu, OTHERS)
 
-# Compute capabilities on which every kernel was found equal: those with a table in bench/results.
-# Code that never ran on a GPU is nobody's default.
-PROVEN: frozenset[tuple[int, int]] = frozenset()
 
+def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Ops:
+    """The ops of that name for a model of that dtype on that device. Raises ValueError where
+    there are none.
 
-def choose(name: str, device: torch.device) -> Ops:
-    """The ops of that name for a model on that device. Raises ValueError where there are none.
-
-    "auto" is the kernels on a GPU of a proven capability, call by call, and torch's elsewhere.
+    "auto" is the kernels on a GPU of a proven capability, call by call, and torch's elsewhere:
+    code that never ran on a GPU is nobody's default.
     "fused" says that the UNet is to be packed anew as well (minisd_kernels.fused_unet): with the
     kernels on a GPU, with torch's on a CPU.
     """
     if name in ("triton", "fused"):
-        why = _no_kernels(device)
+        why = _no_kernels(device, dtype)
         if why and name == "fused" and device.type == "cpu":
             return replace(TORCH, name=name, why=why)
         if why:
             raise ValueError(f'ops="{name}" cannot be had: {why}')
         return replace(_kernels(), name=name)
     if name == "auto":
-        why = _no_kernels(device) or _not_proven(device)
+        why = _no_kernels(device, dtype) or _not_proven(device)
         return replace(TORCH, why=why) if why else _kernels_or_torch()
     bodies = {"torch": TORCH, "reference": REFERENCE}
     if name not in bodies:
@@ -134,21 +132,25 @@ def choose(name: str, device: torch.device) -> Ops:
     return bodies[name]
 
 
-def _no_kernels(device: torch.device) -> str:
-    """Why the kernels cannot run on that device at all; empty if they can."""
+def _no_kernels(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the kernels cannot run a model of that dtype there at all; empty if they can."""
     try:
         from minisd_kernels.flash_attention import refusal
+        from minisd_kernels.launch import DTYPES
     except ModuleNotFoundError as error:
         return f"no module named {error.name}; pip install 'minisd[kernels]' brings it, on Linux"
-    x = torch.empty(1, 1, 8, device=device)
-    return refusal(x, x, x, heads=1) or ""
+    x = torch.empty(1, 1, 8, dtype=torch.float32, device=device)
+    if why := refusal(x, x, x, heads=1):
+        return why
+    if dtype not in DTYPES:
+        return f"the kernels take float16, bfloat16 and float32, not {str(dtype)[6:]}"
+    return ""
 
 
 def _not_proven(device: torch.device) -> str:
-    capability = torch.cuda.get_device_capability(device)
-    if capability in PROVEN:
-        return ""
-    return "the kernels have not been measured on compute capability {}.{}".format(*capability)
+    from minisd_kernels.proof import proven
+
+    return proven(torch.cuda.get_device_capability(device))
 
 
 def _kernels() -> Ops:

@@ -265,7 +265,7 @@ def load(
     """
     device = arguments.device(device)
     dtype = arguments.dtype(dtype, device)
-    body = bodies.choose(ops, device)
+    body = bodies.choose(ops, device, dtype)
     found = checkpoint.open_checkpoint(path, config=config, vae=vae,
                                        prediction_type=prediction_type)
     if found.tokenizer_folder is None:

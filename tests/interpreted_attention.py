@@ -27,11 +27,16 @@ LAYOUTS = {
 }
 ROWS = [  # B, Lq, Lk, heads, d, layout, causal: why
     (1, 1, 1, 1, 8, "alone", False),  # one score; half a piece
+    (2, 5, 77, 3, 4, "gaps", True),  # the narrowest: of a piece most is other heads'
+    (1, 130, 130, 3, 12, "packed", False),  # rows of which most begin at no multiple of 16 bytes
+    (2, 65, 77, 2, 20, "pair", False),  # one piece of 32, as two of 16 are no narrower
     (2, 65, 77, 2, 16, "pair", False),  # the text's 77 keys, one tile; a query more than a tile
     (1, 63, 128, 1, 24, "gaps", False),  # the most keys in one tile; a query less than a tile
     (1, 64, 129, 2, 32, "alone", False),  # one key more: online softmax, the last tile of one key
     (2, 130, 130, 2, 40, "packed", False),  # SD1's first width: two pieces, the second ragged
     (1, 9, 77, 5, 40, "pair", False),  # and its cross-attention; heads no power of two
+    (2, 130, 130, 2, 44, "packed", False),  # the shipped model's: 32 + 16, no multiple of 8
+    (1, 9, 77, 4, 44, "pair", False),  # and its cross-attention
     (3, 7, 192, 1, 48, "gaps", False),  # two whole pieces; whole tiles of keys only
     (1, 5, 191, 2, 56, "alone", False),  # one piece, ragged, is best; a key less than whole tiles
     (1, 77, 77, 5, 64, "packed", True),  # the text encoder
@@ -46,6 +51,7 @@ ROWS = [  # B, Lq, Lk, heads, d, layout, causal: why
     (1, 9, 77, 1, 136, "alone", False),  # 128 + 16, the second ragged
     (1, 5, 150, 1, 160, "pair", False),  # SD1's widest: 128 + 32, both whole
     (1, 5, 65, 2, 168, "gaps", False),  # the first in slices: chunk and slice both ragged
+    (1, 5, 65, 2, 172, "pair", False),  # and with no multiple of 8
     (1, 9, 70, 1, 192, "alone", True),  # whole chunks, a ragged slice
     (1, 5, 129, 1, 256, "pair", False),  # two whole slices
     (1, 5, 65, 1, 512, "alone", False),  # the autoencoder

@@ -14,7 +14,7 @@ from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.fused_vae import FusedDecoder
 from minisd_kernels.geglu import geglu
 from minisd_kernels.layer_norm import layer_norm
-from oracles import AUTOENCODER, DENOISER, error, randn, randomise
+from small_models import AUTOENCODER, DENOISER, error, randn, randomise
 
 from minisd.ops import TORCH, choose
 from minisd.unet import UNet

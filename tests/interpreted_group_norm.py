@@ -161,7 +161,7 @@ FRONTS = {  # shift's and residual's shapes
     *((front, (2, 12, 5, 7)) for front in FRONTS), ("all", (2, 4, 17, 241)),
 ])
 def test_front(shape, front, last, dtype):
-    """x + shift + residual: rounded once, and from there the same bits as on its own."""
+    """x + shift + residual: rounded once, and from there as on its own, interpreted to the bit."""
     x, weight, bias = inputs(shape, last, dtype)
     groups = shape[1] // 4
     rows, skip = FRONTS[front]
@@ -174,7 +174,11 @@ def test_front(shape, front, last, dtype):
     out, total = check("group norm, fused front", x, weight, bias, groups, **options)
     compare("its sum", total, add(x, **options), add(
         x.double(), *(t if t is None else t.double() for t in (shift, residual))))
-    assert torch.equal(out, normalise(place(total, last, NAN)[0], weight, bias, groups)[0])
+    if x.is_cpu:
+        assert torch.equal(out, normalise(place(total, last, NAN)[0], weight, bias, groups)[0])
+    else:  # compiled, each has its own layout of registers, and so its own order of sums
+        args = total, weight, bias, groups
+        compare("group norm of that sum", out, torchs(*args), exact(*args))
 
 
 @LAST

@@ -1,9 +1,7 @@
-"""bench.launches, bench.image and bench.report: what they count, check, write and refuse."""
+"""bench.launches and bench.image: what they count, check and write."""
 
 import csv
-import shutil
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from minisd_kernels.geglu import geglu
 from minisd_kernels.group_norm_silu import group_norm_silu
 from minisd_kernels.layer_norm import layer_norm
 
-from bench import image, launches, models, report
+from bench import image, launches, models
 from bench.clock import Clock, Memory, OutOfTime, limited
 from bench.contest import FUSED, Contest, psnr
 from bench.launches import Count, Launches, Step
@@ -125,24 +123,23 @@ def test_rungs():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The whole command on a very small model: its folder, and the rows of image.csv."""
+    """The whole command on a very small model: the rows of image.csv."""
     patch, out = pytest.MonkeyPatch(), tmp_path_factory.mktemp("results")
     small = models.full("small", SMALL, 2)
     patch.setattr(models, "standard", lambda quick: {"small": lambda: small})
     patch.setattr(torch.cuda, "is_available", lambda: False)
     options = ["--rounds", "2", "--batches", "2", "--batch-steps", "1", "--minutes", "5"]
     with torch.no_grad():
-        options += ["--label", "all", "--predicted", "1.5", "--out", str(out)]
-        assert image.main(options) == 0
+        assert image.main([*options, "--out", str(out)]) == 0
     patch.undo()
-    return out, report.read(out / "image.csv")
+    with (out / "image.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_every_call_has_a_time_and_an_error(run):
-    _, rows = run
-    assert list(rows[0]) == image.COLUMNS
+    assert list(run[0]) == image.COLUMNS
     for provider in ("minisd torch", FUSED, "diffusers eager"):
-        mine = {(r["what"], r["batch"]): r for r in rows if r["provider"] == provider}
+        mine = {(r["what"], r["batch"]): r for r in run if r["provider"] == provider}
         for what in ("step", "decode", "picture"):
             row = mine[what, "1"]
             assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
@@ -154,17 +151,8 @@ def test_every_call_has_a_time_and_an_error(run):
 
 
 def test_who_cannot_run_is_named_with_a_reason(run):
-    reasons = {r["provider"]: r["note"] for r in run[1] if r["what"] == "not run"}
+    reasons = {r["provider"]: r["note"] for r in run if r["what"] == "not run"}
     assert "GPU" in reasons["minisd triton"] and "--compile" in reasons["diffusers compiled"]
-
-
-def test_waterfall(run):
-    out, rows = run
-    row, = report.read(out / "waterfall.csv")
-    step, = (r for r in rows if (r["provider"], r["what"]) == (FUSED, "step"))
-    picture, = (r for r in rows if (r["provider"], r["what"]) == (FUSED, "picture"))
-    assert list(row) == image.WATERFALL and (row["label"], row["predicted"]) == ("all", "1.5")
-    assert (row["p50"], row["unit"]) == (step["p50"], "ms") and row["psnr"] == picture["psnr"]
 
 
 def test_a_wrong_picture_shows():
@@ -214,56 +202,3 @@ def test_clock_and_memory():
     assert grown >= 0.9 * kept.nbytes
     memory.restart()
     assert memory.peaks()["memory"] >= 0.9 * kept.nbytes
-
-
-README = f"# Title\n\nbefore\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
-
-
-def test_report(run, tmp_path):
-    out, _ = run
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
-    arguments = ["--readme", str(readme), "--results", str(out)]
-    report.main(arguments)
-    text = readme.read_text()
-    assert text.startswith("# Title\n\nbefore\n") and text.endswith(f"{report.END}\n\nafter\n")
-    assert "\nold\n" not in text and "| diffusers eager |" in text and "| all |" in text
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(len(line) - len(line.replace("|", "")) > 2 for line in lines)
-    report.main(arguments)
-    assert readme.read_text() == text
-
-
-@pytest.mark.parametrize("broken", ["nothing", report.BEGIN, f"{report.END}{report.BEGIN}",
-                                    2 * f"{report.BEGIN}{report.END}"])
-def test_report_refuses_a_readme_without_markers(run, tmp_path, broken):
-    readme = tmp_path / "README.md"
-    readme.write_text(broken)
-    with pytest.raises(SystemExit, match="needs the lines"):
-        report.main(["--readme", str(readme), "--results", str(run[0])])
-    assert readme.read_text() == broken
-
-
-def test_report_takes_the_latest_comparison_of_each_device(run, tmp_path):
-    with (run[0] / "image.csv").open() as file:
-        rows = list(csv.DictReader(file))
-
-    def later(date: str, device: str = rows[0]["device"], only: str = "") -> list[dict]:
-        return [r | {"date": date, "commit": f"c{date}", "device": device} for r in rows
-                if only in r["provider"]]
-
-    rows += later("3000-01-01") + later("3001-01-01", only="minisd") + later("2999", "Another")
-    with (tmp_path / "image.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, image.COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    text = report.report(tmp_path)
-    assert "c3000-01-01" in text and "c2999" in text and "c3001" not in text
-    assert text.count("### ") == 2 == text.count("**small**")
-
-
-def test_report_needs_results(tmp_path):
-    with pytest.raises(SystemExit, match="no results"):
-        report.report(tmp_path)
-    shutil.copy(Path(report.ROOT) / "bench" / "results" / "launches.csv", tmp_path)
-    assert "one graph" in report.report(tmp_path)

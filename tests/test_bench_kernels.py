@@ -15,10 +15,11 @@ pytest.importorskip("triton", reason="the kernels need triton, which Linux alone
 
 from minisd_kernels import launch
 
-from bench import kernels, measure, shapes, tune
+from bench import kernels, measure, shapes, tune, variants
 from bench.attention import Attention
-from bench.check import Verdict, check, error, poisoned
+from bench.check import Verdict, check, equality, error, poisoned
 from bench.group_norm import Compiler, GroupNorm
+from bench.transformer import Geglu, LayerNorm
 from minisd.config import SD1, SD2_V
 from minisd.coverage import coverage
 from minisd.ops import TORCH, Call, watch
@@ -42,7 +43,7 @@ def read(path: Path) -> list[dict]:
 def interpreted(tmp_path_factory):
     """Both ways to run it at once, each in a process with the flag: the files they left."""
     ways = {"bench": ["--compile-minutes", "0"],
-            "tune": ["--tune", "--minutes", "0", "--only", "tiny 1x6x5x5"]}
+            "tune": ["--tune", "--only", "tiny 1x6x5x5"]}
     folders = {way: tmp_path_factory.mktemp(way) for way in ways}
     children = {way: subprocess.Popen(
         [sys.executable, "-m", "bench.kernels", "--rounds", "2", "--out", folders[way], *arguments],
@@ -57,7 +58,7 @@ def interpreted(tmp_path_factory):
 def test_every_size_is_checked(interpreted):
     rows = read(interpreted[0]["bench"] / "equality.csv")
     sizes = [case.label for case in shapes.tiny() if "all" not in case.label]
-    assert [row["shape"] for row in rows] == [label for label in sizes for _ in range(2)]
+    assert [row["shape"] for row in rows] == 2 * sizes
     assert {row["dtype"] for row in rows} == {"float16", "float32"}
     assert {(row["ok"], row["capability"]) for row in rows} == {("True", "none")}
     assert all(0 < float(row["max_err"]) <= float(row["bound"]) for row in rows)
@@ -72,6 +73,8 @@ def test_every_provider_has_a_row_or_a_reason(interpreted):
                  | ({"sdpa default", "sdpa FLASH_ATTENTION", "sdpa CUDNN_ATTENTION",
                      "sdpa EFFICIENT_ATTENTION", "minisd padded"} if case.kernel == "attention"
                     else {"eager", "compiled", "liger"}))
+        if case.kernel in ("layer_norm", "geglu"):
+            peers = {"eager", "compiled"}
         assert {row["provider"] for row in mine} == {"minisd", *peers}
         for row in mine:
             if row["metric"] == "not timed":
@@ -89,11 +92,11 @@ def test_the_padded_variant_is_the_same_function(interpreted):
     assert len(padded) == 2 and all(float(row["max_err"]) < 0.002 for row in padded)
 
 
-def test_tuning_measures_the_neighbours(interpreted):
+def test_tuning_measures_every_setting(interpreted):
     rows = read(interpreted[0]["tune"] / "tune.csv")
     tried = {row["provider"] for row in rows if row["kernel"] == "group norm 0"}
     first = launch.DEFAULT["group norm", 0]
-    assert tried >= {str(first), *map(str, tune.neighbours(("group norm", 0), first))}
+    assert tried >= {str(first), *map(str, tune.SETTINGS["group norm 0"])}
     assert all(float(row["p50"]) > 0 for row in rows)
     assert "for launch.MEASURED" in interpreted[1]["tune"] or "no setting" in interpreted[1]["tune"]
 
@@ -156,6 +159,28 @@ def test_sizes_are_those_of_the_unet(model, config):
     assert as_calls(attention + norms) == counted(calls) and len(calls) == 93
 
 
+@pytest.mark.parametrize("model, config", [("SD1.5", SD1), ("SD2.1", SD2_V)])
+def test_rows_are_those_of_the_fused_unet(model, config, monkeypatch):
+    """Before the first cross-attention guidance is one half: there the batch is 1, and nowhere
+    else."""
+    norms, geglus = Counter(), Counter()
+    monkeypatch.setattr(launch, "run", lambda calls: [count(call) for call in calls])
+
+    def count(call):
+        kernel, x = call.kernel.__module__.rpartition(".")[2], call.args[0]
+        if kernel == "layer_norm":
+            norms[x.shape[1:], call.constants["RESIDUAL"]] += 1
+        elif kernel == "geglu":
+            geglus[*x.shape[1:-1], x.shape[-1] // 2] += 1
+
+    variants.fused_step(config, shapes.SIDES[model])
+    cases = [case for case in shapes.LAYER_NORMS + shapes.GEGLUS if case.model == model]
+    assert {case.batch for case in cases} == {2}
+    assert norms == {((c.length, c.channels), c.residual): c.calls for c in cases
+                     if c.kernel == "layer_norm"}
+    assert geglus == {(c.length, c.channels): c.calls for c in cases if c.kernel == "geglu"}
+
+
 def test_sizes_are_those_of_the_vae():
     calls: list[Call] = []
     with META:
@@ -174,19 +199,21 @@ def test_full_has_every_size_once_in_every_layout():
 
 @pytest.mark.parametrize("case", [
     SMALL, SMALL._replace(packed=True), SMALL._replace(packed=True, keys=5), NORM,
-    NORM._replace(channels_last=True, silu=False),
+    NORM._replace(channels_last=True, silu=False), LayerNorm("SD1.5", 1, 5, 8, 1, False),
+    LayerNorm("SD1.5", 2, 5, 8, 1, True), Geglu("SD1.5", 2, 3, 8, 1),
 ], ids=lambda case: case.label)
 def test_torch_is_right_and_every_peer_agrees(case):
     inputs = case.inputs(CPU, torch.float32)
     exact = case.exact(*inputs)
     assert error(case.by_torch(*inputs), exact) < 1e-5
-    assert error(case.by_reference(*inputs), exact) < 1e-5
+    if hasattr(case, "by_reference"):
+        assert error(case.by_reference(*inputs), exact) < 1e-5
     for name in ("sdpa default", "sdpa FLASH_ATTENTION", "eager"):
         if call := case.peers(CPU, Compiler(0)).get(name):
             assert error(call(*inputs), exact) < 1e-5
     if case.kernel == "attention":
         assert all(x.storage_offset() > 0 for x in inputs[2:]) == case.packed
-    else:
+    if case.kernel == "group_norm_silu":
         assert (inputs[0].stride(1) == 1) == case.channels_last
 
 
@@ -218,6 +245,17 @@ def test_nan_and_infinity_never_pass():
     for verdict in (Verdict(1.1, 0.5, 1.0), Verdict(math.inf, math.inf, math.inf),
                     Verdict(math.nan, 0.5, 1.0), Verdict(1.0, math.nan, math.nan)):
         assert not verdict.ok
+
+
+def test_equality_in_processes_ends_with_its_time():
+    """Every size is a row, from whichever process; what is cut off is not right."""
+    rows, cases = [], [SMALL, NORM, SMALL._replace(keys=5)]
+    assert not equality(cases, CPU, [torch.float32], rows.append, workers=2)  # no GPU: refused
+    assert sorted(row["shape"] for row in rows) == sorted(case.label for case in cases)
+    assert all("run on a GPU" in row["note"] and row["ok"] is False for row in rows)
+    for workers in (0, 1):
+        assert not equality(cases, CPU, [torch.float32], rows.append, workers, deadline=0.0)
+    assert len(rows) == 3
 
 
 def test_a_wrong_kernel_is_not_timed():

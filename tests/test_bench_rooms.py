@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels import group_norm_silu, launch
+from minisd_kernels import launch
 
 from bench import measure, plot, record, shapes, timing, tune
 from bench.attention import Attention
@@ -154,60 +154,55 @@ def test_the_plot(tmp_path, monkeypatch):
 # --- tuning
 
 
-def test_neighbours_differ_in_one_number_and_stay_in_range():
-    key, tile = ("attention", 32), launch.Tile(256, 16, 4, 1)
-    assert tune.neighbours(key, tile) == [
-        launch.Tile(128, 16, 4, 1), launch.Tile(256, 32, 4, 1), launch.Tile(256, 16, 2, 1),
-        launch.Tile(256, 16, 8, 1), launch.Tile(256, 16, 4, 2)]
-    assert all(t.keys == 128 for t in tune.neighbours(("one tile", 32), launch.Tile(64, 128, 4, 1)))
-    constant = tune.current(("group norm", "SPLITS"), CPU)
-    assert [c.value for c in tune.neighbours(("group norm", "SPLITS"), constant)] == [
-        constant.value // 2, constant.value * 2]
+def test_what_is_listed_is_whole_and_for_a_setting_of_today():
+    for name, settings in tune.SETTINGS.items():
+        kernel, size = name.rsplit(" ", 1)
+        today = launch.DEFAULT[kernel, int(size)]
+        assert len(settings) == len(set(settings)) and today not in settings
+        assert {type(setting) for setting in settings} == {type(today)}
+        assert all(setting.keys == 128 for setting in settings if kernel == "one tile")
 
 
 def test_a_setting_is_used_inside_and_forgotten_after():
     key, tile = ("attention", 32), launch.Tile(16, 16, 1, 1)
-    before, splits = launch.setting(CPU, *key), group_norm_silu.SPLITS
-    with tune.using(key, tile), tune.using(("group norm", "SPLITS"), tune.Constant("SPLITS", 8)):
-        assert launch.setting(CPU, *key) == tile and group_norm_silu.SPLITS == 8
+    before = launch.setting(CPU, *key)
+    with tune.using(key, tile):
+        assert launch.setting(CPU, *key) == tile
         assert launch.setting(CPU, "attention", 64) == launch.DEFAULT["attention", 64]
-    assert launch.setting(CPU, *key) == before and group_norm_silu.SPLITS == splits
+    assert launch.setting(CPU, *key) == before
 
 
-def test_every_default_setting_of_half_precision_is_tuned():
+def test_every_setting_of_half_precision_is_tuned():
     served = tune.served(shapes.full(), torch.float16)
     unused = {("attention", 16), ("one tile", 16), ("sliced", 4)}  # d up to 31; float32
-    ours = {key for key in launch.DEFAULT if key[0] not in ("layer norm", "geglu")}
-    assert set(served) == ours - unused | {("group norm", name) for name in tune.CONSTANTS}
+    assert set(served) == launch.DEFAULT.keys() - unused
     assert all(served.values())
+    assert {" ".join(map(str, key)) for key in served} == set(tune.SETTINGS) | {"one tile 128"} & {
+        " ".join(map(str, key)) for key in served}
 
 
-def test_a_candidate_that_fails_is_written_down_and_passed_over(monkeypatch):
-    """Out of resources, a compiler's error, a wrong result: none ends the walk."""
-    first = launch.Tile(64, 64, 4, 2)
-    noted = {}
-    seconds = {first: 1.0, first._replace(warps=8): 0.5, first._replace(warps=16): 0.8}
-    monkeypatch.setattr(tune, "current", lambda key, device: first)
+def test_a_candidate_that_fails_is_written_down_and_passed_over(monkeypatch, capsys):
+    """Out of resources, a compiler's error, a wrong result: none ends the rest."""
+    first, good, bad = (launch.Tile(*t) for t in ((64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 4, 2)))
+    monkeypatch.setattr(tune, "candidates", lambda key, device: [first, bad, good])
+    monkeypatch.setattr(tune, "wrong", lambda key, setting, cases, setup: (
+        key, setting, "OutOfResources" if setting == bad else ""))
     monkeypatch.setattr(tune, "compare", lambda key, settings, cases, setup: {
-        s: seconds.get(s, 2.0) for s in settings})
-
-    def check_all(jobs):
-        return ["OutOfResources" if setting.queries == 128 else "" for _, setting, *_ in jobs]
-
-    def note(key, setting, time, why):
-        noted[setting] = time, why
-
-    setup = tune.Setup(CPU, torch.float16, 2)
-    found = tune.walk(("attention", 64), [SMALL], setup, math.inf, check_all, note)
-    assert found == (first._replace(warps=8), 1.0, 0.5)
-    assert noted[first._replace(queries=128)] == (None, "OutOfResources")
-    line = tune.paste(("attention", 64), found, "NVIDIA H100")
+        s: {first: 1.0, good: 0.5}[s] for s in settings})
+    monkeypatch.setattr(launch, "refusal", lambda kernel, **tensors: None)
+    rows = []
+    assert tune.tune([SMALL], tune.Setup(CPU, torch.float16, 2), math.inf, 0, rows.append) == 0
+    noted = {row["provider"]: (row.get("p50"), row["note"]) for row in rows}
+    assert noted == {str(bad): (None, "OutOfResources"), str(first): ("1e+06", ""),
+                     str(good): ("5e+05", "")}
+    line = capsys.readouterr().out.splitlines()[-1]
     assert eval("{" + line + "\n}", {"Tile": launch.Tile}) == {
-        ("NVIDIA H100", "attention", 64): first._replace(warps=8)}
+        ("interpreter", "one tile", 16): good}
+    assert tune.paste(("one tile", 16), {first: 1.0, good: 0.995}, "any") == ""
 
 
 def test_why_a_candidate_is_wrong():
     """On a CPU the kernel refuses, and that is the reason."""
     setup = tune.Setup(CPU, torch.float16, 2)
-    why = tune.wrong(("one tile", 16), launch.Tile(16, 16, 1, 1), [SMALL], setup)
+    *_, why = tune.wrong(("one tile", 16), launch.Tile(16, 16, 1, 1), [SMALL], setup)
     assert why.startswith("ValueError: flash_attention: the tensors are on cpu")

@@ -1,18 +1,23 @@
-"""What a loaded model says of its ops, and the README's table of what the kernels take."""
-
-from pathlib import Path
+"""What a loaded model says of its ops, and that the kernels take every call of every model."""
 
 import pytest
 import torch
 from torch.nn import GroupNorm
 
 import minisd
-from minisd.config import SD1
+from minisd import checkpoint, config as configs
+from minisd.clip import TextEncoder
+from minisd.config import SD1, Config
 from minisd.coverage import coverage
-from minisd.ops import REFERENCE
+from minisd.ops import REFERENCE, choose, watch
 from minisd.unet import Attention
+from minisd.vae import VAE
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+META = torch.device("meta")  # the kernels' checks are those of a GPU there; nothing is launched
+# Every model that minisd names, and the one that it ships.
+MODELS = {c.name: c for c in vars(configs).values() if isinstance(c, Config)}
+MODELS["shipped"] = checkpoint.open_checkpoint(None).config
+EVERY_MODEL = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
 
 
 def test_a_loaded_model_says_what_every_call_took_and_why():
@@ -37,12 +42,30 @@ def test_ops_by_name_say_that_kernels_were_not_asked_for():
     assert sum(call.sizes.endswith("SiLU") for call in calls) == 45
 
 
-def test_the_table_in_the_readme_is_what_the_command_prints():
+@EVERY_MODEL
+@torch.no_grad()
+def test_the_kernels_take_every_call_of_every_model(config):
     pytest.importorskip("triton")
-    from bench.coverage import MODELS, column, table
+    calls, ops, side = [], choose("triton", META, torch.float16), config.sample_size
+    latent = side // config.vae.downscale
+    with META:
+        text = TextEncoder(config.text, watch(ops, calls)).half()
+        vae = VAE(config.vae, watch(ops, calls)).half()
+        context = text(torch.zeros(2, config.text.max_position_embeddings, dtype=torch.long))
+        vae.decode(vae.encode(torch.empty(1, 3, side, side, dtype=torch.float16)))
+    assert context.shape[1:] == (77, config.unet.cross_attention_dim)
+    heads = {call.sizes.partition(",")[0] for call in calls if call.function == "attention"}
+    assert len(heads) == 2  # of the text encoder, and of the autoencoder
+    calls += coverage(config.unet, ops, latent, latent, torch.float16)
+    assert {(call.took, call.why) for call in calls} == {("triton", "")}
 
-    assert table() in README
-    for model in MODELS.values():
-        for cell in column(*model).values():
-            took, of = cell.split(":")[0].split(" of ")
-            assert took == of
+
+@EVERY_MODEL
+def test_the_kernels_take_every_model_packed_anew(config):
+    """What they do not take they would refuse here with a ValueError."""
+    pytest.importorskip("triton")
+    from bench.variants import fused_decode, fused_step
+
+    latent = config.sample_size // config.vae.downscale
+    fused_step(config, latent)
+    fused_decode(config, latent)

@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from types import FunctionType, ModuleType
@@ -92,7 +92,7 @@ def test_what_a_graph_is_given(eta, monkeypatch):
     for name in ("Stream", "current_stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock)
     for name in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, nullcontext)
+        monkeypatch.setattr(torch.cuda, name, lambda *args, **options: nullcontext())
     unet = randomise(UNet(SMALL.unet, REFERENCE))
     x, _, prompt = inputs(unet, (4, 6), 2)
     fused, fresh = FusedUNet(unet, PLAIN), randn(*x.shape, seed=2) if eta > 0 else None
@@ -104,6 +104,40 @@ def test_what_a_graph_is_given(eta, monkeypatch):
     graph.graph.replay = lambda: graph.out.copy_(advance(fused, *graph.changing, *graph.fixed))
     for changing, fixed in given:
         assert torch.equal(graph.replay(changing, fixed), advance(fused, *changing, *fixed))
+
+
+def test_a_graph_is_of_the_device_of_its_tensors(monkeypatch):
+    """Whichever is current: streams are made, steps recorded and replayed on that of x.
+
+    The capture has a stream of its own: torch's own is of the first device that captured.
+    """
+    held, seen = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        held.append(tensor)
+        yield
+        held.pop()
+
+    def noting(name, result):
+        return lambda *args, **options: seen.append((name, options, *held)) or result
+
+    graph, side = MagicMock(), MagicMock()
+    graph.replay = noting("replay", None)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr("minisd_kernels.fused_step.advance", noting("advance", torch.ones(1)))
+    for name, result in dict(Stream=side, current_stream=side, CUDAGraph=graph,
+                             stream=nullcontext(), graph=nullcontext()).items():
+        monkeypatch.setattr(torch.cuda, name, noting(name, result))
+    changing, fixed = (torch.zeros(1),), (None, torch.zeros(1))
+    made = Graph(None, changing, fixed)
+    made.replay(changing, fixed)
+    assert [name for name, *_ in seen] == [
+        "Stream", "current_stream", "stream", "advance", "current_stream", "CUDAGraph", "graph",
+        "advance", "replay"]
+    assert all(tensor is (made.out if name == "replay" else made.changing[0])
+               for name, _, tensor in seen)
+    assert [options for name, options, _ in seen if name == "graph"] == [{"stream": side}]
 
 
 @pytest.mark.parametrize("oneDNN", [True, False])

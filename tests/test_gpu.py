@@ -49,7 +49,7 @@ with patch.object(launch, "interpreted", lambda kernel: True):  # those files in
 @pytest.fixture(autouse=True)
 def _on_the_gpu():
     """New tensors lie on the GPU, and float32 is float32: by default convolutions use tf32."""
-    with DEVICE, torch.backends.cudnn.flags(allow_tf32=False):
+    with DEVICE, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
     torch.cuda.empty_cache()  # other processes test on the same GPU
 
@@ -178,11 +178,13 @@ def test_fused_decoder(dtype):
     assert error(vae.decode(latent), exact) <= 2 * error(torchs, exact) + last_place(exact, dtype)
 
 
-def test_fused_picture_in_float16():
+@pytest.mark.parametrize("ops", ["triton", "fused"])
+def test_picture_in_float16(ops):
+    """The shipped model's."""
     with torch.device("cpu"):  # where noise is drawn
         ask = dict(prompt="a red heart", seed=0, num_inference_steps=20, output_type="pt")
         exact = minisd.load(device="cuda", dtype="float32", ops="torch")(**ask).images
-        fused = minisd.load(device="cuda", dtype="float16", ops="fused")
-        first, again = (fused(**ask).images for _ in range(2))
+        ours = minisd.load(device="cuda", dtype="float16", ops=ops)
+        first, again = (ours(**ask).images for _ in range(2))
     assert torch.equal(first, again)
     assert (first - exact).square().mean() <= 1e-4  # 40 dB

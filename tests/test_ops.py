@@ -1,16 +1,16 @@
 """The reference ops are the formulas, in NumPy float64; the torch ops are the reference ops."""
 
-import csv
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from oracles import error, randn
 
-from minisd.ops import PROVEN, REFERENCE, TORCH, Call, choose, watch
+import minisd
+from minisd.ops import REFERENCE, TORCH, Call, choose, watch
+from minisd.unet import UNet
 
 # Floating point noise of a few hundred sums of numbers of size one.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -174,11 +174,12 @@ def test_auto_on_a_proven_gpu_chooses_call_by_call(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     gpu = torch.device("meta")
-    assert "not been measured on compute capability 9.0" in choose("auto", gpu).why
-    monkeypatch.setattr("minisd.ops.PROVEN", {(9, 0)})
+    monkeypatch.setattr("minisd_kernels.proof.proven", "not on {0[0]}.{0[1]}".format)
+    assert choose("auto", gpu).why == "not on 9.0"
+    monkeypatch.setattr("minisd_kernels.proof.proven", lambda capability: "")
     calls = []
     ops = watch(choose("auto", gpu), calls)
-    for d, dtype in ((40, torch.float16), (44, torch.float16), (40, torch.float64)):
+    for d, dtype in ((40, torch.float16), (42, torch.float16), (40, torch.float64)):
         x = torch.empty(2, 16, 2 * d, dtype=dtype, device=gpu)
         assert ops.attention(x, x, x, 2).shape == x.shape
     picture, row = torch.empty(2, 64, 3, 3, device=gpu), torch.empty(64, device=gpu)
@@ -186,7 +187,7 @@ def test_auto_on_a_proven_gpu_chooses_call_by_call(monkeypatch):
     assert ops.group_norm_silu(picture[..., ::2], row, row, 32, 1e-5, False).shape[-1] == 2
     assert [(call.took, call.why) for call in calls] == [
         ("triton", ""),
-        ("torch", "a head of width 44: it must be a multiple of 8 up to 256, or 512"),
+        ("torch", "a head of width 42: it must be a multiple of 4 up to 256, or 512"),
         ("torch", "q is torch.float64, not float16, bfloat16 or float32"),
         ("triton", ""),
         ("torch", "x is neither NCHW nor channels_last"),
@@ -194,9 +195,32 @@ def test_auto_on_a_proven_gpu_chooses_call_by_call(monkeypatch):
     assert calls[3].sizes == "64 at 3x3, SiLU" and calls[4].sizes == "64 at 3x2"
 
 
-def test_only_capabilities_with_a_table_of_equality_are_proven():
-    table = Path(__file__).parents[1] / "bench" / "results" / "equality.csv"
-    rows = list(csv.DictReader(table.open())) if table.exists() else []
-    measured = {tuple(map(int, row["capability"].split("."))) for row in rows}
-    failed = {tuple(map(int, row["capability"].split("."))) for row in rows if row["ok"] != "True"}
-    assert PROVEN <= measured - failed
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e5m2], ids=str)
+def test_auto_is_torch_in_a_dtype_that_the_kernels_do_not_take(dtype, monkeypatch):
+    """All of it, as a model packed anew has no other body to fall back on."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("minisd_kernels.proof.proven", lambda capability: "")
+    gpu = torch.device("meta")
+    why = f"the kernels take float16, bfloat16 and float32, not {str(dtype)[6:]}"
+    ops = choose("auto", gpu, dtype)
+    assert ops.name == "torch" and ops.attention is TORCH.attention and ops.why == why
+    for name in ("triton", "fused"):
+        with pytest.raises(ValueError, match=f'ops="{name}" cannot be had: {why}'):
+            choose(name, gpu, dtype)
+    for kept in (torch.float16, torch.bfloat16, torch.float32):
+        assert choose("auto", gpu, kept).name == "auto"
+    assert choose("fused", CPU, dtype).attention is TORCH.attention
+
+
+@pytest.mark.parametrize("dtype, packed", [("float64", False), ("float32", True)])
+def test_a_model_loaded_with_auto_is_packed_where_the_kernels_take_its_dtype(
+        dtype, packed, monkeypatch):
+    """Here a CPU stands in for a proven GPU, and nothing is run."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("minisd_kernels.proof.proven", lambda capability: "")
+    monkeypatch.setattr("minisd_kernels.launch.interpreted", lambda kernel: True)
+    sd = minisd.load(dtype=dtype, device="cpu", ops="auto")
+    assert isinstance(sd.unet, UNet) != packed and sd.unet.ops.name == ["torch", "auto"][packed]
+    assert ("not float64" in sd.unet.ops.why) != packed

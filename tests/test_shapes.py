@@ -88,7 +88,7 @@ def trace(files: dict[Path, str], run) -> list[str]:
         path = frame.f_code.co_filename
         if path not in lines or frame.f_code.co_name.startswith("<"):
             return None
-        x, pending = frame.f_locals.get("x"), None
+        x, pending, raised = frame.f_locals.get("x"), None, False
         known = dict(zip(letters[path], x.shape[-2:])) if letters[path] and x is not None else {}
 
         def finish(returned=None):
@@ -101,13 +101,19 @@ def trace(files: dict[Path, str], run) -> list[str]:
                 known.update(own)
 
         def step(frame, event, arg):
-            nonlocal pending
-            inside = pending and pending.first <= frame.f_lineno <= pending.last
-            if pending and event != "exception" and not (inside and event == "line"):
+            nonlocal pending, raised
+            if event == "exception":  # a StopIteration is the end of a loop
+                raised = raised or arg[0] is not StopIteration
+                return step
+            at = frame.f_lineno if event == "line" else -1
+            # From Python 3.12 a comprehension has no frame of its own: when it raises, its line
+            # comes once more, which gives back the names that it had taken.
+            if pending and pending.first <= at <= pending.last:
+                return step
+            if pending and not raised:
                 finish(arg)
-            if not inside or event != "line":
-                at = frame.f_lineno if event == "line" else -1
-                pending = next((x for x in lines[path] if x.first <= at <= x.last), None)
+            pending = next((x for x in lines[path] if x.first <= at <= x.last), None)
+            raised = False
             return step
 
         return step
@@ -159,3 +165,16 @@ def test_a_wrong_comment_is_found(tmp_path):
     path.write_text("def f(x):\n    y = x.mT  # (B, h, C)\n    return y.flatten(1)  # (B, C, h)\n")
     exec(compile(path.read_text(), str(path), "exec"), scope)
     assert len(trace({path: ""}, lambda: scope["f"](randn(2, 3, 5)))) == 1
+
+
+@pytest.mark.parametrize("statement", ["x =", "y =", "return"])
+def test_a_statement_that_raises_makes_nothing(statement, tmp_path):
+    path, scope = tmp_path / "raises.py", {}
+    path.write_text(f"def f(x):\n    {statement} [1 / 0 for _ in x]  # (B)\n")
+    exec(compile(path.read_text(), str(path), "exec"), scope)
+
+    def run():
+        with pytest.raises(ZeroDivisionError):
+            scope["f"](randn(2, 3, 5))
+
+    assert trace({path: ""}, run) == ["raises.py:2 was never run"]

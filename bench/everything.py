@@ -1,0 +1,335 @@
+"""Everything that a GPU can tell of minisd, in one command and in so many minutes.
+
+    python -m bench.everything --minutes 8 --out DIR           # is it right, and how fast
+    python -m bench.everything --minutes 5 --out DIR --tune    # which settings are fastest
+    python -m bench.everything --stages equality core --out DIR
+
+What matters most comes first, and each stage is processes of its own, ended when its time is up;
+what it had by then is in DIR, row by row. `python -m bench.report DIR` makes a page of it.
+
+  tests      tests/test_gpu.py, without its full sizes             tests.txt, tests-heavy.txt
+  equality   every size in three dtypes against float64            equality.csv
+  core       SD1.5: minisd fused, diffusers eager; a profile       image.csv, profile.txt
+  compiled   SD1.5: diffusers compiled beside minisd fused         image.csv, profile.txt
+  kernels    the heaviest kernels beside their peers               kernels.csv
+  changes    the fused step with one thing changed                 image.csv
+  others     SD1.5 by torch's ops and by the kernels               image.csv
+  rest       batches; SD2.1 at 768; the shipped model              image.csv
+  tune       every listed launch setting                           tune.csv
+  autotuned  diffusers compiled with max-autotune                  image.csv
+
+and log.txt of them all. Sized for a GPU of 80 GB and 16 cores; needs diffusers, transformers,
+pytest and pytest-xdist, and no network. Without a GPU it rehearses: small models in float32, and
+kernels only with TRITON_INTERPRET=1. Ends with 1 if anything was wrong or a stage failed.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from minisd_kernels import launch
+from minisd_kernels.flash_attention import _kernel
+
+from bench import check, image, inside, kernels, models, record, shapes, tune
+from bench.clock import limited
+from bench.contest import COMPILED, EAGER, FUSED, Contest
+from bench.group_norm import AllGroupNorms, Compiler
+
+GPU = torch.cuda.is_available()
+INTERPRETED = launch.interpreted(_kernel)
+CORES = os.cpu_count() or 1
+GRACE = 3.0  # seconds that a stage may take longer than it was given, before it is killed
+
+
+class Day(NamedTuple):
+    """What every stage is told: where its rows go, what they say of the machine, and until when."""
+
+    out: Path
+    machine: dict[str, str]
+    end: float  # of time.monotonic
+
+    device = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
+    dtype = torch.float16 if GPU else torch.float32
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def add(self, name: str, columns: list[str]) -> Callable[..., None]:
+        """A function that adds rows to a file."""
+        return lambda *rows: record.append(self.out / name, columns,
+                                           [self.machine | row for row in rows])
+
+    def contest(self, name: str) -> Contest:
+        """With everyone's exact pictures made."""
+        if not GPU:
+            name = {"SD1.5-512": "tiny", "SD2.1-768": "quarter"}.get(name, name)
+        add = self.add("image.csv", image.COLUMNS)
+
+        def both(row: dict) -> None:
+            add(row)
+            print(image.line(row), flush=True)
+
+        return Contest(models.standard(quick=not GPU)[name](), self.device, self.dtype, both)
+
+
+def tests(day: Day) -> bool:
+    """In two runs at once: those that hold a model in float64 few at a time, the others many."""
+    heavy, each = "unet or decoder or picture", max(5, int(day.left()))
+    runs = {"tests.txt": (f"not full_size and not ({heavy})", min(8, CORES)),
+            "tests-heavy.txt": (heavy, min(2, CORES))}
+    children = {}
+    for name, (chosen, workers) in runs.items():
+        command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-o", "addopts=", "-v",
+                   "-n", str(workers), "-k", chosen, "--tb=short", "-rfE", "-p", "no:cacheprovider"]
+        with (day.out / name).open("ab") as file:
+            children[name] = subprocess.Popen(command, cwd=record.ROOT, stdout=file,
+                                              stderr=subprocess.STDOUT)
+    right = True
+    for name, child in children.items():
+        code = child.wait(each)
+        lines = (day.out / name).read_text().splitlines()
+        told = [line for line in lines if line.startswith(("FAILED", "ERROR"))] + lines[-1:]
+        print(*(f"{name}: {line[:200]}" for line in told), sep="\n", flush=True)
+        right &= code == 0 or code == 5 and not GPU  # 5: nothing was collected
+    return right
+
+
+def equality(day: Day) -> bool:
+    cases = shapes.full() if GPU else shapes.tiny() if INTERPRETED else []
+    dtypes = [d for d in launch.DTYPES if GPU or d != torch.bfloat16]  # bench/kernels.py says why
+    return check.equality(cases, day.device, dtypes, day.add("equality.csv", record.EQUALITY),
+                          min(12, CORES) if GPU else 0, day.end - 2)
+
+
+def core(day: Day) -> None:
+    contest = day.contest("SD1.5-512")
+    for name in (FUSED, EAGER):
+        image.enter(contest, name)
+    contest.race(7, 0.6 * day.left())
+    inside.profile(contest, day.out / "profile.txt")
+
+
+def changes(day: Day) -> None:
+    contest = day.contest("SD1.5-512")
+    image.enter(contest, FUSED)
+    inside.try_all(contest, lambda: day.left() < 4)
+
+
+def compiled(day: Day, mode: str = "reduce-overhead") -> None:
+    contest = day.contest("SD1.5-512")
+    image.enter(contest, FUSED)
+    print(f"compiling, mode={mode}", flush=True)
+    image.enter(contest, COMPILED, mode, limited(day.left() - 20, f"the time for {mode} was up"))
+    if COMPILED in contest.entered:
+        contest.race(7, day.left() - 8)
+        inside.profile(contest, day.out / "profile.txt")
+
+
+def autotuned(day: Day) -> None:
+    os.environ |= {"TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS": "ATEN",
+                   "TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS": "ATEN"}
+    compiled(day, "max-autotune")
+
+
+def heaviest() -> list:
+    """What takes most of a picture, as the fused model calls it: q, k and v in one projection, and
+    channels_last."""
+    def chosen(case) -> bool:
+        if isinstance(case, AllGroupNorms):
+            return case.norms[0].channels_last
+        if case.kernel == "attention":
+            return case.d > 256 or case.packed
+        return case.model != "SD2.1" and getattr(case, "channels_last", True)
+
+    cases = [case for case in shapes.full() if chosen(case)]
+    return sorted(cases, key=lambda case: getattr(case, "model", "") == "SD2.1")
+
+
+def some_kernels(day: Day) -> None:
+    cases = heaviest() if GPU else shapes.tiny() if INTERPRETED else shapes.small()[::4]
+    kernels.time_all(cases, day.device, day.dtype, Compiler(0.4 * day.left() if GPU else 0),
+                     9 if GPU else 2, day.end - 2, day.add("kernels.csv", record.COLUMNS))
+
+
+def others(day: Day) -> None:
+    contest = day.contest("SD1.5-512")
+    for name in ("minisd torch", "minisd triton"):
+        image.enter(contest, name)
+    contest.race(5, day.left() - 4)
+
+
+def rest(day: Day) -> None:
+    contest = day.contest("SD1.5-512")
+    for name in (FUSED, EAGER):
+        image.enter(contest, name)
+    contest.batches([1, 4, 16] if GPU else [2], 20 if GPU else 2, 2, lambda: day.left() < 30)
+    del contest
+    for name in ("SD2.1-768", "tiny"):
+        if day.left() > 12:
+            contest = day.contest(name)
+            for provider in (FUSED, EAGER):
+                image.enter(contest, provider)
+            contest.race(5, 0.6 * day.left())
+            del contest
+
+
+def tuned(day: Day) -> None:
+    cases = [case for case in shapes.full() if getattr(case, "model", "") in ("SD1.5", "VAE")]
+    if INTERPRETED:
+        cases = [case for case in shapes.tiny() if case.kernel == "geglu"]
+    tune.tune(cases, tune.Setup(day.device, day.dtype, 5), day.end - 5,
+              min(14, CORES) if GPU else 0, day.add("tune.csv", record.COLUMNS))
+
+
+class Stage(NamedTuple):
+    """``seconds`` are its share of a day of 480; ``alone`` on the GPU, because it is timed."""
+
+    run: Callable[[Day], bool | None]
+    seconds: float
+    alone: bool = True
+
+
+STAGES = {
+    "tests": Stage(tests, 100, alone=False), "equality": Stage(equality, 80, alone=False),
+    "core": Stage(core, 50), "compiled": Stage(compiled, 135), "kernels": Stage(some_kernels, 50),
+    "changes": Stage(changes, 45), "others": Stage(others, 25), "rest": Stage(rest, 75),
+    "tune": Stage(tuned, 120), "autotuned": Stage(autotuned, 180),
+}
+SECOND = ("tune", "autotuned")
+DAY = 480.0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the results")
+    add("--minutes", type=float, default=8.0, help="of all (default: %(default)s)")
+    add("--tune", action="store_true", help=f"the second half: {' and '.join(SECOND)}")
+    add("--stages", nargs="+", choices=STAGES, metavar="STAGE", help="these alone")
+    add("--commit", default="", help="what is measured, where git cannot tell")
+    add("--date", default="", help=argparse.SUPPRESS)  # of the run, in a stage's own process
+    add("--stage", choices=STAGES, help=argparse.SUPPRESS)  # this process is that stage
+    args = parser.parse_args(argv)
+    args.stages = args.stages or [name for name in STAGES if (name in SECOND) == args.tune]
+    return args
+
+
+def stage(name: str, out: Path, commit: str, date: str) -> int:
+    """In a process of its own: import what is slow, wait for the seconds that there are, and go."""
+    machine = record.machine(Day.device, INTERPRETED, commit, date)
+    if name not in ("tests", "equality", "kernels", "tune"):
+        try:
+            import bench.peers  # noqa: F401
+        except ImportError:
+            pass  # image.enter says so in a row
+    if (seconds := float(sys.stdin.readline() or 0)) < 2:
+        print("no time was left")
+        return 1
+    torch.set_grad_enabled(False)
+    return 0 if STAGES[name].run(Day(out, machine, time.monotonic() + seconds)) is not False else 1
+
+
+class Running:
+    """A stage's process: started early for its imports' sake, let go when it is its turn."""
+
+    def __init__(self, name: str, args: argparse.Namespace, say: Callable[[str, str], None]):
+        self.name, self.say = name, say
+        command = [sys.executable, "-m", "bench.everything", "--stage", name, "--out", args.out,
+                   "--commit", args.commit, "--date", args.date]
+        self.process = subprocess.Popen(
+            command, cwd=record.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"})
+        self.pump = threading.Thread(target=self._pump, daemon=True)
+        self.pump.start()
+
+    def _pump(self) -> None:
+        for line in self.process.stdout:
+            self.say(self.name, line.rstrip())
+
+    def go(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        try:
+            self.process.stdin.write(f"{seconds}\n")
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # it ended before its turn; `wait` tells with which code
+
+    def wait(self) -> bool:
+        """Whether it ended well, and by itself; all its processes are ended in any case."""
+        try:
+            code = self.process.wait(max(0.0, self.end - time.monotonic()) + GRACE)
+            said = f"ended with {code}"
+        except subprocess.TimeoutExpired:
+            code, said = None, "its time was up: killed"
+        self.kill()
+        self.pump.join(1)
+        self.say(self.name, said)
+        return code == 0
+
+    def kill(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+
+def run(args: argparse.Namespace, machine: dict[str, str]) -> bool:
+    """All stages, in order: those that may share the GPU at once, then one at a time, each with its
+    successor already importing."""
+    start, lock, started = time.monotonic(), threading.Lock(), {}
+    scale = 60 * args.minutes / DAY
+    with (args.out / "log.txt").open("a") as log:
+        def say(who: str, line: str) -> None:
+            with lock:
+                for file in (sys.stdout, log):
+                    print(f"[{time.monotonic() - start:6.1f} {who}] {line}", file=file, flush=True)
+
+        def begin(names: list[str]) -> None:
+            started.update({name: Running(name, args, say) for name in names})
+
+        say("day", ", ".join(f"{key} {value}" for key, value in machine.items()))
+        together = [name for name in args.stages if not STAGES[name].alone]
+        turns = [name for name in args.stages if STAGES[name].alone]
+        try:
+            begin(together + turns[:1])
+            for name in together:
+                started[name].go(STAGES[name].seconds * scale)
+            right = all([started[name].wait() for name in together])
+            for i, name in enumerate(turns):
+                left = start + 60 * args.minutes - time.monotonic()
+                # What earlier stages left over is shared by those to come.
+                share = STAGES[name].seconds / sum(STAGES[each].seconds for each in turns[i:])
+                started[name].go(min(left, max(STAGES[name].seconds * scale, left * share)))
+                begin(turns[i + 1 : i + 2])
+                right &= started[name].wait()
+        finally:
+            for each in started.values():
+                each.kill()
+        say("day", f"{'all right' if right else 'something was wrong'}; {args.out}")
+    return right
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    record.refuse_two_trees()
+    if args.stage:
+        return stage(args.stage, args.out, args.commit, args.date)
+    args.out, args.date = args.out.resolve(), record.now()
+    args.out.mkdir(parents=True, exist_ok=True)
+    machine = record.machine(Day.device, INTERPRETED, args.commit, args.date)
+    args.commit = machine["commit"]
+    return 0 if run(args, machine) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

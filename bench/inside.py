@@ -1,0 +1,178 @@
+"""What a fused step and a decoding are made of, and what one change would make of them.
+
+`CHANGES` lists what was predicted of compiled code and can be tried by a setting, each alone, with
+the milliseconds of a step that it was to save (bench/NOTES.md says why). Whoever wins becomes the
+code; whoever loses goes from the list.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from minisd_kernels import fused_unet, group_norm_silu, launch, packed
+from minisd_kernels.bodies import PLAIN
+from minisd_kernels.launch import Tile
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.check import one_line
+from bench.contest import FUSED, Contest
+
+
+class Change(NamedTuple):
+    """``made(model)`` is a context in which the fused model is built to run with the change."""
+
+    label: str
+    gain: str  # milliseconds of SD1.5's step, predicted
+    made: Callable[[object], AbstractContextManager]
+    decodes: bool = False  # whether it bears on the decoder too
+    compiles: bool = False  # whether it launches kernels that no other does
+
+
+def tile(piece: int, *setting: int) -> Change:
+    change = patch.dict(launch.DEFAULT, {("attention", piece): Tile(*setting)})
+    return Change(f"attention {piece}: {setting}", "0.05 to 0.3", lambda model: change,
+                  compiles=True)
+
+
+def constant(name: str, value: int) -> Change:
+    return Change(f"{name} {value}", "0 to 0.1",
+                  lambda model: patch.object(group_norm_silu, name, value), True, True)
+
+
+@contextmanager
+def bodies(model, **others: Callable) -> Iterator[None]:
+    """Other functions in the transformer blocks of the fused UNet."""
+    layers = model.sd.unet.attentions
+    before = layers[0].bodies
+    for layer in layers:
+        layer.bodies = before._replace(**others)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.bodies = before
+
+
+def by_sdpa(backend: SDPBackend, *args) -> Tensor:
+    with sdpa_kernel(backend):
+        return PLAIN.attention(*args)
+
+
+def doubled(self: fused_unet.Up, s: fused_unet.Pending, size=None) -> fused_unet.Pending:
+    """`fused_unet.Up.forward` as it reads: nearest-neighbour doubling, then a 3x3 convolution."""
+    x, phases = fused_unet.add_up(*s), self.phases.weight
+    undo = phases.new_tensor([[0, 0, 0, 1], [-1, 1, 0, 0], [1, 0, 0, 0]])  # of fused_unet.PHASES
+    if not hasattr(self, "taken_apart"):
+        weight = torch.einsum("ia,jb,coab->ocij", undo, undo, phases)
+        self.taken_apart = weight.contiguous(memory_format=torch.channels_last)
+    x = F.interpolate(x, size=size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest")
+    return fused_unet.Pending(F.conv2d(x, self.taken_apart, padding=1), self.bias, None)
+
+
+def as_product(most: int, plain: Callable, self: packed.Conv, x: Tensor) -> Tensor:
+    """`packed.Conv.forward` on pictures of up to ``most`` pixels: rows of nine neighbours, copied
+    out, times one matrix, for which the library may split the sum over K."""
+    (b, c, h, w), stride = x.shape, self.stride
+    if self.transposed or h * w > most:
+        return plain(self, x)
+    padded = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)                      # (B, h+2, w+2, C)
+    s, size = padded.stride(), ((h - 1) // stride + 1, (w - 1) // stride + 1)
+    windows = padded.as_strided(
+        (b, *size, 3, 3, c), (s[0], s[1] * stride, s[2] * stride, *s[1:]))
+    y = windows.reshape(-1, 9 * c) @ self.weight.permute(0, 2, 3, 1).flatten(1).T
+    return y.view(b, *size, -1).permute(0, 3, 1, 2)                          # (B, O, h', w')
+
+
+def products(most: int) -> Change:
+    change = partial(as_product, most, packed.Conv.forward)
+    return Change(f"convolutions of up to {most} pixels as one product", "0.3 to 0.8",
+                  lambda model: patch.object(packed.Conv, "forward",
+                                             lambda self, x: change(self, x)))
+
+
+@contextmanager
+def library(name: str) -> Iterator[None]:
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library(name)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
+
+
+CHANGES = [
+    Change("as it is", "", lambda model: nullcontext(), True),
+    Change("cudnn.benchmark", "0 to 0.7", lambda model: torch.backends.cudnn.flags(
+        enabled=True, benchmark=True, deterministic=True, allow_tf32=True), True),
+    products(64), products(256),
+    Change("doubled, then a 3x3 convolution", "-0.1 to 0.1",
+           lambda model: patch.object(fused_unet.Up, "forward", doubled), True),
+    tile(32, 64, 128, 4, 2), tile(32, 128, 128, 8, 2), tile(32, 64, 64, 4, 3),
+    tile(64, 64, 64, 4, 2), tile(64, 64, 128, 4, 2), tile(128, 64, 64, 4, 2),
+    Change("attention by cuDNN", "-0.5", lambda model: bodies(
+        model, attention=partial(by_sdpa, SDPBackend.CUDNN_ATTENTION))),
+    Change("attention by flash", "-0.5", lambda model: bodies(
+        model, attention=partial(by_sdpa, SDPBackend.FLASH_ATTENTION))),
+    Change("products by cuBLASLt", "0", lambda model: library("cublaslt")),
+    Change("layer_norm by torch", "-0.3",
+           lambda model: bodies(model, layer_norm=PLAIN.layer_norm)),
+    Change("geglu by torch", "-0.3", lambda model: bodies(model, geglu=PLAIN.geglu)),
+    constant("LARGEST_IN_ONE_LAUNCH", 65536), constant("SPLITS", 32), constant("SPLITS", 128),
+    Change("as it is, again", "", lambda model: nullcontext(), True),
+]
+
+
+def try_all(contest: Contest, late: Callable[[], bool], changes: list[Change] = CHANGES) -> None:
+    """A row for the step with each change, and for the decoding where it may matter."""
+    ours = contest.entered[FUSED].contender
+    for change in changes:
+        for what in ("step", "decode")[: 1 + change.decodes]:
+            note = f"{change.label}; predicted {change.gain or 'nothing'}"
+            if late():
+                contest.add(FUSED, f"A/B {what} not run", note=f"{note}: the time was up")
+                continue
+            ours.release()
+            try:
+                with change.made(ours):
+                    call = getattr(ours, what)()
+                    for _ in range(3):
+                        result = call()
+                    error = contest.errors(what, result)
+                    sample, _ = contest.clock.sampler(call)
+                    samples = [1e3 * sample() for _ in range(5)]
+            except Exception as failure:
+                contest.add(FUSED, f"A/B {what} not run", note=f"{note}: {one_line(failure)}")
+                continue
+            contest.add(FUSED, f"A/B {what}", "ms", samples, batch=1, note=note, **error)
+    ours.release()
+
+
+def profile(contest: Contest, path: Path, most: int = 70) -> None:
+    """Which kernels everyone's step and decoding are made of, added to a text file."""
+    activities = [torch.profiler.ProfilerActivity.CUDA if contest.device.type == "cuda"
+                  else torch.profiler.ProfilerActivity.CPU]
+    for name, entrant in contest.entered.items():
+        for what in ("step", "decode"):
+            call, repeat = entrant.calls[what], 5
+            call()
+            contest.clock.wait()
+            with torch.profiler.profile(activities=activities) as seen:
+                for _ in range(repeat):
+                    call()
+                contest.clock.wait()
+            gpu = contest.device.type == "cuda"
+            time = {k.key: (k.self_device_time_total if gpu else k.self_cpu_time_total, k.count)
+                    for k in seen.key_averages()}
+            total = sum(t for t, _ in time.values()) / repeat
+            with path.open("a") as file:
+                print(f"\n== {contest.model.name}, {name}, {what}: {total:.0f} us of kernels",
+                      file=file)
+                for key, (t, n) in sorted(time.items(), key=lambda kv: -kv[1][0])[:most]:
+                    print(f"{t / repeat:9.1f} us  n {n / repeat:6.1f}  {key[:150]}", file=file)
+            print(f"profile of {name}, {what}: {total:.0f} us of kernels", flush=True)

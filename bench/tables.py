@@ -1,0 +1,224 @@
+"""The tables of the page of results: rows of one kind in, lines of Markdown out.
+
+Every function returns nothing for no rows. bench/report.py puts the tables together.
+"""
+
+import re
+import textwrap
+from collections.abc import Callable
+
+from bench.measure import OURS
+
+DECODING = ", decoding"  # ends a model's name in launches.csv where the decoder was counted
+
+
+def groups(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
+    """The rows of each combination, in the order of appearance."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[c] for c in columns), []).append(row)
+    return found
+
+
+def latest(rows: list[dict], *columns: str) -> list[dict]:
+    """Of each combination the rows of its last run: comparable, since one run has one date."""
+    return [row for group in groups(rows, *columns).values() for row in group
+            if row["date"] == max(r["date"] for r in group)]
+
+
+def told(rows: list[dict], column: str) -> str:
+    return ", ".join(dict.fromkeys(row[column] for row in rows))
+
+
+def markdown(head: list[str], body: list[list[str]]) -> list[str]:
+    """A table and an empty line; nothing where there is no line to show."""
+    lines = [head, ["---"] * len(head), *body]
+    return [*("| " + " | ".join(line) + " |" for line in lines), ""] if body else []
+
+
+def missing(title: str, rows: list[dict], *columns: str) -> list[str]:
+    """Who or what is missing, by these columns, and why: each reason once."""
+    said = dict.fromkeys(
+        f"{' '.join(row[c] for c in columns if row[c]) or 'everyone'} "
+        f"({textwrap.shorten(row['note'], 120, placeholder=' ...')})" for row in rows)
+    return [f"{title}: {'; '.join(said)}.", ""] if said else []
+
+
+def number(text: str, digits: int = 3) -> str:
+    """So many digits, or all those before the point."""
+    value = float(text)
+    return f"{value:.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g}"
+
+
+def spread(row: dict) -> str:
+    return f"{number(row['p50'])} ({number(row['p20'])}-{number(row['p80'])})"
+
+
+def middle(row: dict) -> str:
+    return number(row["p50"])
+
+
+def megabytes(row: dict) -> str:
+    return number(row["p50"], 4)
+
+
+def error(row: dict) -> str:
+    return row["max_err"]
+
+
+def decibels(row: dict) -> str:
+    return f"{row['psnr']} dB"
+
+
+def cell(rows: list[dict], what: str, show: Callable[[dict], str] = spread) -> str:
+    """What is said of the last row of that kind; nothing if there is none."""
+    return "".join([show(row) for row in rows if row["what"] == what and row["p50"]][-1:])
+
+
+def correctness(rows: list[dict]) -> list[str]:
+    """The checks against float64, in one line; and those that went wrong."""
+    wrong = [row | {"note": row["note"] or "error {max_err}, {bound} allowed".format(**row)}
+             for row in rows if row["ok"] != "True"]
+    worst = {kernel: max(float(row["max_err"]) / float(row["bound"]) for row in mine)
+             for (kernel,), mine in groups([r for r in rows if r["bound"]], "kernel").items()}
+    sizes, dtypes = len(groups(rows, "kernel", "shape")), len(groups(rows, "dtype"))
+    verdict = f"{len(wrong)} not within the bound" if wrong else "all within the bound"
+    shares = ", ".join(f"{kernel} {share:.2g}" for kernel, share in worst.items())
+    line = (f"{sizes} sizes in {dtypes} dtypes, {len(rows)} checks against float64: {verdict}. "
+            f"Largest error as a share of its bound: {shares or 'unknown'}.")
+    return [line, "", *missing("Wrong", wrong, "kernel", "shape", "dtype")] if rows else []
+
+
+def kernels(rows: list[dict]) -> list[str]:
+    """A table a kernel, a line a size; under it those who could not run."""
+    parts = []
+    for (kernel,), mine in groups(rows, "kernel").items():
+        timed = [row for row in mine if row["p50"]]
+        peers = [name for (name,) in groups(timed, "provider") if name != OURS]
+        body = [kernel_line(of, peers) for of in groups(timed, "shape", "dtype").values()]
+        head = [kernel, "limit, us", "minisd, us", "of the limit", "error",
+                *(f"{peer}: us, ratio, error" for peer in peers)]
+        lost = [row for row in mine if row["metric"] == "not timed"]
+        parts += markdown(head, body) + missing(f"{kernel}, not timed", lost, "provider")
+    return parts
+
+
+def kernel_line(rows: list[dict], peers: list[str]) -> list[str]:
+    """One size. The limit is what a time and its share of the limit come to."""
+    found = {(row["provider"], row["metric"].partition(" (")[0]): row for row in rows}
+    known = OURS if (OURS, "time") in found else rows[0]["provider"]
+    time, share = found[known, "time"], found[known, "share of the limit"]
+    limit = number(str(float(time["p50"]) * float(share["p50"])))
+    line = [f"{time['shape']} {time['dtype']}", f"{limit} {share['metric'].split()[-1]}"]
+    ours = [spread(time), f"{float(share['p50']):.0%}", error(time)]
+    line += ours if known == OURS else [""] * 3
+    for peer in peers:
+        row, ratio = found.get((peer, "time")), found.get((peer, "time over minisd's"))
+        said = [middle(row), f"{middle(ratio)}x" if ratio else "", error(row)] if row else []
+        line.append(", ".join(filter(None, said)))
+    return line
+
+
+PICTURE = [  # column, the rows that it is from, what it says of them
+    ("picture, s", "picture", spread), ("over fused", "picture over fused", middle),
+    ("PSNR", "picture", decibels), ("step, ms", "step", spread),
+    ("over fused", "step over fused", middle), ("error", "step", error),
+    ("decode, ms", "decode", spread), ("PSNR", "decode", decibels),
+    ("memory, MB", "memory", megabytes), ("load, s", "load", middle),
+    ("first picture, s", "first picture", middle),
+]
+
+
+def pictures(rows: list[dict]) -> list[str]:
+    """One model in one run: a line a provider. Whoever raced twice shows the last race; a ratio is
+    always of one race."""
+    drawn = [row for row in rows if row["what"] == "picture"]
+    kind = next((row for row in drawn if row["p50"]), None)
+    if kind is None:
+        return []
+    single = [row for row in rows if row["p50"] and row["dtype"] == kind["dtype"]
+              and row["batch"] in ("", "1") and row["steps"] in ("", kind["steps"])]
+    body = [[provider, *(cell(mine, what, show) for _, what, show in PICTURE)]
+            for (provider,), mine in groups(single, "provider").items()]
+    untimed = [f"{row['provider']} in {row['dtype']}: the picture is {decibels(row)} from the exact "
+               "one.\n" for row in drawn if not row["p50"]]
+    return [f"**{kind['model']}**, {kind['steps']} steps, {kind['dtype']}, {kind['date'][:16]}:",
+            "", *markdown(["", *(head for head, *_ in PICTURE)], body), *untimed]
+
+
+def model(rows: list[dict]) -> list[str]:
+    """One model in one run."""
+    lost = [row | {"batch": row["batch"] and f"in batches of {row['batch']}"} for row in rows
+            if row["what"] == "not run"]
+    return [*pictures(rows), *missing(f"{rows[0]['model']}, not run", lost, "provider", "batch"),
+            *throughput(rows), *changes(rows)]
+
+
+def throughput(rows: list[dict]) -> list[str]:
+    """Pictures a second by batch, and the memory."""
+    rates = [row for row in rows if row["what"] == "pictures/s"]
+    batches, body = groups(rates, "batch"), []
+    for provider, steps in groups(rates, "provider", "steps"):
+        line = [f"{provider}, {steps} steps"]
+        for (batch,) in batches:
+            of = groups(rows, "provider", "steps", "batch").get((provider, steps, batch), [])
+            rate, held = cell(of, "pictures/s", middle), cell(of, "memory", megabytes)
+            line.append(f"{rate} ({held})" if held else rate)
+        body.append(line)
+    return markdown(["pictures/s (MB), batch", *(batch for (batch,) in batches)], body)
+
+
+def changes(rows: list[dict]) -> list[str]:
+    """The fused step with one thing changed at a time, beside itself."""
+    note = re.compile("(?P<label>.*?); predicted (?P<gain>[^:]*)(: )?(?P<note>.*)")
+    tried = [row | note.fullmatch(row["note"]).groupdict() for row in rows
+             if row["what"].startswith("A/B ")]
+    before = next((float(row["p50"]) for row in tried if row["label"] == "as it is"
+                   and row["p50"]), float("nan"))
+
+    def over(row: dict) -> str:
+        return f"{float(row['p50']) / before:.3f}"
+
+    body = [[label, gain, cell(mine, "A/B step"), cell(mine, "A/B step", over),
+             cell(mine, "A/B step", error), cell(mine, "A/B decode")] for (label, gain), mine in
+            groups([row for row in tried if row["p50"]], "label", "gain").items()]
+    head = ["one thing changed", "predicted gain, ms", "step, ms", 'over "as it is"', "error",
+            "decode, ms"]
+    lost = [row for row in tried if not row["p50"]]
+    return markdown(head, body) + missing("Changes not run", lost, "label")
+
+
+def tune(rows: list[dict]) -> list[str]:
+    """The launch settings of each kernel, fastest first; today's, which is timed first, is bold."""
+    rows, body = [row | {"provider": re.sub(r"\w+=", "", row["provider"])} for row in rows], []
+    for (kernel,), mine in groups([row for row in rows if row["p50"]], "kernel").items():
+        cells = [f"{row['provider']} {number(row['p50'], 4)}" for row in
+                 sorted(mine, key=lambda row: float(row["p50"]))]
+        today = f"{mine[0]['provider']} {number(mine[0]['p50'], 4)}"
+        body.append([kernel, ", ".join(f"**{c}**" if c == today else c for c in cells)])
+    lost = [row for row in rows if not row["p50"]]
+    return (markdown(["launch settings", "us of a picture, today's in bold"], body)
+            + missing("Settings not timed", lost, "kernel", "provider"))
+
+
+def launches(rows: list[dict]) -> list[str]:
+    """The counts, all models side by side: those of a step, then those of a decoding."""
+    parts = []
+    for what, decodes in (("One denoise step with guidance", False), ("One decoding", True)):
+        chosen = [row for row in rows if row["model"].endswith(DECODING) == decodes]
+        chosen = groups(latest(chosen, "model"), "model")
+        rungs = {row["rung"]: [] for mine in chosen.values() for row in mine}
+        for mine in chosen.values():
+            counts = {row["rung"]: row for row in mine}
+            for rung, cells in rungs.items():
+                row = counts.get(rung)
+                cells += [row["launches"], f"{int(row['bytes']) / 1e9:.2f}",
+                          f"{int(row['flops']) / 1e9:.0f}"] if row else [""] * 3
+        if rungs:
+            head = [f"{model.removesuffix(DECODING)}: {unit}" for (model,) in chosen
+                    for unit in ("launches", "GB", "GFLOP")]
+            body = [[rung, *cells] for rung, cells in rungs.items()]
+            parts += [f"{what}, in float16:", "", *markdown(["", *head], body)]
+    return parts and [
+        "## Counted", "", "By `python -m bench.launches`, which says what a count is and is not; it "
+        "is no time.", "", *parts]

@@ -1,0 +1,73 @@
+"""Small models of ours with random weights, and how far two results are apart.
+
+They need no library of official models: where the kernels are tested there may be none.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from minisd.clip import TextEncoder
+from minisd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from minisd.ops import TORCH, Ops
+from minisd.sd import StableDiffusion
+from minisd.tokenizer import Tokenizer
+from minisd.unet import UNet
+from minisd.vae import VAE
+
+# The shapes of the official models at a hundredth of the size, and none of the sizes equal: a
+# swapped pair of widths, heads or contexts cannot hide.
+TEXT = TextConfig(
+    vocab_size=49408, hidden_size=20, intermediate_size=48, num_hidden_layers=3,
+    num_attention_heads=4,
+)
+DENOISER = UNetConfig(
+    block_out_channels=(16, 24, 40), has_attention=(True, True, False), num_heads=(2, 3, 5),
+    cross_attention_dim=20, norm_num_groups=4,
+)
+AUTOENCODER = VAEConfig(block_out_channels=(16, 24, 40), norm_num_groups=4)
+SMALL = Config("small", TEXT, DENOISER, AUTOENCODER, sample_size=64)
+SMALL_V = replace(
+    SMALL,
+    text=replace(TEXT, hidden_act="gelu", pad_token_id=0),
+    unet=replace(DENOISER, use_linear_projection=True, num_heads=(4, 6, 10)),
+    schedule=ScheduleConfig(prediction_type="v_prediction"),
+)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal noise that depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every parameter, in float64: new norms are all alike, and a swap would not be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    model = model.double().eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        if p.dim() > 1:
+            p.copy_(noise / (2 * p[0].numel()) ** 0.5)
+        else:
+            p.copy_(0.3 * noise + ("norm" in name and name.endswith("weight")))
+    return model
+
+
+@cache
+def small_model(config: Config, ops: Ops = TORCH) -> StableDiffusion:
+    """A whole model of ours with random weights, in float64."""
+    return StableDiffusion(
+        config, Tokenizer.clip(config.text.pad_token_id),
+        text_encoder=randomise(TextEncoder(config.text, ops), 1),
+        unet=randomise(UNet(config.unet, ops), 2), vae=randomise(VAE(config.vae, ops), 3),
+    )
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """The largest difference; of shapes that differ, or of anything not finite, infinity."""
+    if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
+        return float("inf")
+    return (a.double() - b.double()).abs().max().item()

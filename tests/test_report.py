@@ -1,0 +1,264 @@
+"""bench.report: what the page shows of rows as the other commands write them, and what is proven."""
+
+import csv
+import json
+import shutil
+import subprocess
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
+
+from minisd_kernels import launch, proof
+from small_models import SMALL
+
+from bench import image, inside, measure, models, record, report, shapes, timing
+from bench.check import to_check
+from bench.contest import COMPILED, FUSED, Contest
+from bench.group_norm import Compiler
+
+CPU = torch.device("cpu")
+MACHINE = {"device": "a GPU", "capability": "9.0", "driver": "1", "torch": "2", "triton": "3",
+           "commit": "c1", "date": "2030-01-01T10:00:00+00:00"}
+OLD = MACHINE | {"commit": "c0", "date": "2029-01-01T10:00:00+00:00"}
+
+
+def write(folder, name: str, columns: list[str], rows: list[dict], machine=MACHINE) -> None:
+    record.append(folder / f"{name}.csv", columns, [machine | row for row in rows])
+
+
+def line(text: str, start: str) -> list[str]:
+    """The cells of the table's line that starts so."""
+    found, = (each for each in text.splitlines() if each.startswith(f"| {start} |"))
+    return [each.strip() for each in found.split("|")[2:-1]]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[dict]:
+    """A contest's rows: two races, batches, and one thing changed."""
+    rows = []
+    with torch.no_grad():
+        contest = Contest(models.full("small", SMALL, 1), CPU, torch.float32, rows.append)
+        for name in (FUSED, "minisd torch", "minisd triton"):
+            image.enter(contest, name)
+        contest.race(2, 0)
+        contest.entered[COMPILED] = contest.entered.pop("minisd torch")
+        contest.race(2, 0)
+        del contest.entered[COMPILED]
+        contest.batches([2], 1, 2, lambda: False)
+
+        def refuse(model):
+            raise RuntimeError("no luck: none")
+
+        inside.try_all(contest, lambda: False, [
+            inside.CHANGES[0], inside.Change("another way", "0.5 to 1", lambda m: nullcontext()),
+            inside.Change("a bad one", "2", refuse)])
+    return rows
+
+
+def test_a_model_is_a_table_a_line_a_provider(drawn, tmp_path):
+    write(tmp_path, "image", image.COLUMNS, drawn)
+    text = report.page([tmp_path])
+    assert "## a GPU, 2030-01-01\n\n`python -m bench.image`; driver 1, torch 2, triton 3, commit c1." \
+        in text
+    assert line(text, FUSED)[1] == line(text, FUSED)[4] == ""
+    last = {(row["provider"], row["what"]): row for row in drawn if row.get("p50")}
+    for provider in ("minisd torch", COMPILED):
+        cells = line(text, provider)
+        for at, what in ((1, "picture over fused"), (4, "step over fused")):
+            assert float(cells[at]) == pytest.approx(float(last[provider, what]["p50"]), rel=0.01)
+    # Fused raced twice, and had memory in batches: its last race is shown, and one picture's memory.
+    assert line(text, FUSED)[3].startswith(report.tables.middle(last[FUSED, "step"]))
+    held, = (row for row in drawn if (row["provider"], row["what"], row.get("batch")) ==
+             (FUSED, "memory", 1))
+    assert line(text, FUSED)[8] == report.tables.megabytes(held)
+    assert "small, not run: minisd triton (ValueError:" in text
+    assert len(line(text, f"{FUSED}, 1 steps")) == 1
+
+
+def test_one_thing_changed(drawn, tmp_path):
+    write(tmp_path, "image", image.COLUMNS, drawn)
+    text = report.page([tmp_path])
+    assert [line(text, "as it is")[at] for at in (0, 2)] == ["nothing", "1.000"]
+    before, after = (float(row["p50"]) for row in drawn if row["what"] == "A/B step")
+    cells = line(text, "another way")
+    assert cells[0] == "0.5 to 1" and cells[2] == f"{after / before:.3f}" and cells[4] == ""
+    assert "Changes not run: a bad one (RuntimeError: no luck: none)." in text
+
+
+def test_kernels_stand_beside_their_peers(tmp_path):
+    case, limits = shapes.GEGLUS[0], timing.Limits(1e30, 1e12, 1e30)
+    least = 1e6 * case.cost(2).bytes / 1e12
+    measured = measure.Measured(case, torch.float16, {"minisd": 3 * [4e-4], "eager": 3 * [6e-4]},
+                                {"minisd": 1e-3, "eager": 2e-3}, {"compiled": "no budget"})
+    late = [{"kernel": "geglu", "shape": "another", "metric": "not timed", "note": "late"}]
+    write(tmp_path, "kernels", record.COLUMNS, [*measure.rows(measured, limits), *late])
+    text = report.page([tmp_path])
+    assert "`python -m bench.kernels`; " in text
+    assert line(text, f"{case.label} float16") == [
+        f"{report.tables.number(str(least))} (bytes)", "400 (400-400)", f"{least / 400:.0%}",
+        "0.001", "600, 1.5x, 0.002"]
+    assert "geglu, not timed: compiled (no budget); everyone (late)." in text
+
+
+def test_kernels_that_do_not_run_leave_their_peers(tmp_path):
+    """A real one, on the CPU."""
+    case = shapes.TINY_ROWS[0]
+    measured = measure.measure(case, CPU, torch.float32, Compiler(0), 2)
+    write(tmp_path, "kernels", record.COLUMNS, measure.rows(measured, timing.Limits(1e9, 1e9, 1e9)))
+    cells = line(report.page([tmp_path]), f"{case.label} float32")
+    assert cells[1:4] == ["", "", ""] and "x" not in cells[4]
+
+
+def test_settings_are_sorted_and_todays_is_bold(tmp_path):
+    times = {str(launch.Norm(2048, 1, 4)): "12345", str(launch.Norm(64, 1, 4)): "900"}
+    rows = [{"kernel": "geglu 0", "provider": "Norm(groups=9)", "metric": "not timed", "note": "w"}]
+    rows += [{"kernel": "geglu 0", "provider": setting, "p50": time, "unit": "us"}
+             for setting, time in times.items()]
+    write(tmp_path, "tune", record.COLUMNS, rows)
+    text = report.page([tmp_path])
+    assert line(text, "geglu 0") == ["Norm(64, 1, 4) 900, **Norm(2048, 1, 4) 12345**"]
+    assert "Settings not timed: geglu 0 Norm(9) (w)." in text
+
+
+def test_the_newest_folder_comes_first_and_counts_last(drawn, tmp_path):
+    write(tmp_path / "a", "image", image.COLUMNS, drawn, OLD)
+    write(tmp_path / "b", "image", image.COLUMNS, drawn)
+    write(tmp_path / "b", "kernels", record.COLUMNS, [])
+    shutil.copy(report.ROOT / "bench" / "results" / "launches.csv", tmp_path / "a")
+    folders = [tmp_path / name for name in ("a", "b", "none")]
+    text = report.page(folders)
+    assert text.index("commit c1") < text.index("commit c0") < text.index("## Counted")
+    assert "| one graph |" in text
+    assert not [each for each in text.splitlines() if each.startswith("|") and each[-1] != "|"]
+    with pytest.raises(SystemExit, match="no results"):
+        report.page(folders[2:])
+
+
+def test_a_folder_of_everything_says_so(drawn, tmp_path):
+    write(tmp_path, "image", image.COLUMNS, drawn)
+    write(tmp_path, "equality", record.EQUALITY, checks())
+    assert "`python -m bench.everything`; " in report.page([tmp_path])
+
+
+def test_of_the_results_themselves_the_latest_comparison_is_shown(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    peer = [row | {"provider": "diffusers eager"} for row in drawn if row["provider"] == COMPILED]
+    write(tmp_path, "image", image.COLUMNS, drawn + peer, OLD)
+    write(tmp_path, "image", image.COLUMNS, drawn + peer)
+    write(tmp_path, "image", image.COLUMNS, drawn, MACHINE | {"commit": "c2", "date": "2031"})
+    write(tmp_path, "image", image.COLUMNS, drawn, OLD | {"device": "another"})
+    text = report.page([tmp_path])
+    assert "commit c1" in text and "c2" not in text
+    assert text.count("\n## ") == 2 == text.count("**small**")
+    (tmp_path / "out").mkdir()
+    assert report.main(["--out", str(tmp_path / "page.md")]) == 0  # and the folders inside
+    assert (tmp_path / "page.md").read_text() == text
+
+
+def checks(**changed) -> list[dict]:
+    """The rows of equality.csv when all is right; the first one changed."""
+    rows = [{"kernel": case.kernel, "shape": case.label, "dtype": str(dtype)[6:], "max_err": "0.5",
+             "torch_err": "0.4", "bound": "1", "ok": True}
+            for case, dtype in to_check(shapes.full(), launch.DTYPES)]
+    return [rows[0] | changed, *rows[1:]]
+
+
+def test_correctness_is_a_line(tmp_path):
+    write(tmp_path, "equality", record.EQUALITY, checks())
+    assert "429 checks against float64: all within the bound. Largest error as a share of its " \
+        "bound: attention 0.5, " in report.page([tmp_path])
+    wrong = checks(max_err="3", ok=False)
+    write(tmp_path, "equality", record.EQUALITY, wrong[:1], MACHINE | {"date": "2031"})
+    text = report.page([tmp_path])
+    assert "429 checks against float64: 1 not within the bound." in text
+    first = " ".join(wrong[0][key] for key in ("kernel", "shape", "dtype"))
+    assert f"Wrong: {first} (error 3, 1 allowed)." in text
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A repository with one kernel and no proof: its commit, and a command that proves."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    root, kernel = tmp_path / "tree", tmp_path / "tree" / "kernels" / "one.py"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("1\n")
+    name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*name, "commit", "-qm", "one"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=root, check=True,
+                            capture_output=True, text=True).stdout.strip()
+    monkeypatch.setattr(report, "ROOT", root)
+    monkeypatch.setattr(proof, "FILE", root / "kernels" / "proven.json")
+    return root, MACHINE | {"commit": commit}
+
+
+def prove(tree, *options: str) -> int:
+    return report.main([str(tree[0] / "r"), "--out", str(tree[0] / "page.md"), *options])
+
+
+def test_a_run_without_a_fault_proves(tree, capsys):
+    write(tree[0] / "r", "equality", record.EQUALITY, checks(ok=False), OLD)
+    write(tree[0] / "r", "equality", record.EQUALITY, checks(), tree[1])
+    assert prove(tree) == 0 and not proof.FILE.exists()
+    assert f"9.0, {MACHINE['date']}: proven by 429 checks" in capsys.readouterr().out
+    for _ in range(2):  # the file that is written is no change of the kernels
+        assert prove(tree, "--prove") == 0
+    row = {key: tree[1][key] for key in ("device", "torch", "triton", "commit", "date")}
+    assert json.loads(proof.FILE.read_text()) == {
+        "9.0": row | {"kernels": proof.fingerprint(), "checks": 429}}
+    assert proof.proven((9, 0)) == ""
+
+
+@pytest.mark.parametrize("rows, why", [
+    (checks(ok=False), "1 of 429 checks went wrong"),
+    (checks()[1:], "1 of 429 checks are missing"),
+    (checks(shape="tiny"), "1 of 429 checks are missing"),
+])
+def test_one_fault_proves_nothing(tree, capsys, rows, why):
+    proof.FILE.write_text('{"9.0": "an older one"}')
+    write(tree[0] / "r", "equality", record.EQUALITY, checks(), OLD | {"commit": "HEAD"})
+    write(tree[0] / "r", "equality", record.EQUALITY, rows, tree[1])
+    assert prove(tree) == 0 and prove(tree, "--prove") == 1
+    assert f"not proven: {why}\n" in capsys.readouterr().out
+    assert proof.FILE.read_text() == '{"9.0": "an older one"}'
+
+
+@pytest.mark.parametrize("commit", [None, "unknown", "0123456789"])
+def test_other_kernels_are_not_proven(tree, capsys, commit):
+    write(tree[0] / "r", "equality", record.EQUALITY, checks(),
+          tree[1] | ({"commit": commit} if commit else {}))
+    if commit is None:
+        assert report.unproven(report.read(tree[0] / "r" / "equality.csv")) == ""
+        (tree[0] / "kernels" / "one.py").write_text("2\n")
+    assert prove(tree, "--prove") == 1 and not proof.FILE.exists()
+    said = capsys.readouterr().out
+    assert f"the kernels have changed since commit {commit or tree[1]['commit']}" in said
+
+
+def test_a_dirty_tree_is_known_by_its_commit(tree):
+    write(tree[0] / "r", "equality", record.EQUALITY, checks(),
+          tree[1] | {"commit": tree[1]["commit"] + "-dirty"})
+    assert prove(tree, "--prove") == 0
+
+
+@pytest.mark.parametrize("changed", [{"capability": "none"},
+                                     {"device": "a GPU (Triton's interpreter)"}])
+def test_only_a_gpu_is_proven(tree, changed):
+    write(tree[0] / "r", "equality", record.EQUALITY, checks(ok=False), tree[1] | changed)
+    assert prove(tree, "--prove") == 0 and not proof.FILE.exists()
+
+
+def test_the_page_is_of_the_results_at_hand():
+    """Whoever adds results runs the command again."""
+    folders = [report.RESULTS, *sorted(report.RESULTS.glob("*/"))]
+    assert report.page(folders) == (report.ROOT / "bench" / "RESULTS.md").read_text()
+
+
+def test_rows_are_read_as_written(tmp_path):
+    write(tmp_path, "equality", record.EQUALITY, checks()[:1])
+    assert report.read(tmp_path / "equality.csv")[0]["ok"] == "True"
+    assert report.read(tmp_path / "none.csv") == []
