@@ -79,11 +79,21 @@ def equality_row(case, device: torch.device, dtype: torch.dtype) -> dict:
         found = check(case, device, dtype)
         row |= {"max_err": f"{found.ours:.3g}", "torch_err": f"{found.torch:.3g}",
                 "bound": f"{found.bound:.3g}", "ok": found.ok}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # other processes check on the same GPU
     except Exception as failure:
-        row["note"] = one_line(failure)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # other processes check on the same GPU
+        row |= {"ok": False, "note": one_line(failure)}
     return row
+
+
+def alive(device: torch.device) -> bool:
+    """Whether the device still answers this process: after an illegal access it never does."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception:
+        return False
+    return True
 
 
 def to_check(cases: list, dtypes: Sequence[torch.dtype]) -> list[tuple]:

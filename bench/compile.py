@@ -12,7 +12,8 @@ A line is a variant and a target. Ends with 1, naming what is broken, unless in 
 
   * nothing spills: NVIDIA's stack and local loads and stores, AMD's vector registers, are 0;
   * shared memory is within what the target gives one program;
-  * attention in half precision uses the target's matrix units (wgmma on sm_90).
+  * attention in half precision uses the target's matrix units (wgmma on sm_90);
+  * on NVIDIA, no uniform register is read that nothing wrote (bench/sass.py says whose fault).
 
 Registers and the rest of NVIDIA's are read from the machine code with cuobjdump, AMD's from the
 assembly text. Needs triton, which brings cuobjdump.
@@ -22,7 +23,6 @@ import argparse
 import multiprocessing
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +33,7 @@ from typing import NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 
+from bench import sass
 from bench.check import one_line
 from bench.variants import Variant, chosen, everything, source, variants
 
@@ -83,6 +84,7 @@ class Row(NamedTuple):
     shared: int
     matrix: int  # matrix instructions
     instructions: int
+    unwritten: str  # registers that are read though nothing wrote them (bench/sass.py)
     programs: int  # that a multiprocessor holds at once; on AMD not computed, 0
     triton: str
 
@@ -103,24 +105,24 @@ def compiled(v: Variant, name: str) -> Row:
     code, options = source(variants()[v], target.gpu)
     made = triton.compile(code, target.gpu, options)
     read = nvidia if target.gpu.backend == "cuda" else amd
-    registers, stack, spills, scalar_spills, matrix, instructions = read(made.asm, target.matrix)
+    registers, stack, spills, scalar_spills, *rest = read(made.asm, target.matrix)
     shared = made.metadata.shared
-    return Row(*v, name, registers, stack, spills, scalar_spills, shared, matrix, instructions,
+    return Row(*v, name, registers, stack, spills, scalar_spills, shared, *rest,
                programs(target, registers, shared, v.warps), triton.__version__)
 
 
 def nvidia(asm: dict, matrix: str) -> tuple[int, ...]:
-    """The figures of `Row` from registers to instructions, but for shared memory."""
+    """The figures of `Row` from registers to unwritten, but for shared memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = sass.sass(Path(file.name), CUOBJDUMP)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
-    # /*0a30*/    @!P0 HGMMA.64x64x16.F32 R24, R8, ...
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z]\w*)", text, re.M)
+    code = sass.instructions(text)
+    names = [x.name.split(".")[0] for x in code]
     spills = names.count("STL") + names.count("LDL")
-    return registers, stack, spills, 0, names.count(matrix), len(names)
+    return (registers, stack, spills, 0, names.count(matrix), len(names),
+            " ".join(sass.unwritten(code)))
 
 
 def amd(asm: dict, matrix: str) -> tuple[int, ...]:
@@ -129,7 +131,7 @@ def amd(asm: dict, matrix: str) -> tuple[int, ...]:
     fields = "vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count"
     figures = [int(re.search(rf"\.{field}:\s+(\d+)", text)[1]) for field in fields]
     names = re.findall(r"^\t([a-z]+_\w+)", text, re.M)
-    return *figures, sum(name.startswith(matrix) for name in names), len(names)
+    return *figures, sum(name.startswith(matrix) for name in names), len(names), ""
 
 
 def programs(target: Target, registers: int, shared: int, warps: int) -> int:
@@ -148,6 +150,8 @@ def broken(row: Row) -> list[str]:
         found.append(f"spills, with {row.stack} bytes of stack")
     if row.shared > target.most_shared:
         found.append(f"shared memory past {target.most_shared} bytes")
+    if row.unwritten:
+        found.append(f"reads what nothing wrote, {row.unwritten}")
     if row.key[0].attention and row.dtype != "float32" and not row.matrix:
         found.append(f"no {target.matrix}: the matrix units are idle")
     return found

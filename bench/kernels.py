@@ -24,7 +24,7 @@ from minisd_kernels import launch
 from minisd_kernels.flash_attention import _kernel
 
 from bench import record, shapes, timing, tune
-from bench.check import equality, one_line
+from bench.check import alive, equality, one_line
 from bench.group_norm import Compiler
 from bench.measure import OURS, measure, rows, show
 from bench.plot import plot
@@ -66,6 +66,8 @@ def time_all(cases: list, device: torch.device, dtype: torch.dtype, compiler: Co
             add(lost)
             found.append(lost)
             print(f"\n{case.kernel}, {case.label} not timed: {lost['note']}")
+            if not alive(device):
+                break
             continue
         show(measured, limits)
         new = rows(measured, limits)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from bench import timing
-from bench.check import error, one_line, verdict
+from bench.check import alive, error, one_line, verdict
 from bench.group_norm import Compiler
 
 OURS = "minisd"
@@ -52,6 +52,8 @@ def measure(case, device: torch.device, dtype: torch.dtype, compiler: Compiler,
                 samplers[name] = timing.sampler([partial(call, *each) for each in inputs], device)
             except Exception as failure:
                 reasons[name] = one_line(failure, *(str(w.message) for w in said))
+                if not alive(device):
+                    raise
     return Measured(case, dtype, timing.interleave(samplers, rounds), errors, reasons)
 
 

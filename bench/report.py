@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 MEASURED = {"image": "bench.image", "equality": "bench.kernels", "kernels": "bench.kernels",
             "tune": "bench.kernels"}  # file -> the command that writes it alone
+LATEST = {"equality": ("kernel", "shape", "dtype"), "kernels": ("kernel", "shape"),
+          "tune": ("kernel",)}  # file -> what its last run replaces
 INTRODUCTION = """# Results
 
 Written by `python -m bench.report`; [README.md](README.md) says which command answers which
@@ -58,21 +60,21 @@ def with_peers(rows: list[dict]) -> list[dict]:
 
 def section(files: dict[str, list[dict]], top: bool) -> list[str]:
     """All that one device has to tell in one folder, which is bench/results itself or not."""
-    every = [row for rows in files.values() for row in rows]
-    commands = list(dict.fromkeys(MEASURED[name] for name, rows in files.items() if rows))
+    shown = {name: latest(files[name], *columns) for name, columns in LATEST.items()}
+    shown["image"] = latest(with_peers(files["image"]), "model") if top else files["image"]
+    every = [row for rows in shown.values() for row in rows]
+    commands = sorted({MEASURED[name] for name, rows in shown.items() if rows})
     if len(commands) > 1 and not top:
         commands = ["bench.everything"]
     days = ", ".join(sorted({row["date"][:10] for row in every}))
     versions = (f"{column} {told(every, column)}" for column in
                 ("driver", "torch", "triton", "commit"))
-    images = latest(with_peers(files["image"]), "device", "model") if top else files["image"]
     lines = [f"## {every[0]['device']}, {days}", "",
              f"{' and '.join(f'`python -m {name}`' for name in commands)}; {', '.join(versions)}.",
-             "", *tables.correctness(latest(files["equality"], "kernel", "shape", "dtype")),
-             *tables.kernels(latest(files["kernels"], "kernel", "shape"))]
-    for run in groups(images, "model", "date").values():
+             "", *tables.correctness(shown["equality"]), *tables.kernels(shown["kernels"])]
+    for run in groups(shown["image"], "model", "date").values():
         lines += tables.model(run)
-    return lines + tables.tune(latest(files["tune"], "kernel"))
+    return lines + tables.tune(shown["tune"])
 
 
 def page(folders: list[Path]) -> str:
@@ -104,7 +106,8 @@ def unproven(rows: list[dict]) -> str:
         return f"{len(missing)} of {len(wanted)} checks are missing"
     for (commit,) in groups(rows, "commit"):
         same = subprocess.run(["git", "diff", "--quiet", commit.removesuffix("-dirty"), "--",
-                               "kernels/*.py"], cwd=ROOT, stderr=subprocess.DEVNULL)
+                               "kernels/*.py"], cwd=ROOT, check=False,
+                              stderr=subprocess.DEVNULL)
         if same.returncode:
             return f"the kernels have changed since commit {commit}, or git does not know it"
     return ""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from bench.measure import OURS
 
+SHARE = "share of the limit"
 DECODING = ", decoding"  # ends a model's name in launches.csv where the decoder was counted
 
 
@@ -58,6 +59,10 @@ def middle(row: dict) -> str:
     return number(row["p50"])
 
 
+def ratio(row: dict) -> str:
+    return f"{float(row['p50']):.2f}"
+
+
 def megabytes(row: dict) -> str:
     return number(row["p50"], 4)
 
@@ -104,25 +109,26 @@ def kernels(rows: list[dict]) -> list[str]:
 
 
 def kernel_line(rows: list[dict], peers: list[str]) -> list[str]:
-    """One size. The limit is what a time and its share of the limit come to."""
+    """One size. The limit is what a time and its share of the limit come to; of an even number of
+    samples, whose medians are no sample, that is too much, and least so where they agree."""
     found = {(row["provider"], row["metric"].partition(" (")[0]): row for row in rows}
-    known = OURS if (OURS, "time") in found else rows[0]["provider"]
-    time, share = found[known, "time"], found[known, "share of the limit"]
-    limit = number(str(float(time["p50"]) * float(share["p50"])))
-    line = [f"{time['shape']} {time['dtype']}", f"{limit} {share['metric'].split()[-1]}"]
-    ours = [spread(time), f"{float(share['p50']):.0%}", error(time)]
-    line += ours if known == OURS else [""] * 3
+    shares = [(name, row) for (name, metric), row in found.items() if metric == SHARE]
+    limit = min(float(found[name, "time"]["p50"]) * float(row["p50"]) for name, row in shares)
+    what, waits = f"{rows[0]['shape']} {rows[0]['dtype']}", shares[0][1]["metric"].split()[-1]
+    line, time = [what, f"{number(str(limit))} {waits}"], found.get((OURS, "time"))
+    line += [spread(time), f"{float(found[OURS, SHARE]['p50']):.0%}", error(time)] if time else [
+        ""] * 3
     for peer in peers:
-        row, ratio = found.get((peer, "time")), found.get((peer, "time over minisd's"))
-        said = [middle(row), f"{middle(ratio)}x" if ratio else "", error(row)] if row else []
+        row, over = found.get((peer, "time")), found.get((peer, "time over minisd's"))
+        said = [middle(row), f"{ratio(over)}x" if over else "", error(row)] if row else []
         line.append(", ".join(filter(None, said)))
     return line
 
 
 PICTURE = [  # column, the rows that it is from, what it says of them
-    ("picture, s", "picture", spread), ("over fused", "picture over fused", middle),
+    ("picture, s", "picture", spread), ("over fused", "picture over fused", ratio),
     ("PSNR", "picture", decibels), ("step, ms", "step", spread),
-    ("over fused", "step over fused", middle), ("error", "step", error),
+    ("over fused", "step over fused", ratio), ("error", "step", error),
     ("decode, ms", "decode", spread), ("PSNR", "decode", decibels),
     ("memory, MB", "memory", megabytes), ("load, s", "load", middle),
     ("first picture, s", "first picture", middle),
@@ -140,8 +146,8 @@ def pictures(rows: list[dict]) -> list[str]:
               and row["batch"] in ("", "1") and row["steps"] in ("", kind["steps"])]
     body = [[provider, *(cell(mine, what, show) for _, what, show in PICTURE)]
             for (provider,), mine in groups(single, "provider").items()]
-    untimed = [f"{row['provider']} in {row['dtype']}: the picture is {decibels(row)} from the exact "
-               "one.\n" for row in drawn if not row["p50"]]
+    untimed = [f"{row['provider']} in {row['dtype']}: the picture is {decibels(row)} from the "
+               "exact one.\n" for row in drawn if not row["p50"]]
     return [f"**{kind['model']}**, {kind['steps']} steps, {kind['dtype']}, {kind['date'][:16]}:",
             "", *markdown(["", *(head for head, *_ in PICTURE)], body), *untimed]
 
@@ -219,6 +225,5 @@ def launches(rows: list[dict]) -> list[str]:
                     for unit in ("launches", "GB", "GFLOP")]
             body = [[rung, *cells] for rung, cells in rungs.items()]
             parts += [f"{what}, in float16:", "", *markdown(["", *head], body)]
-    return parts and [
-        "## Counted", "", "By `python -m bench.launches`, which says what a count is and is not; it "
-        "is no time.", "", *parts]
+    return parts and ["## Counted", "", "By `python -m bench.launches`, which says what a count is "
+                      "and is not; it is no time.", "", *parts]

@@ -116,7 +116,9 @@ def limits(device: torch.device) -> Limits:
     y = torch.empty_like(x)
     product, copy = (
         Spread.of([sample() for _ in range(10)]).p50
-        for sample in (sampler([lambda: a @ b], device), sampler([lambda: y.copy_(x)], device))
+        # Not copy_: in a graph that is left to the copy engine, which is slower than a kernel.
+        for sample in (sampler([lambda: a @ b], device),
+                       sampler([lambda: torch.neg(x, out=y)], device))
     )
     exponentials = _exponentials(device) if gpu else math.inf
     return Limits(2 * side**3 / product, 2 * elements * dtype.itemsize / copy, exponentials)

@@ -99,30 +99,34 @@ def _weigh(s, top, total, scale):
 
 
 @triton.jit
-def _scores(
-    q_a, q_b, k, k_l, queries, keys, n_keys, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    RAGGED: tl.constexpr, CAUSAL: tl.constexpr,
+def _pieces(
+    base, rows, stride, n_rows, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
+    """Both pieces of a tile of rows; the first twice where there is but one."""
+    a = _tile(base, rows, stride, tl.arange(0, A), n_rows, D, RAGGED, A > D)  # (rows, A)
+    b = a
+    if B > 0:
+        b = _tile(base, rows, stride, A + tl.arange(0, B), n_rows, D, RAGGED, A + B > D)
+    return a, b                                                              # (rows, B)
+
+
+@triton.jit
+def _scores(q_a, q_b, k_a, k_b, queries, keys, n_keys, B: tl.constexpr,
+            RAGGED: tl.constexpr, CAUSAL: tl.constexpr):
     """q k^T over both pieces."""
-    k_a = _tile(k, keys, k_l, tl.arange(0, A), n_keys, D, RAGGED, A > D)     # (keys, A)
     s = tl.dot(q_a, tl.trans(k_a))                                           # (queries, keys)
     if B > 0:
-        k_b = _tile(k, keys, k_l, A + tl.arange(0, B), n_keys, D, RAGGED, A + B > D)
         s = tl.dot(q_b, tl.trans(k_b), s)
     return _hide(s, queries, keys, n_keys, RAGGED, CAUSAL)
 
 
 @triton.jit
-def _add(
-    o_a, o_b, p, v, v_l, keys, n_keys, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    RAGGED: tl.constexpr,
-):
+def _add(o_a, o_b, p, v_a, v_b, B: tl.constexpr):
     """o + p v, both pieces."""
-    v_a = _tile(v, keys, v_l, tl.arange(0, A), n_keys, D, RAGGED, A > D)     # (keys, A)
     p = p.to(v_a.dtype)
     o_a = tl.dot(p, v_a, o_a)                                                # (queries, A)
     if B > 0:
-        v_b = _tile(v, keys, v_l, A + tl.arange(0, B), n_keys, D, RAGGED, A + B > D)
         o_b = tl.dot(p, v_b, o_b)                                            # (queries, B)
     return o_a, o_b
 
@@ -135,12 +139,14 @@ def _step(
 ):
     """One tile of keys."""
     keys = start + tl.arange(0, KEYS)
-    s = _scores(q_a, q_b, k, k_l, queries, keys, n_keys, D, A, B, RAGGED, CAUSAL)
+    k_a, k_b = _pieces(k, keys, k_l, n_keys, D, A, B, RAGGED)
+    v_a, v_b = _pieces(v, keys, v_l, n_keys, D, A, B, RAGGED)
+    s = _scores(q_a, q_b, k_a, k_b, queries, keys, n_keys, B, RAGGED, CAUSAL)
     p, top, total, shrink = _weigh(s, top, total, scale)
     o_a = o_a * shrink[:, None]
     if B > 0:
         o_b = o_b * shrink[:, None]
-    o_a, o_b = _add(o_a, o_b, p, v, v_l, keys, n_keys, D, A, B, RAGGED)
+    o_a, o_b = _add(o_a, o_b, p, v_a, v_b, B)
     return o_a, o_b, top, total
 
 
@@ -152,32 +158,35 @@ def _kernel(
 ):
     q, k, v, out = _head(q, k, v, out, q_b, k_b, v_b, out_b, heads, D)
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    a, b = tl.arange(0, A), A + tl.arange(0, max(B, 1))
-    q_1 = _tile(q, queries, q_l, a, n_queries, D, True, A > D)               # (queries, A)
+    q_a, q_b = _pieces(q, queries, q_l, n_queries, D, A, B, True)            # (queries, A and B)
     o_a = tl.zeros((QUERIES, A), tl.float32)
-    q_2, o_b = q_1, o_a  # never looked at where there is no second piece
+    o_b = o_a  # never looked at where there is no second piece
     if B > 0:
-        q_2 = _tile(q, queries, q_l, b, n_queries, D, True, A + B > D)       # (queries, B)
         o_b = tl.zeros((QUERIES, B), tl.float32)
     if ONE_TILE:
         keys = tl.arange(0, KEYS)
-        s = _scores(q_1, q_2, k, k_l, queries, keys, n_keys, D, A, B, True, CAUSAL)
+        # All is loaded before the first product. ptxas 12.8, which Triton 3.6 brings, takes a
+        # register that nothing wrote for the address of a tile in shared memory, where one of
+        # another width lay before it (`python -m bench.compile` looks for such registers).
+        k_a, k_b = _pieces(k, keys, k_l, n_keys, D, A, B, True)
+        v_a, v_b = _pieces(v, keys, v_l, n_keys, D, A, B, True)
+        s = _scores(q_a, q_b, k_a, k_b, queries, keys, n_keys, B, True, CAUSAL)
         p = tl.exp2((s - tl.max(s, 1)[:, None]) * scale)                     # (queries, keys)
         total = tl.sum(p, 1)                                                 # (queries,)
-        o_a, o_b = _add(o_a, o_b, p, v, v_l, keys, n_keys, D, A, B, True)
+        o_a, o_b = _add(o_a, o_b, p, v_a, v_b, B)
     else:
         top = tl.full((QUERIES,), float("-inf"), tl.float32)
         total = tl.zeros((QUERIES,), tl.float32)
         whole = n_keys // KEYS * KEYS
         for start in range(0, whole, KEYS):
-            o_a, o_b, top, total = _step(o_a, o_b, top, total, q_1, q_2, k, v, k_l, v_l, queries,
+            o_a, o_b, top, total = _step(o_a, o_b, top, total, q_a, q_b, k, v, k_l, v_l, queries,
                                          start, n_keys, scale, D, A, B, KEYS, False, CAUSAL)
         if whole < n_keys:
-            o_a, o_b, top, total = _step(o_a, o_b, top, total, q_1, q_2, k, v, k_l, v_l, queries,
+            o_a, o_b, top, total = _step(o_a, o_b, top, total, q_a, q_b, k, v, k_l, v_l, queries,
                                          whole, n_keys, scale, D, A, B, KEYS, True, CAUSAL)
-    _store(out, queries, out_l, a, n_queries, o_a / total[:, None], D)
+    _store(out, queries, out_l, tl.arange(0, A), n_queries, o_a / total[:, None], D)
     if B > 0:
-        _store(out, queries, out_l, b, n_queries, o_b / total[:, None], D)
+        _store(out, queries, out_l, A + tl.arange(0, B), n_queries, o_b / total[:, None], D)
 
 
 @triton.jit

@@ -91,7 +91,8 @@ def compare(kernel: str, out: Tensor, torchs: Tensor, exact: Tensor) -> None:
     rounding = torch.finfo(out.dtype).eps / 2 * exact.abs().max().item()
     row = kernel, str(out.dtype)[6:]
     _worst[row] = max(_worst.get(row, 0), error / max(yardstick, rounding))
-    assert error <= 2 * yardstick + rounding < float("inf")
+    said = f"{kernel}: error {error:.3g}, torch's {yardstick:.3g}, one rounding {rounding:.3g}"
+    assert error <= 2 * yardstick + rounding < float("inf"), said
 
 
 @pytest.fixture(scope="module", autouse=True)

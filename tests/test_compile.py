@@ -13,7 +13,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton compiles the kernels")
 
-from bench import compile  # noqa: E402
+from bench import compile, sass  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 GOOD = compile.Row(
     "flash_attention_kernel", "float16", "D40 A32 B16", 8, 3, "sm_90", registers=116, stack=0,
-    spills=0, scalar_spills=0, shared=49152, matrix=22, instructions=1096, programs=2,
+    spills=0, scalar_spills=0, shared=49152, matrix=22, instructions=1096, unwritten="",
+    programs=2,
     triton="3.9.0",
 )
 
@@ -84,12 +85,37 @@ def test_what_is_within_bounds_is_not_reported():
 
 
 @pytest.mark.parametrize("change", [
-    {"stack": 8}, {"spills": 1}, {"shared": 227 * 1024 + 1}, {"matrix": 0},
+    {"unwritten": "UR13 at 30c0"}, {"stack": 8}, {"spills": 1}, {"shared": 227 * 1024 + 1}, {"matrix": 0},
     {"target": "sm_80", "shared": 163 * 1024 + 1}, {"target": "gfx942", "shared": 65537},
     {"target": "gfx942", "spills": 1}, {"dtype": "bfloat16", "target": "sm_100", "matrix": 0},
 ], ids=str)
 def test_each_bound(change):
     assert len(compile.broken(GOOD._replace(**change))) == 1
+
+
+CODE = """
+        /*0000*/                   ULDC.64 UR14, c[0x0][0x208] ;
+        /*0010*/              @!P1 BRA 0x30 ;
+        /*0020*/                   UMOV UR4, 0x400 ;
+        /*0030*/               @P1 LDG.E.128 R16, desc[UR14][R20.64+0x40] ;
+        /*0040*/                   UIADD3 UR6, UP0, {lo}, 0x20, URZ ;
+        /*0050*/                   UIADD3.X UR7, URZ, -0x3ffffff0, URZ, UP0, !UPT ;
+        /*0060*/                   HGMMA.64x16x16.F32 R40, R52, gdesc[UR4].tnspB, R40, gsb0 ;
+        /*0070*/                   STS.128 [R12+{base}], R16 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   UMOV UR9, UR60 ;
+"""
+
+
+@pytest.mark.parametrize("lo, base, found", [
+    ("UR14", "UR15", []),
+    ("UR13", "UR15", ["UR13 at 0040"]),  # what ptxas 12.8 left
+    ("UR14", "UR4", ["UR4 at 0070"]),  # written, but not on the way around 0020
+])
+def test_registers_that_nothing_wrote(lo, base, found):
+    """The product has A in registers: of its four it reads UR6 and UR7; 0090 is never reached."""
+    code = sass.instructions(CODE.format(lo=lo, base=base))
+    assert len(code) == 10 and sass.unwritten(code) == found
 
 
 @pytest.mark.parametrize("target, registers, shared, warps, fit", [

@@ -10,17 +10,12 @@ from bench.gallery import captions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-TOUR = re.findall(r"^\| \[.*\]\((\S+\.py)\) \| ([\d,]+) \|", README, re.MULTILINE)
+TOUR = re.findall(r"^\| \[.*\]\((\S+\.py)\) \|", README, re.MULTILINE)
 
 
 def test_the_tour_has_every_file_of_the_package():
     package = {f"minisd/{p.name}" for p in (ROOT / "minisd").glob("*.py")} - {"minisd/__init__.py"}
-    assert package <= {path for path, _ in TOUR}
-
-
-@pytest.mark.parametrize("path, lines", TOUR, ids=[path for path, _ in TOUR])
-def test_line_counts(path, lines):
-    assert len((ROOT / path).read_text().splitlines()) == int(lines.replace(",", ""))
+    assert package <= set(TOUR)
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
