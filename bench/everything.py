@@ -120,7 +120,8 @@ def core(day: Day) -> None:
 def changes(day: Day) -> None:
     contest = day.contest("SD1.5-512")
     image.enter(contest, FUSED)
-    inside.try_all(contest, lambda: day.left() < 4)
+    inside.try_all(contest, lambda: day.left() < 6)
+    inside.profile(contest, day.out / "profile.txt")
 
 
 def compiled(day: Day, mode: str = "reduce-overhead") -> None:

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels import fused_unet, group_norm_silu, launch, packed
+from minisd_kernels import flash_attention, fused_unet, launch, packed
 from minisd_kernels.bodies import PLAIN
 from minisd_kernels.launch import Tile
 from torch import Tensor
@@ -40,9 +40,28 @@ def tile(piece: int, *setting: int) -> Change:
                   compiles=True)
 
 
-def constant(name: str, value: int) -> Change:
-    return Change(f"{name} {value}", "0 to 0.1",
-                  lambda model: patch.object(group_norm_silu, name, value), True, True)
+def norm(part: int, *setting: int) -> Change:
+    change = patch.dict(launch.DEFAULT, {("group norm", part): launch.Norm(*setting)})
+    return Change(f"group norm {part}: {setting}", "0 to 0.1", lambda model: change, True, True)
+
+
+def capped(piece: int, registers: int, *setting: int) -> Change:
+    """An attention tile, and no more registers a thread than these: more programs fit."""
+    plan = flash_attention.plan
+
+    def planned(*args) -> launch.Call:
+        call = plan(*args)
+        if call.constants.get("A") != piece or call.constants["ONE_TILE"]:
+            return call
+        return call._replace(constants=call.constants | {"maxnreg": registers})
+
+    @contextmanager
+    def made(model) -> Iterator[None]:
+        with (patch.object(flash_attention, "plan", planned),
+              patch.dict(launch.DEFAULT, {("attention", piece): Tile(*setting)})):
+            yield
+
+    return Change(f"attention {piece}: {setting} in {registers} registers", "0 to 0.2", made)
 
 
 @contextmanager
@@ -67,8 +86,8 @@ def by_sdpa(backend: SDPBackend, *args) -> Tensor:
 def doubled(self: fused_unet.Up, s: fused_unet.Pending, size=None) -> fused_unet.Pending:
     """`fused_unet.Up.forward` as it reads: nearest-neighbour doubling, then a 3x3 convolution."""
     x, phases = fused_unet.add_up(*s), self.phases.weight
-    undo = phases.new_tensor([[0, 0, 0, 1], [-1, 1, 0, 0], [1, 0, 0, 0]])  # of fused_unet.PHASES
     if not hasattr(self, "taken_apart"):
+        undo = phases.new_tensor([[0, 0, 0, 1], [-1, 1, 0, 0], [1, 0, 0, 0]])  # PHASES undone
         weight = torch.einsum("ia,jb,coab->ocij", undo, undo, phases)
         self.taken_apart = weight.contiguous(memory_format=torch.channels_last)
     x = F.interpolate(x, size=size or (2 * x.shape[2], 2 * x.shape[3]), mode="nearest")
@@ -110,11 +129,15 @@ CHANGES = [
     Change("as it is", "", lambda model: nullcontext(), True),
     Change("cudnn.benchmark", "0 to 0.7", lambda model: torch.backends.cudnn.flags(
         enabled=True, benchmark=True, deterministic=True, allow_tf32=True), True),
-    products(64), products(256),
+    products(64),
     Change("doubled, then a 3x3 convolution", "-0.1 to 0.1",
            lambda model: patch.object(fused_unet.Up, "forward", doubled), True),
-    tile(32, 64, 128, 4, 2), tile(32, 128, 128, 8, 2), tile(32, 64, 64, 4, 3),
-    tile(64, 64, 64, 4, 2), tile(64, 64, 128, 4, 2), tile(128, 64, 64, 4, 2),
+    tile(32, 256, 64, 16, 3), tile(32, 128, 32, 8, 4), tile(32, 64, 32, 4, 4),
+    capped(32, 80, 128, 64, 8, 3), capped(32, 96, 64, 64, 4, 3), capped(32, 80, 128, 32, 8, 4),
+    capped(64, 112, 128, 64, 8, 3), tile(128, 64, 32, 4, 4),
+    norm(0, 16384, 1, 8), norm(0, 8192, 1, 16), norm(0, 32768, 1, 16),
+    norm(1, 8192, 64, 8), norm(1, 4096, 128, 4), norm(1, 2048, 64, 4), norm(1, 8192, 128, 8),
+    norm(1, 2048, 32, 2),
     Change("attention by cuDNN", "-0.5", lambda model: bodies(
         model, attention=partial(by_sdpa, SDPBackend.CUDNN_ATTENTION))),
     Change("attention by flash", "-0.5", lambda model: bodies(
@@ -123,7 +146,6 @@ CHANGES = [
     Change("layer_norm by torch", "-0.3",
            lambda model: bodies(model, layer_norm=PLAIN.layer_norm)),
     Change("geglu by torch", "-0.3", lambda model: bodies(model, geglu=PLAIN.geglu)),
-    constant("LARGEST_IN_ONE_LAUNCH", 65536), constant("SPLITS", 32), constant("SPLITS", 128),
     Change("as it is, again", "", lambda model: nullcontext(), True),
 ]
 

@@ -24,7 +24,7 @@ from bench.group_norm import AllGroupNorms
 SETTINGS = {
     "attention 32": [Tile(64, 128, 4, 2), Tile(64, 128, 4, 3), Tile(64, 64, 4, 2),
                      Tile(64, 64, 4, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2),
-                     Tile(128, 64, 8, 4), Tile(128, 64, 4, 2)],
+                     Tile(128, 64, 8, 4), Tile(256, 64, 16, 3)],
     "attention 64": [Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 128, 4, 2),
                      Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 4)],
     "attention 128": [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 4),
@@ -33,14 +33,14 @@ SETTINGS = {
     "one tile 64": [Tile(128, 128, 8, 1), Tile(64, 128, 8, 1)],
     "sliced 2": [Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3),
                  Tile(64, 128, 8, 2), Tile(128, 128, 8, 2)],
-    "group norm 0": [Norm(n, g, w) for n, g, w in (
-        (4096, 2, 4), (4096, 4, 4), (4096, 1, 8), (8192, 1, 8), (8192, 2, 8), (2048, 1, 4),
-        (2048, 2, 4), (16384, 2, 16))],
-    "group norm 1": [Norm(n, g, w) for n, g, w in (
-        (2048, 16, 4), (2048, 32, 4), (2048, 4, 4), (1024, 8, 4), (4096, 8, 8), (4096, 16, 8),
-        (4096, 32, 8), (8192, 32, 8))],
-    "layer norm 0": [Norm(1024, 1, 4), Norm(1024, 1, 2), Norm(2048, 1, 8), Norm(4096, 1, 8)],
-    "geglu 0": [Norm(1024, 1, 4), Norm(512, 1, 2), Norm(4096, 1, 4), Norm(4096, 1, 8)],
+    "group norm 0": [Norm(n, 1, w) for n, w in (
+        (16384, 8), (16384, 4), (8192, 16), (8192, 8), (32768, 16))],
+    "group norm 1": [Norm(*setting) for setting in (
+        (4096, 64, 8), (4096, 128, 4), (4096, 32, 4), (8192, 64, 8), (8192, 128, 8), (2048, 64, 4),
+        (2048, 64, 2), (2048, 32, 2), (2048, 128, 2), (8192, 64, 4))],
+    "layer norm 0": [Norm(1024, 1, 4), Norm(1024, 1, 2), Norm(2048, 1, 2), Norm(2048, 1, 8)],
+    "geglu 0": [Norm(1024, 256, 4), Norm(1024, 256, 2), Norm(4096, 256, 4), Norm(4096, 256, 8),
+                Norm(2048, 512, 4)],
 }
 STEPS = 50  # of a picture
 MOST_CASES = 6  # of those that a setting serves, the ones with most work for a picture

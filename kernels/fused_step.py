@@ -1,9 +1,8 @@
 """A denoise step around the fused UNet, whole: what does not change is made once, and a GPU
 replays a graph.
 
-A step of SD1.5 is some four hundred launches of a few microseconds each, and Python cannot issue
-them as fast as a GPU runs them. A CUDA graph records them once for a batch and a size and replays
-them as one; prompts, guidance and schedules change only what its input buffers hold.
+On a GPU a step is one graph for a batch and a size (graphs.py); prompts, guidance and schedules
+change only what its input buffers hold.
 
 Guidance and the DDIM update are linear in x, the UNet's answers and fresh noise, so that a step
 ends in one weighted sum; the weights of all steps are a table, made once.
@@ -45,43 +44,6 @@ def advance(unet: FusedUNet, x: Tensor, times: Tensor, weights: Tensor, fresh: T
     return (weights.view(-1, 1, 1, 1, 1) * terms).sum(dim=0)
 
 
-class Graph:
-    """A recorded step, for one batch and size, with buffers of its own."""
-
-    def __init__(self, unet: FusedUNet, changing: tuple, fixed: tuple):
-        """All that ``advance`` is given: what every step changes, and what a picture does."""
-        self.changing, self.fixed = (
-            [None if x is None else x.clone() for x in given] for given in (changing, fixed))
-        self.holds = fixed
-        # Streams and graphs are of the current device, which need not be that of the tensors.
-        with torch.cuda.device_of(self.changing[0]):
-            self._record(unet)
-
-    def _record(self, unet: FusedUNet) -> None:
-        # Once outside the graph: the first call compiles kernels and lets libraries choose theirs.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            advance(unet, *self.changing, *self.fixed)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        # On this stream: torch's own for captures is of the device that was the first to need it.
-        with torch.cuda.graph(self.graph, stream=side):
-            self.out = advance(unet, *self.changing, *self.fixed)
-
-    def replay(self, changing: tuple, fixed: tuple) -> Tensor:
-        new = [*zip(self.changing, changing)]
-        if fixed is not self.holds:
-            new += zip(self.fixed, fixed)
-            self.holds = fixed
-        for mine, given in new:
-            if given is not None:
-                mine.copy_(given)
-        with torch.cuda.device_of(self.out):
-            self.graph.replay()
-        return self.out.clone()  # the next replay overwrites it
-
-
 class Steps:
     """The denoise steps of one picture or batch: ``x = steps(x, i)`` is the i-th."""
 
@@ -103,7 +65,7 @@ class Steps:
         if x.device.type != "cuda":
             return advance(self.unet, *changing, *self.fixed)
         size = *x.shape, len(self.fixed[1]), fresh is None, self.fixed[0] is None
-        graphs = self.unet.graphs
-        if size not in graphs:
-            graphs[size] = Graph(self.unet, changing, self.fixed)
-        return graphs[size].replay(changing, self.fixed)
+        return self.unet.graphs(("step", *size), self._advance, changing, self.fixed)
+
+    def _advance(self, *given: Tensor | None) -> Tensor:
+        return advance(self.unet, *given)

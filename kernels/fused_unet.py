@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from minisd.unet import Downsample, ResBlock, Transformer, UNet, Upsample, timestep_embedding
 from minisd_kernels.bodies import Bodies, add_up
+from minisd_kernels.graphs import Graphs
 from minisd_kernels.packed import Conv, Linear
 
 # Which 3x3 taps each of the four taps of a transposed convolution sums, along one side: an output
@@ -176,7 +177,7 @@ class FusedUNet:
     @torch.no_grad()
     def __init__(self, unet: UNet, bodies: Bodies):
         self.config, self.ops = unet.config, unet.ops
-        self.graphs: dict = {}  # recorded steps, by size; clear it to free their memory
+        self.graphs = Graphs()  # recorded steps, by size; clear it to free their memory
         blocks = [m for m in unet.modules() if isinstance(m, ResBlock)]
         packed = {m: Res(m, bodies) for m in blocks}
         packed |= {m: Attn(m, bodies) for m in unet.modules() if isinstance(m, Transformer)}

@@ -14,6 +14,7 @@ from minisd.ops import Ops
 from minisd.vae import Attention, Decoder, ResBlock
 from minisd_kernels.bodies import PLAIN, Bodies, triton_bodies
 from minisd_kernels.fused_unet import FusedUNet, Norm, Pending, Res, Up, picture, rows
+from minisd_kernels.graphs import Graphs
 from minisd_kernels.packed import Conv, Linear
 
 
@@ -47,7 +48,8 @@ class DecoderAttn(nn.Module):
 class FusedDecoder(nn.Module):
     """Takes the place of a VAE's ``decoder``: latents (B, 4, h, w) -> images (B, 3, H, W).
 
-    A module as that one is: ``.to(dtype)`` gives a decoder in float32 where float16 overflows.
+    A module as that one is: ``.to(dtype)`` gives a decoder in float32 where float16 overflows. On a
+    GPU a decoding is one graph for each size.
     """
 
     @torch.no_grad()
@@ -63,8 +65,16 @@ class FusedDecoder(nn.Module):
         self.norm_out = Norm(decoder.conv_norm_out, True, bodies)
         self.conv_out = Conv(decoder.conv_out.weight)
         self.bias = nn.Buffer(decoder.conv_out.bias.detach().view(-1, 1, 1))
+        self.graphs = Graphs()
 
     def forward(self, latent: Tensor) -> Tensor:
+        if latent.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return self._decode(latent)
+        # ``.to`` moves the weights away from where a graph reads them: that is another key.
+        key = "decode", *latent.shape, latent.dtype, self.conv_out.weight.data_ptr()
+        return self.graphs(key, self._decode, [latent])
+
+    def _decode(self, latent: Tensor) -> Tensor:
         x = latent.contiguous(memory_format=torch.channels_last)
         y, _ = self.norm_out(self.blocks(
             Pending(F.conv2d(x, self.conv_in.weight, padding=1), self.conv_in.bias, None)))
@@ -77,3 +87,4 @@ def fuse(parts: dict[str, nn.Module], ops: Ops) -> None:
     bodies = bodies._replace(attention=ops.attention)
     parts["unet"] = FusedUNet(parts["unet"], bodies)
     parts["vae"].decoder = FusedDecoder(parts["vae"].decoder, bodies)
+    parts["vae"].decoder.graphs = parts["unet"].graphs

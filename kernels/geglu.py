@@ -57,7 +57,7 @@ def plan(h: Tensor, out: Tensor) -> launch.Call:
     channels = out.shape[-1]
     n_rows = out.numel() // channels
     tile = launch.setting(h.device, "geglu", 0)
-    cols = min(triton.next_power_of_2(channels), 256)
+    cols = min(triton.next_power_of_2(channels), tile.width)
     rows = tile.elements // cols
     grid = (triton.cdiv(n_rows, rows), triton.cdiv(channels, cols))
     return launch.Call(_kernel, grid, (h, out, n_rows, channels), dict(COLS=cols, ROWS=rows),

@@ -7,14 +7,14 @@
 Takes: x (B, C, ...) in fp16, bf16 or fp32, NCHW or channels_last (neither is copied into the other)
 or a run of channels of a larger such tensor; any number of pixels. `refusal` says why not the rest.
 
-Both layouts are read by the same code, through strides. A tile is (PIXELS, GROUPS, CHANNELS), and
-the side with stride 1 is the one that neighbouring threads read. In NCHW, CHANNELS is a power of
-two that divides a group's channels, so that no lane idles; in channels_last it covers them all, and
-a tile spans several groups, because a row of one group is only 20 bytes wide in SD1.
+Both layouts are read by the same code, through strides: a tile is (PIXELS, CHANNELS), and the side
+with stride 1 is the one that neighbouring threads read, 16 bytes a thread where it can be.
 
-    small groups    one launch: a program reads its group twice, the second time from cache
-    large groups    two: `_moments_kernel` writes the moments of each split of the pixels, one
-                    writer a slot, and s if asked; `_apply_kernel` joins them and normalises
+    small groups    one launch: a program holds its group in registers, read once
+    large groups    three: `_moments_kernel` writes the moments of every channel over each split of
+                    the pixels, one writer a slot, and s if asked; `_join_kernel` makes those of
+                    every group of them; `_apply_kernel` normalises. A group of SD1 is ten channels
+                    wide, no power of two: a tile there takes 64 channels whatever their groups.
 
 No atomics: the same bits every run. Moments are means and sums of centred squares joined by Chan's
 formula, never E[x^2] - E[x]^2, which loses every digit when the mean is large.
@@ -24,8 +24,6 @@ Source: Wu & He 2018, Group Normalization; Chan, Golub & LeVeque 1979, joining m
 B batch, C channels, G groups, CG channels of a group, S pixels
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -33,8 +31,8 @@ from torch import Tensor
 
 from minisd_kernels import launch
 
-LARGEST_IN_ONE_LAUNCH = 16384  # elements of a group
-SPLITS = 64  # at most; each program of the second launch reads the moments of all
+PROGRAMS = 1024  # about as many make the moments of a large picture
+JOINED = 4096  # moments that `_join_kernel` takes at once
 
 
 @triton.jit
@@ -63,126 +61,127 @@ def _join(n, mean, m2, n_2, mean_2, m2_2):
 
 
 @triton.jit
-def _moments(
-    x, shift, residual, total, x_c, x_s, r_c, r_s, t_c, t_s, group, first, last, CG: tl.constexpr,
-    PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr,
-):
-    """Mean and sum of centred squares of GROUPS groups over pixels [first, last); s, if TOTAL."""
-    dtype = total.dtype.element_ty
-    p = tl.arange(0, PIXELS)[:, None, None]
-    g = group + tl.arange(0, GROUPS)[None, :, None]
-    c = tl.arange(0, CHANNELS)[None, None, :]
-    # Sums around the first value, or at a mean of 1000 a sum of 4096 loses four digits.
-    pivot = _load(x, shift, residual, x_c, x_s, r_c, r_s, first, g * CG, True, SHIFT, RESIDUAL)
-    n = 0.0
-    mean = tl.zeros((GROUPS,), tl.float32)
-    m2 = tl.zeros((GROUPS,), tl.float32)
-    for start in range(first, last, PIXELS):
-        for channel in range(0, CG, CHANNELS):
-            channels = g * CG + channel + c                                  # (1, GROUPS, CHANNELS)
-            inside = (start + p < last) & (channel + c < CG)                 # (PIXELS, 1, CHANNELS)
-            s = _load(x, shift, residual, x_c, x_s, r_c, r_s, start + p, channels, inside,
-                      SHIFT, RESIDUAL)                                       # (PIXELS, GROUPS, ...)
-            if TOTAL:
-                tl.store(total + (start + p) * t_s + channels * t_c, s.to(dtype), mask=inside)
-            s = tl.where(inside, s - pivot, 0.0)
-            n_tile = tl.minimum(PIXELS, last - start) * tl.minimum(CHANNELS, CG - channel) * 1.0
-            mean_tile = tl.sum(tl.sum(s, 2), 0) / n_tile                     # (GROUPS,)
-            s = tl.where(inside, s - mean_tile[None, :, None], 0.0)
-            m2_tile = tl.sum(tl.sum(s * s, 2), 0)                            # (GROUPS,)
-            n, mean, m2 = _join(n, mean, m2, n_tile, mean_tile, m2_tile)
-    return mean + tl.sum(tl.sum(pivot, 2), 0), m2
+def _normalise(s, mean, rstd, weight, bias, SILU: tl.constexpr):
+    """The formula, and the sigmoid of its result if asked."""
+    y = (s - mean) * rstd * weight + bias
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    return y
 
 
 @triton.jit
-def _normalise(
-    x, shift, residual, weight, bias, out, x_c, x_s, r_c, r_s, o_c, o_s,
-    group, first, last, mean, rstd, CG: tl.constexpr,
-    PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr,
-):
-    """GROUPS groups of the result over the pixels [first, last)."""
-    p = tl.arange(0, PIXELS)[:, None, None]
-    g = group + tl.arange(0, GROUPS)[None, :, None]
-    c = tl.arange(0, CHANNELS)[None, None, :]
-    dtype = out.dtype.element_ty
-    for channel in range(0, CG, CHANNELS):
-        channels = g * CG + channel + c                                      # (1, GROUPS, CHANNELS)
-        w = tl.load(weight + channels, mask=channel + c < CG, other=0.0).to(tl.float32)
-        b = tl.load(bias + channels, mask=channel + c < CG, other=0.0).to(tl.float32)
-        for start in range(first, last, PIXELS):
-            inside = (start + p < last) & (channel + c < CG)                 # (PIXELS, 1, CHANNELS)
-            s = _load(x, shift, residual, x_c, x_s, r_c, r_s, start + p, channels, inside,
-                      SHIFT, RESIDUAL)                                       # (PIXELS, GROUPS, ...)
-            y = (s - mean[None, :, None]) * rstd[None, :, None] * w + b
-            if SILU:
-                y = y / (1.0 + tl.exp(-y))
-            tl.store(out + (start + p) * o_s + channels * o_c, y.to(dtype), mask=inside)
-
-
-@triton.jit
-def _one_launch_kernel(
+def _whole_kernel(
     x, shift, residual, weight, bias, out, total, x_b, x_c, x_s, s_b, r_b, r_c, r_s, o_b, o_c, o_s,
-    t_b, t_c, t_s, n_pixels, eps, CG: tl.constexpr,
-    PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+    t_b, t_c, t_s, n_pixels, eps, CG: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
     SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, SILU: tl.constexpr,
 ):
-    group, item = tl.program_id(0) * GROUPS, tl.program_id(1).to(tl.int64)
+    first, item = tl.program_id(0) * CG, tl.program_id(1).to(tl.int64)
     x, shift, residual = x + item * x_b, shift + item * s_b, residual + item * r_b
-    mean, m2 = _moments(x, shift, residual, total + item * t_b, x_c, x_s, r_c, r_s, t_c, t_s,
-                        group, 0, n_pixels, CG, PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL, TOTAL)
-    rstd = 1.0 / tl.sqrt_rn(m2 / (n_pixels * CG) + eps)                      # (GROUPS,)
-    _normalise(x, shift, residual, weight, bias, out + item * o_b, x_c, x_s, r_c, r_s, o_c, o_s,
-               group, 0, n_pixels, mean, rstd, CG, PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL, SILU)
+    p = tl.arange(0, PIXELS)[:, None]
+    c = first + tl.arange(0, CHANNELS)[None, :]
+    inside = (p < n_pixels) & (c < first + CG)                               # (PIXELS, CHANNELS)
+    s = _load(x, shift, residual, x_c, x_s, r_c, r_s, p, c, inside, SHIFT, RESIDUAL)
+    if TOTAL:
+        at = total + item * t_b + p * t_s + c * t_c
+        tl.store(at, s.to(total.dtype.element_ty), mask=inside)
+    # Sums around the first value: at a mean of 1000 a sum of 4096 loses four digits.
+    pivot = _load(x, shift, residual, x_c, x_s, r_c, r_s, 0, first, True, SHIFT, RESIDUAL)
+    s = tl.where(inside, s - pivot, 0.0)
+    n = n_pixels * CG
+    mean = tl.sum(tl.sum(s, 1), 0) / n
+    centred = tl.where(inside, s - mean, 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(centred * centred, 1), 0) / n + eps)
+    w = tl.load(weight + c, mask=c < first + CG, other=0.0).to(tl.float32)   # (1, CHANNELS)
+    b = tl.load(bias + c, mask=c < first + CG, other=0.0).to(tl.float32)
+    y = _normalise(s, mean, rstd, w, b, SILU)
+    tl.store(out + item * o_b + p * o_s + c * o_c, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _moments_kernel(
     x, shift, residual, total, moments, x_b, x_c, x_s, s_b, r_b, r_c, r_s, t_b, t_c, t_s,
-    n_pixels, split, CG: tl.constexpr,
-    PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, SPLITS: tl.constexpr,
+    n_pixels, split, n_channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr,
 ):
-    group, item = tl.program_id(1) * GROUPS, tl.program_id(2).to(tl.int64)
-    first = tl.program_id(0) * split
-    mean, m2 = _moments(x + item * x_b, shift + item * s_b, residual + item * r_b,
-                        total + item * t_b, x_c, x_s, r_c, r_s, t_c, t_s, group, first,
-                        min(first + split, n_pixels), CG,
-                        PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL, TOTAL)
-    row = tl.program_id(2) * tl.num_programs(1) * GROUPS + group + tl.arange(0, GROUPS)
-    at = moments + row * (2 * SPLITS) + tl.program_id(0)
-    tl.store(at, mean)
-    tl.store(at + SPLITS, m2)
+    """Mean and sum of centred squares of CHANNELS channels over one split of the pixels."""
+    item, first = tl.program_id(2).to(tl.int64), tl.program_id(0) * split
+    last = min(first + split, n_pixels)
+    x, shift, residual = x + item * x_b, shift + item * s_b, residual + item * r_b
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    # Around each channel's first value, for the reason given above.
+    pivot = _load(x, shift, residual, x_c, x_s, r_c, r_s, first, c, c < n_channels, SHIFT, RESIDUAL)
+    n = 0.0
+    mean = tl.zeros((CHANNELS,), tl.float32)
+    m2 = tl.zeros((CHANNELS,), tl.float32)
+    for start in range(first, last, PIXELS):
+        p = start + tl.arange(0, PIXELS)[:, None]
+        inside = (p < last) & (c < n_channels)                               # (PIXELS, CHANNELS)
+        s = _load(x, shift, residual, x_c, x_s, r_c, r_s, p, c, inside, SHIFT, RESIDUAL)
+        if TOTAL:
+            at = total + item * t_b + p * t_s + c * t_c
+            tl.store(at, s.to(total.dtype.element_ty), mask=inside)
+        s = tl.where(inside, s - pivot, 0.0)
+        n_tile = tl.minimum(PIXELS, last - start) * 1.0
+        mean_tile = tl.sum(s, 0) / n_tile                                    # (CHANNELS,)
+        s = tl.where(inside, s - mean_tile[None, :], 0.0)
+        n, mean, m2 = _join(n, mean, m2, n_tile, mean_tile, tl.sum(s * s, 0))
+    slot = (item * tl.num_programs(0) + tl.program_id(0)) * (2 * n_channels)
+    at = moments + slot + c
+    tl.store(at, mean[None, :] + pivot, mask=c < n_channels)
+    tl.store(at + n_channels, m2[None, :], mask=c < n_channels)
+
+
+@triton.jit
+def _join_kernel(
+    moments, statistics, n_pixels, split, n_splits, n_channels, eps,
+    CG: tl.constexpr, CHANNELS: tl.constexpr, SPLITS: tl.constexpr,
+):
+    """Mean and 1 / standard deviation of a group, from the moments of its channels."""
+    group, item = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, CHANNELS)[None, :]
+    moments += item * n_splits * (2 * n_channels) + group * CG
+    pivot = tl.load(moments)
+    n, mean, m2 = 0.0, 0.0, 0.0
+    for start in range(0, n_splits, SPLITS):
+        i = start + tl.arange(0, SPLITS)[:, None]
+        pixels = tl.maximum(tl.minimum(n_pixels - i * split, split), 0) * 1.0  # (SPLITS, 1)
+        there = (i < n_splits) & (c < CG)                                    # (SPLITS, CHANNELS)
+        at = moments + i * (2 * n_channels) + c
+        away = tl.where(there, tl.load(at, mask=there, other=0.0) - pivot, 0.0)
+        m2s = tl.load(at + n_channels, mask=there, other=0.0)
+        n_tile = tl.sum(tl.sum(pixels, 1), 0) * CG
+        mean_tile = tl.sum(tl.sum(away * pixels, 1), 0) / n_tile
+        away = tl.where(there, away - mean_tile, 0.0)
+        m2_tile = tl.sum(tl.sum(m2s + away * away * pixels, 1), 0)
+        n, mean, m2 = _join(n, mean, m2, n_tile, mean_tile, m2_tile)
+    at = statistics + item * (2 * tl.num_programs(0)) + group
+    tl.store(at, mean + pivot)
+    tl.store(at + tl.num_programs(0), 1.0 / tl.sqrt_rn(m2 / n + eps))
 
 
 @triton.jit
 def _apply_kernel(
-    x, shift, residual, moments, weight, bias, out, x_b, x_c, x_s, s_b, r_b, r_c, r_s,
-    o_b, o_c, o_s, n_pixels, split, eps, CG: tl.constexpr,
-    PIXELS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr, SPLITS: tl.constexpr,
+    x, shift, residual, statistics, weight, bias, out, x_b, x_c, x_s, s_b, r_b, r_c, r_s,
+    o_b, o_c, o_s, n_pixels, split, n_channels, n_groups, CG: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr,
 ):
-    group, item = tl.program_id(1) * GROUPS, tl.program_id(2).to(tl.int64)
-    row = tl.program_id(2) * tl.num_programs(1) * GROUPS + group + tl.arange(0, GROUPS)
-    row = row[:, None] * (2 * SPLITS)                                        # (GROUPS, 1)
-    i = tl.arange(0, SPLITS)[None, :]
-    n = tl.maximum(tl.minimum(n_pixels - i * split, split), 0) * CG * 1.0    # (1, SPLITS)
-    means = tl.load(moments + row + i, mask=n > 0, other=0.0)                # (GROUPS, SPLITS)
-    m2s = tl.load(moments + row + SPLITS + i, mask=n > 0, other=0.0)
-    # All splits at once: around the first one's mean, so that no large numbers are added.
-    pivot = tl.load(moments + row)                                           # (GROUPS, 1)
-    away = tl.where(n > 0, means - pivot, 0.0)                               # (GROUPS, SPLITS)
-    offset = tl.sum(away * n, 1) / (n_pixels * CG)                           # (GROUPS,)
-    mean = tl.sum(pivot, 1) + offset
-    away -= offset[:, None]
-    m2 = tl.sum(m2s + away * away * n, 1)                                    # (GROUPS,)
-    rstd = 1.0 / tl.sqrt_rn(m2 / (n_pixels * CG) + eps)
-    first = tl.program_id(0) * split
-    _normalise(x + item * x_b, shift + item * s_b, residual + item * r_b, weight, bias,
-               out + item * o_b, x_c, x_s, r_c, r_s, o_c, o_s, group,
-               first, min(first + split, n_pixels), mean, rstd, CG,
-               PIXELS, GROUPS, CHANNELS, SHIFT, RESIDUAL, SILU)
+    """CHANNELS channels of the result over one split of the pixels."""
+    item, first = tl.program_id(2).to(tl.int64), tl.program_id(0) * split
+    last = min(first + split, n_pixels)
+    x, shift, residual = x + item * x_b, shift + item * s_b, residual + item * r_b
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]        # (1, CHANNELS)
+    at = statistics + item * (2 * n_groups) + c // CG
+    mean = tl.load(at, mask=c < n_channels, other=0.0)
+    rstd = tl.load(at + n_groups, mask=c < n_channels, other=0.0)
+    w = tl.load(weight + c, mask=c < n_channels, other=0.0).to(tl.float32)
+    b = tl.load(bias + c, mask=c < n_channels, other=0.0).to(tl.float32)
+    for start in range(first, last, PIXELS):
+        p = start + tl.arange(0, PIXELS)[:, None]
+        inside = (p < last) & (c < n_channels)                               # (PIXELS, CHANNELS)
+        s = _load(x, shift, residual, x_c, x_s, r_c, r_s, p, c, inside, SHIFT, RESIDUAL)
+        y = _normalise(s, mean, rstd, w, b, SILU)
+        tl.store(out + item * o_b + p * o_s + c * o_c, y.to(out.dtype.element_ty), mask=inside)
 
 
 def _flat(x: Tensor) -> Tensor | None:
@@ -219,7 +218,7 @@ def refusal(
         shapes = [(channels,)] + [(x.shape[0], channels)] * (name == "shift")
         if tuple(row.shape) not in shapes or row.stride(-1) != 1:
             return f"{name} is {(*row.shape,)}, not {' or '.join(map(str, shapes))} in a row"
-    return launch.refusal(_one_launch_kernel, **pictures, **rows)
+    return launch.refusal(_whole_kernel, **pictures, **rows)
 
 
 def group_norm_silu(
@@ -261,36 +260,49 @@ def plan(
     x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, total: Tensor | None, groups: int,
     eps: float, silu: bool, shift: Tensor | None = None, residual: Tensor | None = None,
 ) -> list[launch.Call]:
-    """The launches for these tensors, one or two by the size of a group; s goes into ``total``."""
+    """The launches for these tensors, one or three by the size of a group; s goes to ``total``."""
     front, keeps = dict(SHIFT=shift is not None, RESIDUAL=residual is not None), total is not None
     shift = weight if shift is None else shift  # never looked at, as are the next two
     x, out = _flat(x), _flat(out)
     residual, total = (x if y is None else _flat(y) for y in (residual, total))
-    batch, channels, pixels = x.shape
-    two = (cg := channels // groups) * pixels > LARGEST_IN_ONE_LAUNCH
-    tile = launch.setting(x.device, "group norm", int(two))
-    last = _channels_last(x)
-    spans = math.gcd(tile.groups, groups) if last else 1
-    width = triton.next_power_of_2(cg) if last else cg & -cg  # covers cg, or divides it
-    rows = max(1, min(tile.elements // (spans * width), triton.next_power_of_2(pixels)))
-    grid, sizes = (groups // spans, batch), dict(CG=cg, PIXELS=rows, GROUPS=spans, CHANNELS=width)
+    (batch, channels, pixels), power = x.shape, triton.next_power_of_2
     strides = (shift.stride(0) if shift.dim() == 2 else 0, *residual.stride())
-    if not two:
+    cg, tile = channels // groups, launch.setting(x.device, "group norm", 0)
+    if (size := power(pixels) * power(cg)) <= tile.elements:
         args = (x, shift, residual, weight, bias, out, total, *x.stride(), *strides)
         args += (*out.stride(), *total.stride(), pixels, eps)
-        sizes |= front | dict(TOTAL=keeps, SILU=silu)
-        return [launch.Call(_one_launch_kernel, grid, args, sizes, tile.warps)]
-    split = triton.cdiv(triton.cdiv(pixels, SPLITS), rows) * rows  # pixels, in whole tiles
-    grid = (triton.cdiv(pixels, split), *grid)
-    moments = x.new_empty(batch * groups, 2, SPLITS, dtype=torch.float32)
+        sizes = dict(CG=cg, PIXELS=power(pixels), CHANNELS=power(cg))
+        warps = min(tile.warps, max(1, size // 1024))
+        constants = sizes | front | dict(TOTAL=keeps, SILU=silu)
+        return [launch.Call(_whole_kernel, (groups, batch), args, constants, warps)]
+    tile = launch.setting(x.device, "group norm", 1)
+    if _channels_last(x):
+        width = min(tile.width, power(channels))
+        rows = min(tile.elements // width, power(pixels))
+    else:
+        rows = min(tile.elements, power(pixels))
+        width = min(tile.elements // rows, power(channels))
+    blocks = triton.cdiv(channels, width)
+    splits = max(1, PROGRAMS // (blocks * batch))
+    split = triton.cdiv(triton.cdiv(pixels, splits), rows) * rows  # pixels, in whole tiles
+    splits = triton.cdiv(pixels, split)
+    grid, sizes = (splits, blocks, batch), dict(PIXELS=rows, CHANNELS=width)
+    moments = x.new_empty(batch, splits, 2, channels, dtype=torch.float32)
+    statistics = x.new_empty(batch, 2, groups, dtype=torch.float32)
     args = (x, shift, residual, total, moments, *x.stride(), *strides, *total.stride())
-    args, sizes = (*args, pixels, split), sizes | front | dict(SPLITS=SPLITS)
-    first = launch.Call(_moments_kernel, grid, args, sizes | dict(TOTAL=keeps), tile.warps)
+    constants = sizes | front | dict(TOTAL=keeps)
+    calls = [launch.Call(_moments_kernel, grid, (*args, pixels, split, channels), constants,
+                         tile.warps)]
+    args = (moments, statistics, pixels, split, splits, channels, eps)
+    joined = dict(CG=cg, CHANNELS=power(cg), SPLITS=min(max(1, JOINED // power(cg)), power(splits)))
+    calls += [launch.Call(_join_kernel, (groups, batch), args, joined, 4)]
     if keeps:  # the sum is there by then
-        x, shift, residual, sizes = total, weight, total, sizes | dict.fromkeys(front, False)
-    args = (x, shift, residual, moments, weight, bias, out, *x.stride(), *strides, *out.stride())
-    args, constants = (*args, pixels, split, eps), sizes | dict(SILU=silu)
-    return [first, launch.Call(_apply_kernel, grid, args, constants, tile.warps)]
+        x, shift, residual, front = total, weight, total, dict.fromkeys(front, False)
+        strides = (0, *residual.stride())
+    args = (x, shift, residual, statistics, weight, bias, out, *x.stride(), *strides, *out.stride())
+    constants = sizes | front | dict(CG=cg, SILU=silu)
+    return [*calls, launch.Call(_apply_kernel, grid, (*args, pixels, split, channels, groups),
+                                constants, tile.warps)]
 
 
 def cost(

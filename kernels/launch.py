@@ -25,10 +25,10 @@ class Tile(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A GroupNorm tile: its elements, the groups it spans in channels_last, warps."""
+    """A tile of a norm or of GEGLU: its elements, how many side by side in memory, warps."""
 
     elements: int
-    groups: int
+    width: int
     warps: int
 
 
@@ -64,10 +64,10 @@ DEFAULT = {
     ("one tile", 64): Tile(64, 128, 4, 1),
     ("sliced", 2): Tile(64, 64, 4, 2),  # by bytes an element
     ("sliced", 4): Tile(64, 32, 8, 1),  # half of both spills on sm_80 with Triton 3.6
-    ("group norm", 0): Norm(4096, 1, 4),  # a group a program, in one launch
-    ("group norm", 1): Norm(2048, 8, 4),  # split, in two; 4096 spill on sm_80 or sm_100
+    ("group norm", 0): Norm(16384, 1, 16),  # a group whole, at most so large and with so many
+    ("group norm", 1): Norm(4096, 64, 4),  # parts of larger ones
     ("layer norm", 0): Norm(2048, 1, 4),
-    ("geglu", 0): Norm(2048, 1, 4),
+    ("geglu", 0): Norm(2048, 256, 4),
 }
 # (device name as torch gives it, kernel, size) -> the setting that was fastest there.
 MEASURED: dict[tuple[str, str, int], NamedTuple] = {}

@@ -23,7 +23,7 @@ FAMILIES = (flash_attention, geglu, group_norm_silu, layer_norm)
 # Settings of a launch that are no row of launch.DEFAULT.
 CONSTANTS = {
     flash_attention: ("ONE_TILE_KEYS", "SLICES", "WIDEST_IN_ONE_TILE", "WIDEST_IN_PIECES"),
-    group_norm_silu: ("LARGEST_IN_ONE_LAUNCH", "SPLITS"),
+    group_norm_silu: ("JOINED", "PROGRAMS"),
 }
 # What a row says: the fingerprint, where and when it was measured, and how many checks passed.
 FIELDS = ("kernels", "device", "torch", "triton", "commit", "date", "checks")

@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import pickle
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from types import FunctionType, ModuleType
 from unittest.mock import MagicMock
@@ -12,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from minisd_kernels.bodies import PLAIN
-from minisd_kernels.fused_step import Graph, Steps, advance, weights
+from minisd_kernels.fused_step import Steps, advance, weights
 from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.fused_vae import FusedDecoder
+from minisd_kernels.graphs import MOST, Graph, Graphs
 from oracles import AUTOENCODER, DENOISER, SMALL, SMALL_V, error, randn, randomise, small_model
 
 import minisd
@@ -100,7 +103,7 @@ def test_what_a_graph_is_given(eta, monkeypatch):
     one, other = (Steps(fused, context, [981, 1], table) for context in (prompt, -prompt))
     given = [((y, steps.times[i], steps.table[i], fresh), steps.fixed)
              for steps, y, i in ((one, x, 0), (one, 2 * x, 1), (other, x, 1), (one, x, 0))]
-    graph = Graph(fused, *given[0])
+    graph = Graph(partial(advance, fused), *given[0], None)
     graph.graph.replay = lambda: graph.out.copy_(advance(fused, *graph.changing, *graph.fixed))
     for changing, fixed in given:
         assert torch.equal(graph.replay(changing, fixed), advance(fused, *changing, *fixed))
@@ -125,19 +128,61 @@ def test_a_graph_is_of_the_device_of_its_tensors(monkeypatch):
     graph, side = MagicMock(), MagicMock()
     graph.replay = noting("replay", None)
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr("minisd_kernels.fused_step.advance", noting("advance", torch.ones(1)))
     for name, result in dict(Stream=side, current_stream=side, CUDAGraph=graph,
                              stream=nullcontext(), graph=nullcontext()).items():
         monkeypatch.setattr(torch.cuda, name, noting(name, result))
     changing, fixed = (torch.zeros(1),), (None, torch.zeros(1))
-    made = Graph(None, changing, fixed)
+    made = Graph(noting("call", torch.ones(1)), changing, fixed, (0, 1))
     made.replay(changing, fixed)
     assert [name for name, *_ in seen] == [
-        "Stream", "current_stream", "stream", "advance", "current_stream", "CUDAGraph", "graph",
-        "advance", "replay"]
+        "Stream", "current_stream", "stream", "call", "current_stream", "CUDAGraph", "graph",
+        "call", "replay"]
     assert all(tensor is (made.out if name == "replay" else made.changing[0])
                for name, _, tensor in seen)
-    assert [options for name, options, _ in seen if name == "graph"] == [{"stream": side}]
+    assert [options for name, options, _ in seen if name == "graph"] == [
+        {"pool": (0, 1), "stream": side}]
+
+
+def test_graphs_are_a_bounded_cache(monkeypatch):
+    """One for a key; the least recently used goes; a copy and a pickle are empty; one pool."""
+    made, pools = [], iter("ab")
+
+    class Recorded:
+        def __init__(self, function, changing, fixed, pool):
+            made.append(pool)
+            self.function = function
+
+        def replay(self, changing, fixed):
+            return self.function(*changing, *fixed)
+
+    monkeypatch.setattr("minisd_kernels.graphs.Graph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    graphs = Graphs()
+    for key in [*range(MOST), 0, MOST, 0]:  # 1 is forgotten, 0 is not
+        assert graphs(key, lambda x, y: x + y, [key], [1]) == key + 1
+    assert made == ["a"] * (MOST + 1) and len(graphs) == MOST
+    graphs(1, lambda: None, [])
+    assert len(made) == MOST + 2 and len(graphs) == MOST
+    assert len(copy.deepcopy(graphs)) == len(pickle.loads(pickle.dumps(graphs))) == 0
+    graphs.clear()
+    graphs(1, lambda: None, [])
+    assert len(graphs) == 1 and made[-1] == "b"
+
+
+def test_on_a_gpu_a_decoding_is_a_graph_for_each_size_and_weights(monkeypatch):
+    decoder = FusedDecoder(randomise(VAE(AUTOENCODER, REFERENCE)).decoder, PLAIN)
+    asked = []
+    monkeypatch.setattr(decoder, "graphs", lambda key, function, given: asked.append(key))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    class OnGPU(torch.Tensor):
+        device = torch.device("cuda")
+
+    for latent in (randn(1, 4, 3, 4), randn(1, 4, 3, 4), randn(1, 4, 4, 4)):
+        decoder(latent.as_subclass(OnGPU))
+    decoder.float()
+    decoder(randn(1, 4, 3, 4).as_subclass(OnGPU))
+    assert asked[0] == asked[1] and len(set(asked)) == 3
 
 
 @pytest.mark.parametrize("oneDNN", [True, False])
