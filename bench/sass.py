@@ -35,7 +35,8 @@ class Instruction(NamedTuple):
         found = set()
         for text in self.operands[len(self.writes()) > 0:]:
             for kind, first in re.findall(r"(g?desc\[)?UR(\d+)", text):
-                if kind == "gdesc[":  # of A and of B; of B alone where A lies in registers
+                if kind == "gdesc[" and self.name.startswith("HGMMA"):
+                    # Of A and of B; of B alone where A lies in registers.
                     of_a = re.match(r"R\d", self.operands[1]) is None
                     found |= set(range(int(first) + 2 * (not of_a), int(first) + 4))
                 else:

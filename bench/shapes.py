@@ -51,7 +51,7 @@ TINY_ATTENTION = [
 TINY_NORMS = [
     GroupNorm("tiny", 1, 6, 5, True, calls=2, groups=2),  # 3 channels a group: no power of two
     GroupNorm("tiny", 2, 6, 5, False, calls=1, channels_last=True, groups=2),
-    GroupNorm("tiny", 1, 4, 65, True, calls=1, channels_last=True, groups=1),  # three launches
+    GroupNorm("tiny", 1, 4, 91, True, calls=1, channels_last=True, groups=1),  # three launches
 ]
 TINY_ROWS = [LayerNorm("tiny", 1, 7, 40, calls=1, residual=False),
              LayerNorm("tiny", 2, 5, 12, calls=1, residual=True), Geglu("tiny", 2, 5, 20, calls=1)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels import bodies, geglu as geglu_file, launch, layer_norm as layer_norm_file
+from minisd_kernels import geglu as geglu_file, launch, layer_norm as layer_norm_file
 from torch import Tensor
 
 from bench.group_norm import Compiler
@@ -17,10 +17,11 @@ from bench.group_norm import Compiler
 EPS = 1e-5
 
 
-def eager_layer_norm(x: Tensor, weight: Tensor, bias: Tensor,
+def eager_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor,
                      residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(LayerNorm of the sum, the sum); what torch.compile is given."""
-    return bodies.layer_norm(x, weight, bias, EPS, residual)
+    s = x + shift if residual is None else x + shift + residual
+    return F.layer_norm(s, weight.shape, weight, bias, EPS), s
 
 
 def eager_geglu(h: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def eager_geglu(h: Tensor) -> Tensor:
 
 
 class LayerNorm(NamedTuple):
-    """One size of LayerNorm, with the sum in front of it or without."""
+    """One size of LayerNorm, with a bias in front of it, and a residual or none."""
 
     model: str
     batch: int
@@ -50,22 +51,22 @@ class LayerNorm(NamedTuple):
 
     def cost(self, itemsize: int) -> launch.Cost:
         elements = self.batch * self.length * self.channels
-        return layer_norm_file.cost(elements, itemsize, self.residual)
+        return layer_norm_file.cost(elements, itemsize, self.residual, shift=True)
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """x (B, L, C), weight and bias (C,), and a residual (B, L, C): off-centre noise."""
+        """x (B, L, C), weight, bias and shift (C,), and a residual (B, L, C): off-centre noise."""
         randn = partial(torch.randn, device=device, dtype=dtype)
         size = self.batch, self.length, self.channels
         x = -2.3 + 0.5 * randn(size)
-        affine = 1 + 0.5 * randn(self.channels), 0.5 * randn(self.channels)
-        return (x, *affine, randn(size)) if self.residual else (x, *affine)
+        rows = 1 + 0.5 * randn(self.channels), 0.5 * randn(self.channels), randn(self.channels)
+        return (x, *rows, randn(size)) if self.residual else (x, *rows)
 
     def exact(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         return eager_layer_norm(*(x.double() for x in inputs))
 
-    def ours(self, x: Tensor, weight: Tensor, bias: Tensor,
+    def ours(self, x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor,
              residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return layer_norm_file.layer_norm(x, weight, bias, EPS, residual)
+        return layer_norm_file.layer_norm(x, weight, bias, EPS, residual, shift)
 
     yardstick = by_torch = staticmethod(eager_layer_norm)
 

@@ -31,14 +31,14 @@ SETTINGS = {
                       Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)],
     "one tile 32": [Tile(128, 128, 8, 1), Tile(128, 128, 4, 1), Tile(64, 128, 8, 1)],
     "one tile 64": [Tile(128, 128, 8, 1), Tile(64, 128, 8, 1)],
-    "sliced 2": [Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3),
+    "sliced 2": [Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3),
                  Tile(64, 128, 8, 2), Tile(128, 128, 8, 2)],
     "group norm 0": [Norm(n, 1, w) for n, w in (
-        (16384, 8), (16384, 4), (8192, 16), (8192, 8), (32768, 16))],
+        (32768, 8), (16384, 16), (16384, 8), (8192, 16))],
     "group norm 1": [Norm(*setting) for setting in (
-        (4096, 64, 8), (4096, 128, 4), (4096, 32, 4), (8192, 64, 8), (8192, 128, 8), (2048, 64, 4),
+        (4096, 64, 8), (4096, 128, 4), (4096, 64, 4), (8192, 64, 8), (8192, 128, 8), (2048, 64, 4),
         (2048, 64, 2), (2048, 32, 2), (2048, 128, 2), (8192, 64, 4))],
-    "layer norm 0": [Norm(1024, 1, 4), Norm(1024, 1, 2), Norm(2048, 1, 2), Norm(2048, 1, 8)],
+    "layer norm 0": [Norm(1024, 1, 4), Norm(1024, 1, 2), Norm(2048, 1, 4), Norm(2048, 1, 8)],
     "geglu 0": [Norm(1024, 256, 4), Norm(1024, 256, 2), Norm(4096, 256, 4), Norm(4096, 256, 8),
                 Norm(2048, 512, 4)],
 }
@@ -70,8 +70,7 @@ def served(cases: list, dtype: torch.dtype) -> dict[tuple, list]:
         keys: list[tuple] = []
         with patch.object(launch, "setting", lambda *args: keys.append(args[1:]) or before(*args)):
             case.ours(*case.inputs(torch.device("meta"), dtype))
-        for key in dict.fromkeys(keys):
-            found.setdefault(key, []).append(case)
+        found.setdefault(keys[-1], []).append(case)  # what decided; a GroupNorm asks twice
     return {key: heaviest(mine, dtype)[:MOST_CASES] for key, mine in found.items()}
 
 

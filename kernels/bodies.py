@@ -16,8 +16,8 @@ from torch import Tensor
 
 class Bodies(NamedTuple):
     """``attention(q, k, v, heads)``, ``group_norm_silu(x, weight, bias, groups, eps, silu, shift,
-    residual, return_sum)``, ``layer_norm(x, weight, bias, eps, residual)`` and ``geglu(h)``, as in
-    the kernel files of these names."""
+    residual, return_sum)``, ``layer_norm(x, weight, bias, eps, residual, shift)`` and ``geglu(h)``,
+    as in the kernel files of these names."""
 
     attention: Callable[..., Tensor]
     group_norm_silu: Callable[..., Tensor]
@@ -67,9 +67,12 @@ def group_norm_silu(
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(LayerNorm of s, s), s = x + residual; x (..., C)."""
-    s = x if residual is None else x + residual
+    """(LayerNorm of s, s), s = x + shift + residual; x (..., C), shift (C,)."""
+    s = x if shift is None else x + shift
+    if residual is not None:
+        s = s + residual if shift is None else s.add_(residual)
     return F.layer_norm(s, weight.shape, weight, bias, eps), s
 
 

@@ -154,8 +154,9 @@ def _step(
 def _kernel(
     q, k, v, out, q_b, k_b, v_b, out_b, q_l, k_l, v_l, out_l, heads, n_queries, n_keys, scale,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, ONE_TILE: tl.constexpr, CAUSAL: tl.constexpr,
+    KEYS: tl.constexpr, ONE_TILE: tl.constexpr, CAUSAL: tl.constexpr, EARLY: tl.constexpr,
 ):
+    launch.begin(EARLY)
     q, k, v, out = _head(q, k, v, out, q_b, k_b, v_b, out_b, heads, D)
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     q_a, q_b = _pieces(q, queries, q_l, n_queries, D, A, B, True)            # (queries, A and B)
@@ -193,8 +194,9 @@ def _kernel(
 def _sliced_kernel(
     q, k, v, out, q_b, k_b, v_b, out_b, q_l, k_l, v_l, out_l, heads, n_queries, n_keys, scale,
     D: tl.constexpr, CHUNK: tl.constexpr, SLICE: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):
+    launch.begin(EARLY)
     q, k, v, out = _head(q, k, v, out, q_b, k_b, v_b, out_b, heads, D)
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     columns = tl.program_id(2) * SLICE + tl.arange(0, SLICE)

@@ -100,13 +100,16 @@ class Attn(nn.Module):
         self.bodies, self.heads = bodies, block.attn1.heads
         self.norm = Norm(module.norm, False, bodies)
         self.norms = nn.ModuleList([block.norm1, block.norm2, block.norm3])
-        self.proj_in = Linear(module.proj_in.weight, module.proj_in.bias)
+        self.proj_in = Linear(module.proj_in.weight)
         one, two = block.attn1, block.attn2
         self.qkv = Linear(torch.cat([one.to_q.weight, one.to_k.weight, one.to_v.weight]))
-        self.out1 = Linear(one.to_out[0].weight, one.to_out[0].bias)
+        self.out1 = Linear(one.to_out[0].weight)
         self.q = Linear(two.to_q.weight)
         self.kv = Linear(torch.cat([two.to_k.weight, two.to_v.weight]))
-        self.out2 = Linear(two.to_out[0].weight, two.to_out[0].bias)
+        self.out2 = Linear(two.to_out[0].weight)
+        # The norms add the biases of the products before them.
+        biases = module.proj_in.bias, one.to_out[0].bias, two.to_out[0].bias
+        self.shifts = nn.Buffer(torch.stack(biases).detach())                # (3, C)
         widen, narrow = block.ff.net[0].proj, block.ff.net[2]
         self.widen, self.narrow = Linear(widen.weight, widen.bias), Linear(narrow.weight)
         # (h + g N^T + b) W^T = (h + g N^T) W^T + W b: the bias of the one moves into the other's.
@@ -130,9 +133,10 @@ class Attn(nn.Module):
         return Pending(picture(self.proj_out(h), x), None, x)
 
     def _norm(self, i: int, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The i-th norm of x + residual, and the sum."""
+        """The i-th norm of x + its shift + residual, and the sum."""
         norm = self.norms[i]
-        return self.bodies.layer_norm(x, norm.weight, norm.bias, norm.eps, residual)
+        return self.bodies.layer_norm(
+            x, norm.weight, norm.bias, norm.eps, residual, self.shifts[i])
 
 
 class Down(nn.Module):

@@ -18,7 +18,8 @@ from minisd_kernels import launch
 
 
 @triton.jit
-def _kernel(h, out, n_rows, channels, COLS: tl.constexpr, ROWS: tl.constexpr):
+def _kernel(h, out, n_rows, channels, COLS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr):
+    launch.begin(EARLY)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]           # (ROWS, 1)
     cols = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]           # (1, COLS)
     inside = (rows < n_rows) & (cols < channels)

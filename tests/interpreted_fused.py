@@ -35,22 +35,25 @@ GEGLU = [(1, 1), (3, 8), (17, 320), (9, 1280), (5, 257)]  # rows, C: below, at a
 
 @DTYPES
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("shifted", [False, True], ids=["", "shift"])
 @pytest.mark.parametrize("n, channels", LAYER_NORM)
-def test_layer_norm(n, channels, residual, dtype):
+def test_layer_norm(n, channels, shifted, residual, dtype):
     x = (-2.3 + 0.5 * torch.randn(n, channels)).to(dtype)
     added = torch.randn(n, channels).to(dtype) if residual else None
     weight, bias = (1 + torch.randn(channels)).to(dtype), torch.randn(channels).to(dtype)
+    shift = torch.randn(channels).to(dtype) if shifted else None
     (x, _), (weight, _), (bias, _) = (
         embed(t, margins, NAN) for t, margins in ((x, (1, 0)), (weight, (8,)), (bias, (8,))))
     out, whole = embed(torch.full_like(x, NAN), (1, 0), 7.0)
     total, whole_total = embed(torch.full_like(x, NAN), (1, 0), 7.0)
-    s = x + added if residual else x
-    launch.run([layer_norm_file.plan(x, added, weight, bias, total, out, 1e-5)])
+    s = x.float() + (shift if shifted else 0) + (added if residual else 0)  # rounded once
+    s = s.to(dtype)
+    launch.run([layer_norm_file.plan(x, added, weight, bias, total, out, 1e-5, shift)])
     exact = F.layer_norm(s.double(), (channels,), weight.double(), bias.double())
     compare("layer_norm", take(out, whole), F.layer_norm(s, (channels,), weight, bias), exact)
-    if residual:
+    if residual or shifted:
         assert torch.equal(take(total, whole_total), s)
-    first, again = (layer_norm(x, weight, bias, 1e-5, added) for _ in range(2))
+    first, again = (layer_norm(x, weight, bias, 1e-5, added, shift) for _ in range(2))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], s)
 
 
@@ -79,6 +82,8 @@ REFUSED = {
         lambda: layer_norm(torch.ones(8, 2).T, torch.ones(8), torch.ones(8)),
     "layer_norm: weight (7,) and bias (8,) are not both (8,)":
         lambda: layer_norm(torch.ones(2, 8), torch.ones(7), torch.ones(8)),
+    "layer_norm: shift is (7,), not (8,)":
+        lambda: layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8), shift=torch.ones(7)),
     "layer_norm: residual is (1, 8) torch.float32, x (2, 8) torch.float32":
         lambda: layer_norm(torch.ones(2, 8), torch.ones(8), torch.ones(8), 1e-5, torch.ones(1, 8)),
     "layer_norm: x is torch.float64, not float16, bfloat16 or float32":
