@@ -113,7 +113,7 @@ def core(day: Day) -> None:
     contest = day.contest("SD1.5-512")
     for name in (FUSED, EAGER):
         image.enter(contest, name)
-    contest.race(7, 0.6 * day.left())
+    contest.race(7, 0.5 * day.left())
     inside.profile(contest, day.out / "profile.txt")
 
 
@@ -191,7 +191,8 @@ def tuned(day: Day) -> None:
 
 
 class Stage(NamedTuple):
-    """``seconds`` are its share of a day of 480; ``alone`` on the GPU, because it is timed."""
+    """``seconds`` are its share of a day of 480, and no less where nothing is timed: ``alone`` on
+    the GPU are those that are."""
 
     run: Callable[[Day], bool | None]
     seconds: float
@@ -304,7 +305,7 @@ def run(args: argparse.Namespace, machine: dict[str, str]) -> bool:
         try:
             begin(together + turns[:1])
             for name in together:
-                started[name].go(STAGES[name].seconds * scale)
+                started[name].go(min(STAGES[name].seconds * max(1, scale), 60 * args.minutes))
             right = all([started[name].wait() for name in together])
             for i, name in enumerate(turns):
                 left = start + 60 * args.minutes - time.monotonic()

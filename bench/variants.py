@@ -171,9 +171,8 @@ def source(call: launch.Call, gpu: GPUTarget) -> tuple[ASTSource, dict]:
     """
     backend, kernel = make_backend(gpu), call.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    option = launch.early(gpu.backend, gpu.arch)
-    arguments, found, _ = bind(*call.args, **call.constants, EARLY=bool(option))
-    given = dict(num_warps=call.warps, num_stages=call.stages, enable_fp_fusion=True, **option)
+    arguments, found, _ = bind(*call.args, **call.constants)
+    given = dict(num_warps=call.warps, num_stages=call.stages, enable_fp_fusion=True)
     options, *parts = kernel._pack_args(backend, given, arguments, found, None)
     return ASTSource(kernel, *parts), options.__dict__
 
@@ -183,7 +182,7 @@ def variant(call: launch.Call) -> Variant:
     words = []
     for i, (name, kind) in enumerate(seen.signature.items()):
         value = seen.constants.get((i,))
-        if kind == "constexpr" and value is not False and name != "EARLY":
+        if kind == "constexpr" and value is not False:
             words.append(name if value is True else f"{name}{value}")
         elif kind in ("i32", "i64") and not seen.attrs.get((i,)):
             words.append(f"{name}:{kind}")

@@ -154,9 +154,8 @@ def _step(
 def _kernel(
     q, k, v, out, q_b, k_b, v_b, out_b, q_l, k_l, v_l, out_l, heads, n_queries, n_keys, scale,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, ONE_TILE: tl.constexpr, CAUSAL: tl.constexpr, EARLY: tl.constexpr,
+    KEYS: tl.constexpr, ONE_TILE: tl.constexpr, CAUSAL: tl.constexpr,
 ):
-    launch.begin(EARLY)
     q, k, v, out = _head(q, k, v, out, q_b, k_b, v_b, out_b, heads, D)
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     q_a, q_b = _pieces(q, queries, q_l, n_queries, D, A, B, True)            # (queries, A and B)
@@ -194,9 +193,8 @@ def _kernel(
 def _sliced_kernel(
     q, k, v, out, q_b, k_b, v_b, out_b, q_l, k_l, v_l, out_l, heads, n_queries, n_keys, scale,
     D: tl.constexpr, CHUNK: tl.constexpr, SLICE: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    KEYS: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    launch.begin(EARLY)
     q, k, v, out = _head(q, k, v, out, q_b, k_b, v_b, out_b, heads, D)
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     columns = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
@@ -204,7 +202,8 @@ def _sliced_kernel(
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     # In float32 each product begins at zero and is added afterwards: a sum of a hundred numbers, one
-    # after the other, is three times as far off as sums of sixteen. The matrix units need no such
+    # after the other, is three times as far off as sums of sixteen. It is an fma by 1 because Triton
+    # makes of a plain sum a product that begins at the other summand. The matrix units need no such
     # care, and would have to wait for each product.
     APART: tl.constexpr = q.dtype.element_ty == tl.float32
     for start in range(0, n_keys, KEYS):
@@ -215,7 +214,8 @@ def _sliced_kernel(
             q_c = _tile(q, queries, q_l, c, n_queries, D, True, D % CHUNK > 0)  # (queries, CHUNK)
             k_c = _tile(k, keys, k_l, c, n_keys, D, True, D % CHUNK > 0)     # (keys, CHUNK)
             if APART:
-                s += tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
+                part = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
+                s = tl.fma(part, 1.0, s)
             else:
                 s = tl.dot(q_c, tl.trans(k_c), s)
         s = _hide(s, queries, keys, n_keys, True, CAUSAL)
@@ -223,7 +223,7 @@ def _sliced_kernel(
         v_s = _tile(v, keys, v_l, columns, n_keys, D, True, D % SLICE > 0)   # (keys, SLICE)
         o = o * shrink[:, None]
         if APART:
-            o += tl.dot(p, v_s, input_precision=PRECISION)
+            o = tl.fma(tl.dot(p, v_s, input_precision=PRECISION), 1.0, o)
         else:
             o = tl.dot(p.to(v_s.dtype), v_s, o)
     _store(out, queries, out_l, columns, n_queries, o / total[:, None], D)

@@ -18,8 +18,7 @@ from minisd_kernels import launch
 
 
 @triton.jit
-def _kernel(h, out, n_rows, channels, COLS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr):
-    launch.begin(EARLY)
+def _kernel(h, out, n_rows, channels, COLS: tl.constexpr, ROWS: tl.constexpr):
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]           # (ROWS, 1)
     cols = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]           # (1, COLS)
     inside = (rows < n_rows) & (cols < channels)

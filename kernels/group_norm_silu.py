@@ -73,9 +73,8 @@ def _normalise(s, mean, rstd, weight, bias, SILU: tl.constexpr):
 def _whole_kernel(
     x, shift, residual, weight, bias, out, total, x_b, x_c, x_s, s_b, r_b, r_c, r_s, o_b, o_c, o_s,
     t_b, t_c, t_s, n_pixels, eps, CG: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, SILU: tl.constexpr, EARLY: tl.constexpr,
+    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, SILU: tl.constexpr,
 ):
-    launch.begin(EARLY)
     first, item = tl.program_id(0) * CG, tl.program_id(1).to(tl.int64)
     x, shift, residual = x + item * x_b, shift + item * s_b, residual + item * r_b
     p = tl.arange(0, PIXELS)[:, None]
@@ -102,10 +101,9 @@ def _whole_kernel(
 def _moments_kernel(
     x, shift, residual, total, moments, x_b, x_c, x_s, s_b, r_b, r_c, r_s, t_b, t_c, t_s,
     n_pixels, split, n_channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr, EARLY: tl.constexpr,
+    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, TOTAL: tl.constexpr,
 ):
     """Mean and sum of centred squares of CHANNELS channels over one split of the pixels."""
-    launch.begin(EARLY)
     item, first = tl.program_id(2).to(tl.int64), tl.program_id(0) * split
     last = min(first + split, n_pixels)
     x, shift, residual = x + item * x_b, shift + item * s_b, residual + item * r_b
@@ -136,10 +134,9 @@ def _moments_kernel(
 @triton.jit
 def _join_kernel(
     moments, statistics, n_pixels, split, n_splits, n_channels, eps,
-    CG: tl.constexpr, CHANNELS: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    CG: tl.constexpr, CHANNELS: tl.constexpr, SPLITS: tl.constexpr,
 ):
     """Mean and 1 / standard deviation of a group, from the moments of its channels."""
-    launch.begin(EARLY)
     group, item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, CHANNELS)[None, :]
     moments += item * n_splits * (2 * n_channels) + group * CG
@@ -167,10 +164,9 @@ def _apply_kernel(
     x, shift, residual, statistics, weight, bias, out, x_b, x_c, x_s, s_b, r_b, r_c, r_s,
     o_b, o_c, o_s, n_pixels, split, n_channels, n_groups, CG: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr, EARLY: tl.constexpr,
+    SHIFT: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr,
 ):
     """CHANNELS channels of the result over one split of the pixels."""
-    launch.begin(EARLY)
     item, first = tl.program_id(2).to(tl.int64), tl.program_id(0) * split
     last = min(first + split, n_pixels)
     x, shift, residual = x + item * x_b, shift + item * s_b, residual + item * r_b

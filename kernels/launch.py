@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -86,28 +85,6 @@ def setting(device: torch.device, kernel: str, size: int) -> NamedTuple:
     return DEFAULT[kernel, size]
 
 
-@triton.jit
-def begin(EARLY: tl.constexpr):
-    """The first line of every kernel. With EARLY it was launched while the one before it still
-    runs (programmatic dependent launch): it lets the next come as early, and waits for what the one
-    before it has written."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-def early(backend: str, arch: int | str) -> dict[str, bool]:
-    """The option that launches a kernel early, on an architecture (of Triton's GPUTarget) with it."""
-    there = backend == "cuda" and isinstance(arch, int) and arch >= 90
-    return {"launch_pdl": True} if there else {}
-
-
-def _early(kernel, device: torch.device) -> dict[str, bool]:
-    if device.type != "cuda" or torch.version.hip or interpreted(kernel):
-        return {}
-    return early("cuda", 10 * torch.cuda.get_device_capability(device)[0])
-
-
 def interpreted(kernel) -> bool:
     """Whether Triton's interpreter stands in for the compiler (TRITON_INTERPRET=1)."""
     return not isinstance(kernel, triton.JITFunction)
@@ -134,11 +111,9 @@ def refusal(kernel, **tensors: Tensor) -> str | None:
 def run(calls: list[Call]) -> None:
     """Launch in order, on the device of the tensors; on "meta" there is nothing to launch."""
     for call in calls:
-        if (device := call.args[0].device).type != "meta":
-            option = _early(call.kernel, device)
+        if call.args[0].device.type != "meta":
             with torch.cuda.device_of(call.args[0]):
                 call.kernel[call.grid](
-                    *call.args, **call.constants, EARLY=bool(option), **option,
-                    num_warps=call.warps, num_stages=call.stages,
+                    *call.args, **call.constants, num_warps=call.warps, num_stages=call.stages,
                     enable_fp_fusion=True,  # some releases of Triton have it off by default
                 )

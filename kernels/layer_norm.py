@@ -28,9 +28,7 @@ WIDEST = 8192
 def _kernel(
     x, shift, residual, weight, bias, total, out, n_rows, eps, C: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    launch.begin(EARLY)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]           # (ROWS, 1)
     cols = tl.arange(0, WIDTH)[None, :]                                      # (1, WIDTH)
     inside = (rows < n_rows) & (cols < C)

@@ -61,7 +61,7 @@ def fingerprint() -> str:
     Comments, docstrings, and the file and the order in which kernels stand are no part of it.
     """
     functions = [family.plan for family in FAMILIES] + [
-        kernel.fn for family in (*FAMILIES, launch) for kernel in jitted(family)]
+        kernel.fn for family in FAMILIES for kernel in jitted(family)]
     kernels = sorted({code(inspect.getsource(function)) for function in functions})
     tables = [sorted(launch.DEFAULT.items()), sorted(launch.MEASURED.items())]
     constants = [(name, getattr(family, name))

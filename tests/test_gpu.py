@@ -163,7 +163,7 @@ def test_fused_unet_in_a_graph(dtype):
         bound = 2 * error(step(readable(*twice, prompts[p]), i), exact) + last_place(exact, dtype)
         assert error(ours, exact) <= bound < float("inf")
         if dtype == torch.float32:
-            assert error(ours, exact) <= 1e-5 * exact.abs().max()
+            assert error(ours, exact) <= 3e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
@@ -184,7 +184,7 @@ def test_fused_decoder(dtype):
     assert error(first, exact) <= bound and len(vae.decoder.graphs) == 1
     if dtype == torch.float16:
         higher = copy.deepcopy(vae).float()
-        assert error(higher.decode(latent.float()), exact) <= bound / 10
+        assert error(higher.decode(latent.float()), exact) <= bound / 4
 
 
 @pytest.mark.parametrize("ops", ["triton", "fused"])
