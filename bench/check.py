@@ -1,7 +1,7 @@
 """Is it right: a result against the reference in float64, and against torch's own error.
 
 The bound is that of flash-attention's tests: twice the error of torch's own call on the same
-inputs in the same dtype (`times` has the one exception); and, because torch may be right by luck where two correct results round
+inputs in the same dtype; and, because torch may be right by luck where two correct results round
 differently, one unit in the last place of the largest number.
 """
 
@@ -63,14 +63,7 @@ def verdict(case, inputs: tuple, exact: Tensor | Sequence[Tensor], dtype: torch.
     by_torch = error(case.yardstick(*inputs), exact)
     with poisoned():
         ours = case.ours(*inputs)
-    bound = times(case.kernel, inputs[0]) * by_torch + last_place(exact, dtype)
-    return Verdict(error(ours, exact), by_torch, bound)
-
-
-def times(kernel: str, x: Tensor) -> int:
-    """How many times torch's own error is allowed: twice, and thrice in float32 attention on a GPU,
-    where torch sums by eights on the matrix units, and the kernel one product after the other."""
-    return 2 + (kernel == "attention" and x.is_cuda and x.dtype == torch.float32)
+    return Verdict(error(ours, exact), by_torch, 2 * by_torch + last_place(exact, dtype))
 
 
 def check(case, device: torch.device, dtype: torch.dtype) -> Verdict:

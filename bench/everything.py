@@ -242,10 +242,8 @@ def stage(name: str, out: Path, commit: str, date: str) -> int:
 class Running:
     """A stage's process: started early for its imports' sake, let go when it is its turn."""
 
-    def __init__(self, name: str, args: argparse.Namespace, say: Callable[[str, str], None]):
+    def __init__(self, name: str, command: list[str], say: Callable[[str, str], None]):
         self.name, self.say = name, say
-        command = [sys.executable, "-m", "bench.everything", "--stage", name, "--out", args.out,
-                   "--commit", args.commit, "--date", args.date]
         self.process = subprocess.Popen(
             command, cwd=record.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
@@ -274,6 +272,7 @@ class Running:
             code, said = None, "its time was up: killed"
         self.kill()
         self.pump.join(1)
+        self.process.stdout.close()
         self.say(self.name, said)
         return code == 0
 
@@ -297,7 +296,10 @@ def run(args: argparse.Namespace, machine: dict[str, str]) -> bool:
                     print(f"[{time.monotonic() - start:6.1f} {who}] {line}", file=file, flush=True)
 
         def begin(names: list[str]) -> None:
-            started.update({name: Running(name, args, say) for name in names})
+            for name in names:
+                command = [sys.executable, "-m", "bench.everything", "--stage", name, "--out",
+                           str(args.out), "--commit", args.commit, "--date", args.date]
+                started[name] = Running(name, command, say)
 
         say("day", ", ".join(f"{key} {value}" for key, value in machine.items()))
         together = [name for name in args.stages if not STAGES[name].alone]

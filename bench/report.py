@@ -105,9 +105,9 @@ def unproven(rows: list[dict]) -> str:
     if missing := wanted - groups(rows, "kernel", "shape", "dtype").keys():
         return f"{len(missing)} of {len(wanted)} checks are missing"
     for (commit,) in groups(rows, "commit"):
-        same = subprocess.run(["git", "diff", "--quiet", commit.removesuffix("-dirty"), "--",
-                               "kernels/*.py"], cwd=ROOT, check=False,
-                              stderr=subprocess.DEVNULL)
+        files = [family.__file__ for family in (*proof.FAMILIES, launch)]
+        same = subprocess.run(["git", "diff", "--quiet", commit.removesuffix("-dirty"), "--", *files],
+                              cwd=ROOT, check=False, stderr=subprocess.DEVNULL)
         if same.returncode:
             return f"the kernels have changed since commit {commit}, or git does not know it"
     return ""

@@ -34,8 +34,11 @@ class Graph:
             function(*self.changing, *self.fixed)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        # On this stream: torch's own for captures is of the device that was the first to need it.
-        with torch.cuda.graph(self.graph, pool=pool, stream=side):
+        # On a stream that is new, so that cuBLAS has no workspace for it yet and takes one from the
+        # graph's own memory: others are freed whenever somebody asks, as torch.compile does, and a
+        # graph that writes there is an illegal access. Not torch's stream for captures, which is of
+        # the device that was the first to need it.
+        with torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.Stream()):
             self.out = function(*self.changing, *self.fixed)
 
     def replay(self, changing: Sequence[Tensor | None], fixed: Sequence[Tensor | None]) -> Tensor:

@@ -112,7 +112,8 @@ def test_what_a_graph_is_given(eta, monkeypatch):
 def test_a_graph_is_of_the_device_of_its_tensors(monkeypatch):
     """Whichever is current: streams are made, steps recorded and replayed on that of x.
 
-    The capture has a stream of its own: torch's own is of the first device that captured.
+    The capture has a stream of its own, on which nothing was done before: cuBLAS keeps a workspace
+    for each stream, and one from outside the graph may be freed under it.
     """
     held, seen = [], []
 
@@ -125,22 +126,24 @@ def test_a_graph_is_of_the_device_of_its_tensors(monkeypatch):
     def noting(name, result):
         return lambda *args, **options: seen.append((name, options, *held)) or result
 
-    graph, side = MagicMock(), MagicMock()
+    graph, side, streams = MagicMock(), MagicMock(), [MagicMock(), MagicMock()]
     graph.replay = noting("replay", None)
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    for name, result in dict(Stream=side, current_stream=side, CUDAGraph=graph,
+    for name, result in dict(current_stream=side, CUDAGraph=graph,
                              stream=nullcontext(), graph=nullcontext()).items():
         monkeypatch.setattr(torch.cuda, name, noting(name, result))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: noting("Stream", streams.pop(0))())
+    first, second = streams
     changing, fixed = (torch.zeros(1),), (None, torch.zeros(1))
     made = Graph(noting("call", torch.ones(1)), changing, fixed, (0, 1))
     made.replay(changing, fixed)
     assert [name for name, *_ in seen] == [
-        "Stream", "current_stream", "stream", "call", "current_stream", "CUDAGraph", "graph",
-        "call", "replay"]
+        "Stream", "current_stream", "stream", "call", "current_stream", "CUDAGraph", "Stream",
+        "graph", "call", "replay"]
     assert all(tensor is (made.out if name == "replay" else made.changing[0])
                for name, _, tensor in seen)
     assert [options for name, options, _ in seen if name == "graph"] == [
-        {"pool": (0, 1), "stream": side}]
+        {"pool": (0, 1), "stream": second}]
 
 
 def test_graphs_are_a_bounded_cache(monkeypatch):

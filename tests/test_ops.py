@@ -213,13 +213,19 @@ def test_auto_is_torch_in_a_dtype_that_the_kernels_do_not_take(dtype, monkeypatc
     assert choose("fused", CPU, dtype).attention is TORCH.attention
 
 
+def test_auto_leaves_interpreted_kernels_alone(monkeypatch):
+    """With TRITON_INTERPRET set they would run on a CPU, in minutes a picture."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("minisd_kernels.launch.interpreted", lambda kernel: True)
+    assert "interpreted" in choose("auto", CPU).why
+
+
 @pytest.mark.parametrize("dtype, packed", [("float64", False), ("float32", True)])
 def test_a_model_loaded_with_auto_is_packed_where_the_kernels_take_its_dtype(
         dtype, packed, monkeypatch):
     """Here a CPU stands in for a proven GPU, and nothing is run."""
     pytest.importorskip("triton")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("minisd_kernels.proof.proven", lambda capability: "")
+    monkeypatch.setattr("minisd.ops._not_proven", lambda device: "")
     monkeypatch.setattr("minisd_kernels.launch.interpreted", lambda kernel: True)
     sd = minisd.load(dtype=dtype, device="cpu", ops="auto")
     assert isinstance(sd.unet, UNet) != packed and sd.unet.ops.name == ["torch", "auto"][packed]

@@ -67,7 +67,7 @@ def test_a_model_is_a_table_a_line_a_provider(drawn, tmp_path):
     for provider in ("minisd torch", COMPILED):
         cells = line(text, provider)
         for at, what in ((1, "picture over fused"), (4, "step over fused")):
-            assert float(cells[at]) == pytest.approx(float(last[provider, what]["p50"]), rel=0.01)
+            assert float(cells[at]) == pytest.approx(float(last[provider, what]["p50"]), rel=0.03)
     # Fused raced twice, and held memory in batches too: shown are its last race, and one picture's.
     assert line(text, FUSED)[3].startswith(report.tables.middle(last[FUSED, "step"]))
     held, = (row for row in drawn if (row["provider"], row["what"], row.get("batch")) ==
