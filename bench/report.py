@@ -105,7 +105,7 @@ def unproven(rows: list[dict]) -> str:
     if missing := wanted - groups(rows, "kernel", "shape", "dtype").keys():
         return f"{len(missing)} of {len(wanted)} checks are missing"
     for (commit,) in groups(rows, "commit"):
-        files = [family.__file__ for family in (*proof.FAMILIES, launch)]
+        files = [f"kernels/{Path(family.__file__).name}" for family in (*proof.FAMILIES, launch)]
         same = subprocess.run(["git", "diff", "--quiet", commit.removesuffix("-dirty"), "--", *files],
                               cwd=ROOT, check=False, stderr=subprocess.DEVNULL)
         if same.returncode:

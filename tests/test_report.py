@@ -182,7 +182,7 @@ def tree(tmp_path, monkeypatch):
     """A repository with one kernel and no proof: its commit, and a command that proves."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
-    root, kernel = tmp_path / "tree", tmp_path / "tree" / "kernels" / "one.py"
+    root, kernel = tmp_path / "tree", tmp_path / "tree" / "kernels" / "launch.py"
     kernel.parent.mkdir(parents=True)
     kernel.write_text("1\n")
     name = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -232,7 +232,7 @@ def test_other_kernels_are_not_proven(tree, capsys, commit):
           tree[1] | ({"commit": commit} if commit else {}))
     if commit is None:
         assert report.unproven(report.read(tree[0] / "r" / "equality.csv")) == ""
-        (tree[0] / "kernels" / "one.py").write_text("2\n")
+        (tree[0] / "kernels" / "launch.py").write_text("2\n")
     assert prove(tree, "--prove") == 1 and not proof.FILE.exists()
     said = capsys.readouterr().out
     assert f"the kernels have changed since commit {commit or tree[1]['commit']}" in said
