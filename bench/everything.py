@@ -20,7 +20,8 @@ what it had by then is in DIR, row by row. `python -m bench.report DIR` makes a 
 
 and log.txt of them all. Sized for a GPU of 80 GB and 16 cores; needs diffusers, transformers,
 pytest and pytest-xdist, and no network. Without a GPU it rehearses: small models in float32, and
-kernels only with TRITON_INTERPRET=1. Ends with 1 if anything was wrong or a stage failed.
+kernels only with TRITON_INTERPRET=1. Ends with 1 if a kernel was wrong, minisd did not run, or a
+stage failed.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from bench import check, image, inside, kernels, models, record, shapes, tune
 from bench.clock import limited
 from bench.contest import COMPILED, EAGER, FUSED, Contest
 from bench.group_norm import AllGroupNorms, Compiler
+from bench.measure import OURS
 
 GPU = torch.cuda.is_available()
 INTERPRETED = launch.interpreted(_kernel)
@@ -82,23 +84,25 @@ class Day(NamedTuple):
 
 def tests(day: Day) -> bool:
     """In two runs at once: those that hold a model in float64 few at a time, the others many."""
-    heavy, each = "unet or decoder or picture", max(5, int(day.left()))
+    heavy = "unet or decoder or picture"
     runs = {"tests.txt": (f"not full_size and not ({heavy})", min(8, CORES)),
             "tests-heavy.txt": (heavy, min(2, CORES))}
-    children = {}
+    children, right = {}, True
     for name, (chosen, workers) in runs.items():
         command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-o", "addopts=", "-v",
                    "-n", str(workers), "-k", chosen, "--tb=short", "-rfE", "-p", "no:cacheprovider"]
-        with (day.out / name).open("ab") as file:
+        with (day.out / name).open("wb") as file:
             children[name] = subprocess.Popen(command, cwd=record.ROOT, stdout=file,
                                               stderr=subprocess.STDOUT)
-    right = True
     for name, child in children.items():
-        code = child.wait(each)
+        try:
+            code = child.wait(max(1.0, day.left() - 1))
+        except subprocess.TimeoutExpired:
+            code = None
         lines = (day.out / name).read_text().splitlines()
         told = [line for line in lines if line.startswith(("FAILED", "ERROR"))] + lines[-1:]
         print(*(f"{name}: {line[:200]}" for line in told), sep="\n", flush=True)
-        right &= code == 0 or code == 5 and not GPU  # 5: nothing was collected
+        right &= code == 0 or code == 5 and not GPU  # None: out of time; 5: nothing was collected
     return right
 
 
@@ -109,12 +113,13 @@ def equality(day: Day) -> bool:
                           min(12, CORES) if GPU else 0, day.end - 2)
 
 
-def core(day: Day) -> None:
+def core(day: Day) -> bool:
     contest = day.contest("SD1.5-512")
     for name in (FUSED, EAGER):
         image.enter(contest, name)
     contest.race(7, 0.5 * day.left())
     inside.profile(contest, day.out / "profile.txt")
+    return FUSED in contest.entered
 
 
 def changes(day: Day) -> None:
@@ -154,17 +159,21 @@ def heaviest() -> list:
     return sorted(cases, key=lambda case: getattr(case, "model", "") == "SD2.1")
 
 
-def some_kernels(day: Day) -> None:
+def some_kernels(day: Day) -> bool:
     cases = heaviest() if GPU else shapes.tiny() if INTERPRETED else shapes.small()[::4]
-    kernels.time_all(cases, day.device, day.dtype, Compiler(0.4 * day.left() if GPU else 0),
-                     9 if GPU else 2, day.end - 2, day.add("kernels.csv", record.COLUMNS))
+    found = kernels.time_all(
+        cases, day.device, day.dtype, Compiler(0.4 * day.left() if GPU else 0), 9 if GPU else 2,
+        day.end - 2, day.add("kernels.csv", record.COLUMNS))
+    return not GPU or not any(row["provider"] == OURS and row["metric"] == "not timed"
+                              for row in found)
 
 
-def others(day: Day) -> None:
+def others(day: Day) -> bool:
     contest = day.contest("SD1.5-512")
     for name in ("minisd torch", "minisd triton"):
         image.enter(contest, name)
     contest.race(5, day.left() - 4)
+    return not GPU or len(contest.entered) == 2
 
 
 def rest(day: Day) -> None:
@@ -182,12 +191,13 @@ def rest(day: Day) -> None:
             del contest
 
 
-def tuned(day: Day) -> None:
+def tuned(day: Day) -> bool:
     cases = [case for case in shapes.full() if getattr(case, "model", "") in ("SD1.5", "VAE")]
     if INTERPRETED:
         cases = [case for case in shapes.tiny() if case.kernel == "geglu"]
-    tune.tune(cases, tune.Setup(day.device, day.dtype, 5), day.end - 5,
-              min(14, CORES) if GPU else 0, day.add("tune.csv", record.COLUMNS))
+    code = tune.tune(cases, tune.Setup(day.device, day.dtype, 5), day.end - 5,
+                     min(14, CORES) if GPU else 0, day.add("tune.csv", record.COLUMNS))
+    return code == 0 or not GPU
 
 
 class Stage(NamedTuple):

@@ -15,6 +15,7 @@ kernels/proven.json, and ends with 1 if something was not proven.
 
 import argparse
 import csv
+import json
 import subprocess
 from pathlib import Path
 
@@ -58,8 +59,9 @@ def with_peers(rows: list[dict]) -> list[dict]:
             if run in beside or run[:2] not in compared]
 
 
-def section(files: dict[str, list[dict]], top: bool) -> list[str]:
-    """All that one device has to tell in one folder, which is bench/results itself or not."""
+def section(files: dict[str, list[dict]], folder: Path) -> list[str]:
+    """All that one device has to tell in one folder."""
+    top = folder.resolve() == RESULTS.resolve()
     shown = {name: latest(files[name], *columns) for name, columns in LATEST.items()}
     shown["image"] = latest(with_peers(files["image"]), "model") if top else files["image"]
     every = [row for rows in shown.values() for row in rows]
@@ -69,7 +71,7 @@ def section(files: dict[str, list[dict]], top: bool) -> list[str]:
     days = ", ".join(sorted({row["date"][:10] for row in every}))
     versions = (f"{column} {told(every, column)}" for column in
                 ("driver", "torch", "triton", "commit"))
-    lines = [f"## {every[0]['device']}, {days}", "",
+    lines = [f"## {every[0]['device']}, {days}{'' if top else f' ({folder.name})'}", "",
              f"{' and '.join(f'`python -m {name}`' for name in commands)}; {', '.join(versions)}.",
              "", *tables.correctness(shown["equality"]), *tables.kernels(shown["kernels"])]
     for run in groups(shown["image"], "model", "date").values():
@@ -87,7 +89,7 @@ def page(folders: list[Path]) -> str:
             mine = {name: [row for row in rows if row["device"] == device]
                     for name, rows in files.items()}
             date = max(row["date"] for rows in mine.values() for row in rows)
-            sections.append((date, section(mine, folder.resolve() == RESULTS.resolve())))
+            sections.append((date, section(mine, folder)))
     if not sections and not counts:
         raise SystemExit(f"no results in {', '.join(map(str, folders))}: "
                          "run `python -m bench.everything` first")
@@ -104,10 +106,14 @@ def unproven(rows: list[dict]) -> str:
               for case, dtype in to_check(shapes.full(), launch.DTYPES)}
     if missing := wanted - groups(rows, "kernel", "shape", "dtype").keys():
         return f"{len(missing)} of {len(wanted)} checks are missing"
+    written = json.loads(proof.FILE.read_text()) if proof.FILE.exists() else {}
+    row = written.get(rows[0]["capability"], {})
+    if row.get("date") == rows[0]["date"] and row.get("kernels") == proof.fingerprint():
+        return ""  # written down already, and only comments may have changed since
     for (commit,) in groups(rows, "commit"):
         files = [f"kernels/{Path(family.__file__).name}" for family in (*proof.FAMILIES, launch)]
-        same = subprocess.run(["git", "diff", "--quiet", commit.removesuffix("-dirty"), "--", *files],
-                              cwd=ROOT, check=False, stderr=subprocess.DEVNULL)
+        command = ["git", "diff", "--quiet", commit.removesuffix("-dirty"), "--", *files]
+        same = subprocess.run(command, cwd=ROOT, check=False, stderr=subprocess.DEVNULL)
         if same.returncode:
             return f"the kernels have changed since commit {commit}, or git does not know it"
     return ""
@@ -118,7 +124,7 @@ def prove(rows: list[dict], write: bool) -> bool:
     down those that it does; whether all were."""
     rows = [row for row in rows if row["capability"] != "none"
             and "interpreter" not in row["device"]]
-    right = True
+    right = bool(rows)
     for (capability,), mine in groups(latest(rows, "capability"), "capability").items():
         why = unproven(mine)
         said = f"not proven: {why}" if why else f"proven by {len(mine)} checks"

@@ -7,7 +7,8 @@ written down with its reason. Printed in the end are the rows to paste into laun
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 from unittest.mock import patch
@@ -55,9 +56,12 @@ class Setup(NamedTuple):
     rounds: int  # samples of each
 
 
-def using(key: tuple, setting: NamedTuple):
-    """Inside, plans for ``key`` take that setting."""
-    return patch.dict(launch.DEFAULT, {key: setting})
+@contextmanager
+def using(key: tuple, setting: NamedTuple) -> Iterator[None]:
+    """Inside, plans for ``key`` take that setting, also where another one was measured."""
+    measured = {row: setting for row in launch.MEASURED if row[1:] == key}
+    with patch.dict(launch.DEFAULT, {key: setting}), patch.dict(launch.MEASURED, measured):
+        yield
 
 
 def served(cases: list, dtype: torch.dtype) -> dict[tuple, list]:

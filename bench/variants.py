@@ -13,7 +13,6 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-import triton
 from minisd_kernels import flash_attention, launch
 from minisd_kernels.bodies import triton_bodies
 from minisd_kernels.fused_unet import FusedUNet

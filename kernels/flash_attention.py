@@ -201,10 +201,10 @@ def _sliced_kernel(
     o = tl.zeros((QUERIES, SLICE), tl.float32)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
-    # In float32 each product begins at zero and is added afterwards: a sum of a hundred numbers, one
-    # after the other, is three times as far off as sums of sixteen. It is an fma by 1 because Triton
-    # makes of a plain sum a product that begins at the other summand. The matrix units need no such
-    # care, and would have to wait for each product.
+    # In float32 each product begins at zero and is added afterwards: a sum of a hundred numbers is
+    # three times as far off as sums of sixteen. The addition is an fma by 1, because of a plain sum
+    # Triton makes a product that begins at the other summand. The matrix units need no such care,
+    # and would have to wait for each product.
     APART: tl.constexpr = q.dtype.element_ty == tl.float32
     for start in range(0, n_keys, KEYS):
         keys = start + tl.arange(0, KEYS)

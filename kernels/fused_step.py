@@ -64,7 +64,7 @@ class Steps:
         changing = x, self.times[i], self.table[i], fresh
         if x.device.type != "cuda":
             return advance(self.unet, *changing, *self.fixed)
-        size = *x.shape, len(self.fixed[1]), fresh is None, self.fixed[0] is None
+        size = *x.shape, x.dtype, *self.fixed[1].shape[:2], fresh is None, self.fixed[0] is None
         return self.unet.graphs(("step", *size), self._advance, changing, self.fixed)
 
     def _advance(self, *given: Tensor | None) -> Tensor:

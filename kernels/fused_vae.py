@@ -68,11 +68,15 @@ class FusedDecoder(nn.Module):
         self.graphs = Graphs()
 
     def forward(self, latent: Tensor) -> Tensor:
-        if latent.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        wanted = torch.is_grad_enabled() and latent.requires_grad
+        if latent.device.type != "cuda" or wanted or torch.cuda.is_current_stream_capturing():
             return self._decode(latent)
-        # ``.to`` moves the weights away from where a graph reads them: that is another key.
-        key = "decode", *latent.shape, latent.dtype, self.conv_out.weight.data_ptr()
-        return self.graphs(key, self._decode, [latent])
+        return self.graphs(("decode", *latent.shape, latent.dtype), self._decode, [latent])
+
+    def _apply(self, *args, **options) -> "FusedDecoder":
+        """What ``.to`` calls: the weights move away from where a graph reads them."""
+        self.graphs.clear()
+        return super()._apply(*args, **options)
 
     def _decode(self, latent: Tensor) -> Tensor:
         x = latent.contiguous(memory_format=torch.channels_last)

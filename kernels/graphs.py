@@ -5,6 +5,7 @@ and Python cannot issue them as fast as a GPU runs them. A CUDA graph records th
 and replays them as one; what changes is copied into buffers that the recorded launches read.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -28,16 +29,12 @@ class Graph:
 
     def _record(self, function: Callable[..., Tensor], pool: tuple[int, int]) -> None:
         # Once outside the graph: the first call compiles kernels and lets libraries choose theirs.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            function(*self.changing, *self.fixed)
-        torch.cuda.current_stream().wait_stream(side)
+        function(*self.changing, *self.fixed)
         self.graph = torch.cuda.CUDAGraph()
-        # On a stream that is new, so that cuBLAS has no workspace for it yet and takes one from the
-        # graph's own memory: others are freed whenever somebody asks, as torch.compile does, and a
-        # graph that writes there is an illegal access. Not torch's stream for captures, which is of
-        # the device that was the first to need it.
+        # On a stream where nothing ran before (torch has 32), so that cuBLAS has no workspace for
+        # it yet and takes one from the graph's own memory: others are freed whenever somebody asks,
+        # as torch.compile does, and a graph that writes there is an illegal access. Not torch's
+        # stream for captures, which is of the device that was the first to need it.
         with torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.Stream()):
             self.out = function(*self.changing, *self.fixed)
 
@@ -57,25 +54,29 @@ class Graph:
 class Graphs:
     """The graphs of a model, the least recently used of more than MOST forgotten.
 
-    They share the memory for what lies between their launches, since none runs beside another. A
-    cache: a copy and a pickle of it are empty.
+    They share the memory for what lies between their launches, since none runs beside another: a
+    lock lets threads take turns. A cache: a copy and a pickle of it are empty.
     """
 
     def __init__(self):
         self._made: dict[Hashable, Graph] = {}
+        self._lock = threading.Lock()
         self._pool: tuple[int, int] | None = None
 
     def __call__(self, key: Hashable, function: Callable[..., Tensor],
                  changing: Sequence[Tensor | None], fixed: Sequence[Tensor | None] = ()) -> Tensor:
         """``function(*changing, *fixed)`` by the graph of that key, recorded if there is none."""
-        graph = self._made.pop(key, None)
-        if graph is None:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = Graph(function, changing, fixed, self._pool)
-        self._made[key] = graph
-        if len(self._made) > MOST:
-            del self._made[next(iter(self._made))]
-        return graph.replay(changing, fixed)
+        # Buffers outlive the call, whatever mode it is made in.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            graph = self._made.pop(key, None)
+            if graph is None:
+                if not self._made:
+                    self._pool = torch.cuda.graph_pool_handle()
+                graph = Graph(function, changing, fixed, self._pool)
+            self._made[key] = graph
+            if len(self._made) > MOST:
+                del self._made[next(iter(self._made))]
+            return graph.replay(changing, fixed)
 
     def __len__(self) -> int:
         return len(self._made)
@@ -83,7 +84,6 @@ class Graphs:
     def clear(self) -> None:
         """Forget all, and give back what they hold."""
         self._made.clear()
-        self._pool = None
 
     def __deepcopy__(self, memo: dict) -> "Graphs":
         return Graphs()

@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU in one pass over memory, in whichever layout the picture already has.
+"""GroupNorm and SiLU in one pass over memory or two, in whichever layout the picture already has.
 
     s = x [+ shift per channel] [+ residual]       the fused front: what would be launches before
     y = (s - mean) / sqrt(variance + eps) * weight + bias, over each group of channels
@@ -14,7 +14,7 @@ with stride 1 is the one that neighbouring threads read, 16 bytes a thread where
     large groups    three: `_moments_kernel` writes the moments of every channel over each split of
                     the pixels, one writer a slot, and s if asked; `_join_kernel` makes those of
                     every group of them; `_apply_kernel` normalises. A group of SD1 is ten channels
-                    wide, no power of two: a tile there takes 64 channels whatever their groups.
+                    wide, no power of two: a tile there takes 32 channels, whatever their groups.
 
 No atomics: the same bits every run. Moments are means and sums of centred squares joined by Chan's
 formula, never E[x^2] - E[x]^2, which loses every digit when the mean is large.
@@ -41,7 +41,7 @@ def _load(
     SHIFT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):
     """A tile of s in float32, rounded to x's dtype as the launches it replaces would."""
-    s = tl.load(x + pixels * x_s + channels * x_c, mask=inside, other=0.0)   # (PIXELS, GROUPS, ...)
+    s = tl.load(x + pixels * x_s + channels * x_c, mask=inside, other=0.0)   # (PIXELS, CHANNELS)
     dtype = s.dtype
     s = s.to(tl.float32)
     if SHIFT:

@@ -2,7 +2,7 @@
 
 Nothing is tuned at run time. The first call with new sizes compiles (about a second a kernel, kept
 in Triton's cache folder, so once a machine) and later ones launch. `python -m bench.kernels --tune`
-times the neighbours of a setting on the device at hand and prints rows for MEASURED.
+times a list of settings on the device at hand and prints rows for MEASURED.
 """
 
 from typing import NamedTuple
@@ -51,7 +51,8 @@ class Cost(NamedTuple):
     exponentials: int
 
 
-# (kernel, widest piece of d or size) -> setting. Chosen from compiled code alone (bench.compile):
+# (kernel, widest piece of d or size) -> setting. Attention's are chosen from compiled code
+# (bench.compile), those of the norms were the fastest on an H200:
 # no spill on any target with either Triton. 128 queries read k and v half as often as 64 do, and
 # two such programs fit on a multiprocessor of sm_90 (but one at d 80).
 DEFAULT = {
@@ -64,7 +65,7 @@ DEFAULT = {
     ("one tile", 64): Tile(64, 128, 4, 1),
     ("sliced", 2): Tile(64, 64, 4, 2),  # by bytes an element
     ("sliced", 4): Tile(64, 32, 8, 1),  # half of both spills on sm_80 with Triton 3.6
-    ("group norm", 0): Norm(32768, 1, 16),  # a group whole, at most so large and with so many
+    ("group norm", 0): Norm(32768, 1, 16),  # a group whole: at most so many elements, and warps
     ("group norm", 1): Norm(4096, 32, 4),  # parts of larger ones
     ("layer norm", 0): Norm(2048, 1, 2),
     ("geglu", 0): Norm(2048, 256, 4),

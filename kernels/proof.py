@@ -12,8 +12,9 @@ import inspect
 import json
 import os
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
+import triton
 from triton.runtime.jit import KernelInterface
 
 from minisd_kernels import flash_attention, geglu, group_norm_silu, launch, layer_norm
@@ -29,15 +30,27 @@ CONSTANTS = {
 FIELDS = ("kernels", "device", "torch", "triton", "commit", "date", "checks")
 
 
-def proven(capability: tuple[int, int]) -> str:
-    """Why the kernels are not proven on that compute capability; empty if they are."""
+def proven(capability: tuple[int, int], device: str) -> str:
+    """Why the kernels are not proven on a GPU of that compute capability and name (as torch gives
+    it); empty if they are."""
     name = "{}.{}".format(*capability)
     row = json.loads(FILE.read_text()).get(name)
     if row is None:
         return f"the kernels have not been measured on compute capability {name}"
     if row["kernels"] != fingerprint():
         return f"the kernels have changed since they were measured on compute capability {name}"
+    if settings(row["device"]) != settings(device):
+        return f"the kernels were measured on {row['device']} with other settings than {device} has"
+    # Another release compiles other code, and a compiler has been wrong before.
+    if row["triton"] != triton.__version__:
+        return f"the kernels were measured with Triton {row['triton']}, not {triton.__version__}"
     return ""
+
+
+def settings(device: str) -> dict[tuple[str, int], tuple]:
+    """The launch settings of a GPU of that name."""
+    return {key: launch.MEASURED.get((device, *key), default)
+            for key, default in launch.DEFAULT.items()}
 
 
 def record(path: str | os.PathLike, capability: str, row: dict) -> None:
@@ -56,17 +69,24 @@ def record(path: str | os.PathLike, capability: str, row: dict) -> None:
 
 
 def fingerprint() -> str:
-    """A sha256 of every kernel's code, of its plan and of every setting that it is launched with.
+    """A sha256 of every kernel's code, of what plans and launches it, and of every setting.
 
-    Comments, docstrings, and the file and the order in which kernels stand are no part of it.
+    Comments, docstrings, and the file and the order in which functions stand are no part of it; nor
+    are functions that make sentences: each release of Python writes f-strings down in its own way.
     """
-    functions = [family.plan for family in FAMILIES] + [
-        kernel.fn for family in FAMILIES for kernel in jitted(family)]
-    kernels = sorted({code(inspect.getsource(function)) for function in functions})
+    functions = [function for module in (*FAMILIES, launch)
+                 for function in (*defined(module), *(kernel.fn for kernel in jitted(module)))]
+    codes = sorted({code for code in map(plain, functions) if code})
     tables = [sorted(launch.DEFAULT.items()), sorted(launch.MEASURED.items())]
     constants = [(name, getattr(family, name))
                  for family, names in CONSTANTS.items() for name in names]
-    return hashlib.sha256(repr((kernels, tables, constants)).encode()).hexdigest()
+    return hashlib.sha256(repr((codes, tables, constants)).encode()).hexdigest()
+
+
+def defined(module: ModuleType) -> list[FunctionType]:
+    """The functions that a module defines itself."""
+    return [x for x in vars(module).values()
+            if isinstance(x, FunctionType) and x.__module__ == module.__name__]
 
 
 def jitted(family: ModuleType) -> list[KernelInterface]:
@@ -74,10 +94,13 @@ def jitted(family: ModuleType) -> list[KernelInterface]:
     return [x for x in vars(family).values() if isinstance(x, KernelInterface)]
 
 
-def code(source: str) -> str:
-    """A function's source without comments and docstring, laid out in one way."""
-    tree = ast.parse(source)
-    (function,) = tree.body
-    if ast.get_docstring(function) is not None:
-        function.body = function.body[1:] or [ast.Pass()]
+def plain(function: FunctionType) -> str:
+    """A function's source without comments and docstring, laid out in one way; empty for one with
+    an f-string."""
+    tree = ast.parse(inspect.getsource(function))
+    (body,) = tree.body
+    if any(isinstance(node, ast.JoinedStr) for node in ast.walk(tree)):
+        return ""
+    if ast.get_docstring(body) is not None:
+        body.body = body.body[1:] or [ast.Pass()]
     return ast.unparse(tree)

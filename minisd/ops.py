@@ -111,8 +111,9 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) 
     """The ops of that name for a model of that dtype on that device. Raises ValueError where
     there are none.
 
-    "auto" is the kernels on a GPU of a proven capability, call by call, and torch's elsewhere:
-    code that never ran on a GPU is nobody's default.
+    "auto" is the kernels on a GPU of a proven capability, packed as for "fused", with torch's
+    attention where a call is none of theirs; and torch's elsewhere: code that never ran on a GPU is
+    nobody's default.
     "fused" says that the UNet is to be packed anew as well (minisd_kernels.fused_unet): with the
     kernels on a GPU, with torch's on a CPU.
     """
@@ -148,11 +149,14 @@ def _no_kernels(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _not_proven(device: torch.device) -> str:
+    from minisd_kernels.flash_attention import _kernel
+    from minisd_kernels.launch import interpreted
     from minisd_kernels.proof import proven
 
-    if device.type == "cpu":  # with TRITON_INTERPRET set
-        return "on a CPU the kernels are interpreted, which is for tests"
-    return proven(torch.cuda.get_device_capability(device))
+    if interpreted(_kernel):  # with TRITON_INTERPRET set
+        return "the kernels are interpreted, which is for tests"
+    name = torch.cuda.get_device_name(device)
+    return proven(torch.cuda.get_device_capability(device), name)
 
 
 def _kernels() -> Ops:

@@ -259,7 +259,7 @@ def load(
     ``device`` "auto" is cuda, then mps, then cpu; ``dtype`` "auto" is float16 on a GPU and
     float32 on a CPU; ``ops`` "torch", "reference" (the formulas written out), "triton" (the GPU
     kernels, which refuse rather than fall back), "fused" (these and a UNet packed anew; on a CPU
-    with torch's ops) or "auto".
+    with torch's ops) or "auto": "fused" on a GPU where the kernels are proven, else "torch".
 
     Raises FileNotFoundError, WeightError (naming file and tensor), or ValueError for the rest.
     """

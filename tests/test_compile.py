@@ -85,7 +85,8 @@ def test_what_is_within_bounds_is_not_reported():
 
 
 @pytest.mark.parametrize("change", [
-    {"unwritten": "UR13 at 30c0"}, {"stack": 8}, {"spills": 1}, {"shared": 227 * 1024 + 1}, {"matrix": 0},
+    {"unwritten": "UR13 at 30c0"}, {"stack": 8}, {"spills": 1}, {"shared": 227 * 1024 + 1},
+    {"matrix": 0},
     {"target": "sm_80", "shared": 163 * 1024 + 1}, {"target": "gfx942", "shared": 65537},
     {"target": "gfx942", "spills": 1}, {"dtype": "bfloat16", "target": "sm_100", "matrix": 0},
 ], ids=str)

@@ -14,7 +14,7 @@ from small_models import SMALL, error, randn, randomise
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels import fused_unet, packed
+from minisd_kernels import fused_unet
 from minisd_kernels.bodies import PLAIN
 from minisd_kernels.fused_unet import FusedUNet
 
@@ -47,7 +47,8 @@ def test_a_stage_that_overruns_is_ended_with_all_that_it_started(monkeypatch):
     said = []
     script = ("import subprocess, sys, time; sys.stdin.readline(); "
               "print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)")
-    stage = everything.Running("slow", [sys.executable, "-c", script], lambda *line: said.append(line))
+    stage = everything.Running("slow", [sys.executable, "-c", script],
+                               lambda *line: said.append(line))
     stage.go(2.0)
     start = time.monotonic()
     assert not stage.wait()
@@ -76,7 +77,8 @@ def test_the_two_halves_are_all_stages():
     first, second = (everything.parse(["--out", "x", *more]).stages for more in ([], ["--tune"]))
     assert [*first, *second] == list(everything.STAGES)
     cases = everything.heaviest()
-    assert {case.kernel for case in cases} == {"attention", "group_norm_silu", "layer_norm", "geglu"}
+    assert {case.kernel for case in cases} == {
+        "attention", "group_norm_silu", "layer_norm", "geglu"}
     assert cases[0].label == "SD1.5 2x8x4096x4096x40 packed"
 
 
@@ -88,17 +90,14 @@ def fused():
     return lambda: model(x, torch.tensor([981.0]), prompt)
 
 
-@pytest.mark.parametrize("label, place", [
-    ("doubled", (fused_unet.Up, "forward")), ("convolutions", (packed.Conv, "forward"))])
-def test_a_change_is_made_and_computes_the_same(label, place, fused):
+def test_a_change_is_made_and_computes_the_same(fused):
     """And is forgotten after."""
-    change = next(c for c in inside.CHANGES if c.label.startswith(label))
-    plain, before = fused(), getattr(*place)
+    change = next(c for c in inside.CHANGES if c.label.startswith("doubled"))
+    plain, before = fused(), fused_unet.Up.forward
     with change.made(None):
-        assert getattr(*place) is not before
         changed = fused()
-    assert getattr(*place) is before
-    assert error(changed, plain) <= 1e-11 * plain.abs().max()
+    assert fused_unet.Up.forward is before
+    assert 0 < error(changed, plain) <= 1e-11 * plain.abs().max()
 
 
 def test_what_is_compiled_for_a_change_is_named():

@@ -168,7 +168,7 @@ def test_fused_unet_in_a_graph(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_fused_decoder(dtype):
-    """SD1's, to 512x512; a graph decodes another latent, and a copy in another dtype its own way."""
+    """SD1's, to 512x512; a graph decodes another latent too, and a copy in float32 has its own."""
     with DEVICE:
         vae = VAE(SD1.vae, TORCH).to(dtype).requires_grad_(False)
     latent = torch.randn(1, 4, 64, 64).to(dtype)

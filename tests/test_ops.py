@@ -173,10 +173,11 @@ def test_auto_on_a_proven_gpu_chooses_call_by_call(monkeypatch):
     """"meta" stands in for the GPU: the kernels' checks pass there and nothing is launched."""
     pytest.importorskip("triton")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
     gpu = torch.device("meta")
     monkeypatch.setattr("minisd_kernels.proof.proven", "not on {0[0]}.{0[1]}".format)
     assert choose("auto", gpu).why == "not on 9.0"
-    monkeypatch.setattr("minisd_kernels.proof.proven", lambda capability: "")
+    monkeypatch.setattr("minisd_kernels.proof.proven", lambda *of: "")
     calls = []
     ops = watch(choose("auto", gpu), calls)
     for d, dtype in ((40, torch.float16), (42, torch.float16), (40, torch.float64)):
@@ -200,7 +201,8 @@ def test_auto_is_torch_in_a_dtype_that_the_kernels_do_not_take(dtype, monkeypatc
     """All of it, as a model packed anew has no other body to fall back on."""
     pytest.importorskip("triton")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("minisd_kernels.proof.proven", lambda capability: "")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr("minisd_kernels.proof.proven", lambda *of: "")
     gpu = torch.device("meta")
     why = f"the kernels take float16, bfloat16 and float32, not {str(dtype)[6:]}"
     ops = choose("auto", gpu, dtype)

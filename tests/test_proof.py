@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
+triton = pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
 from minisd_kernels import flash_attention, group_norm_silu, launch, layer_norm, proof
 
@@ -41,13 +41,19 @@ def test_the_shipped_file():
 def test_a_row_proves_the_kernels_that_were_measured(file):
     file.write_text("{}")
     sentence = "the kernels have not been measured on compute capability 9.0"
-    assert proof.proven((9, 0)) == sentence
+    here = ROW | {"kernels": proof.fingerprint(), "triton": triton.__version__}
+    assert proof.proven((9, 0), "NVIDIA H100") == sentence
     proof.record(file, "9.0", ROW)
-    assert proof.proven((9, 0)) == (
+    assert proof.proven((9, 0), "NVIDIA H100") == (
         "the kernels have changed since they were measured on compute capability 9.0")
-    proof.record(file, "9.0", ROW | {"kernels": proof.fingerprint()})
-    assert proof.proven((9, 0)) == ""
-    assert proof.proven((10, 0)) == sentence.replace("9.0", "10.0")
+    proof.record(file, "9.0", here)
+    assert proof.proven((9, 0), "NVIDIA H100") == proof.proven((9, 0), "NVIDIA GH200") == ""
+    assert proof.proven((10, 0), "NVIDIA B200") == sentence.replace("9.0", "10.0")
+    assert proof.proven((9, 0), "NVIDIA H200") == (
+        "the kernels were measured on NVIDIA H100 with other settings than NVIDIA H200 has")
+    proof.record(file, "9.0", here | {"triton": "3.0.0"})
+    assert proof.proven((9, 0), "NVIDIA H100") == (
+        f"the kernels were measured with Triton 3.0.0, not {triton.__version__}")
 
 
 def test_record_adds_or_replaces_one_row(file):
@@ -110,6 +116,9 @@ def test_a_changed_line_of_a_kernel_changes_the_fingerprint(monkeypatch):
         ("delta * delta * (n * n_2 / total)", "delta * delta * (n / total)"),
         ("s = tl.dot(q_a, tl.trans(k_a))", "s = tl.dot(q_a, k_a)"),
         ("@triton.jit\n", "@triton.jit(noinline=True)\n"),
+        ("one = max(16,", "one = max(32,"),  # which pieces cover a head
+        ("enable_fp_fusion=True", "enable_fp_fusion=False"),
+        ("MEASURED.get(row, DEFAULT[kernel, size])", "DEFAULT[kernel, size]"),
     ]:
         assert edited(monkeypatch, old, new) != before
 
