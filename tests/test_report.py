@@ -61,7 +61,7 @@ def drawn() -> list[dict]:
 def test_a_model_is_a_table_a_line_a_provider(drawn, tmp_path):
     write(tmp_path, "image", image.COLUMNS, drawn)
     text = report.page([tmp_path])
-    assert "## a GPU, 2030-01-01\n\n`python -m bench.image`; driver 1, torch 2, triton 3, " \
+    assert f"## a GPU, 2030-01-01 ({tmp_path.name})\n\n`python -m bench.image`; driver 1, torch 2, triton 3, " \
         "commit c1.\n" in text
     assert line(text, FUSED)[1] == line(text, FUSED)[4] == ""
     last = {(row["provider"], row["what"]): row for row in drawn if row.get("p50")}
