@@ -87,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         return measure(*args.measure)
-    print("file     to       minisd s  safetensors s  ratio (min-max)    memory: minisd safetensors")
+    print("file     to       minisd s  safetensors s  ratio (min-max)   memory: minisd safetensors")
     for stored, dtype in CASES:
         path = args.folder / f"minisd-bench-{stored}.safetensors"
         if not path.exists():
@@ -103,7 +103,8 @@ def main() -> None:
         ours, theirs = ([r["seconds"] for r in rows] for rows in runs.values())
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         memory = [max(r["memory"] for r in rows) for rows in runs.values()]
-        print(f"{stored:8} {dtype:8} {statistics.median(ours):8.2f} {statistics.median(theirs):14.2f}"
+        middles = [statistics.median(seconds) for seconds in (ours, theirs)]
+        print(f"{stored:8} {dtype:8} {middles[0]:8.2f} {middles[1]:14.2f}"
               f"  {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
               f"   {memory[0]:14.3f} {memory[1]:11.3f}", flush=True)
 

@@ -8,7 +8,11 @@ from torch import Tensor
 
 from bench.models import GUIDANCE, PROMPT, Model, Weights, with_copies
 from bench.official import (
-    official_scheduler, official_text_encoder, official_unet, official_vae, quiet,
+    official_scheduler,
+    official_text_encoder,
+    official_unet,
+    official_vae,
+    quiet,
 )
 
 

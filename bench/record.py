@@ -3,7 +3,7 @@
 import csv
 import platform
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import minisd_kernels.launch
@@ -30,7 +30,7 @@ def refuse_two_trees() -> None:
 
 
 def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def machine(device: torch.device, interpreted: bool, commit: str = "",

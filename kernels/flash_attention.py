@@ -31,9 +31,8 @@ B batch, L rows (queries or keys), H heads, d channels a head
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from minisd_kernels import launch
+from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 WIDEST_IN_PIECES = 160

@@ -13,10 +13,10 @@ B latents, M contexts (B or 2B), C channels, h w height and width of the latent
 from itertools import pairwise
 
 import torch
+from minisd_kernels.fused_unet import FusedUNet
 from torch import Tensor
 
 from minisd import ddim
-from minisd_kernels.fused_unet import FusedUNet
 
 
 def weights(alphas: list[float], prediction_type: str, eta: float, guidance_scale: float

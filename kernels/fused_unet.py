@@ -24,12 +24,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from minisd.unet import Downsample, ResBlock, Transformer, UNet, Upsample, timestep_embedding
 from minisd_kernels.bodies import Bodies, add_up
 from minisd_kernels.graphs import Graphs
 from minisd_kernels.packed import Conv, Linear
+from torch import Tensor, nn
+
+from minisd.unet import Downsample, ResBlock, Transformer, UNet, Upsample, timestep_embedding
 
 # Which 3x3 taps each of the four taps of a transposed convolution sums, along one side: an output
 # pixel at an even place sees taps (0 | 1 + 2) of two inputs, one at an odd place (0 + 1 | 2).

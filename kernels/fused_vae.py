@@ -8,14 +8,14 @@ B latents, C channels, h w height and width of the latent, L = h*w rows
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from minisd.ops import Ops
-from minisd.vae import Attention, Decoder, ResBlock
 from minisd_kernels.bodies import PLAIN, Bodies, triton_bodies
 from minisd_kernels.fused_unet import FusedUNet, Norm, Pending, Res, Up, picture, rows
 from minisd_kernels.graphs import Graphs
 from minisd_kernels.packed import Conv, Linear
+from torch import Tensor, nn
+
+from minisd.ops import Ops
+from minisd.vae import Attention, Decoder, ResBlock
 
 
 class DecoderRes(nn.Module):

@@ -12,9 +12,8 @@ C channels of a half
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from minisd_kernels import launch
+from torch import Tensor
 
 
 @triton.jit

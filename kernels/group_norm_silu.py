@@ -27,9 +27,8 @@ B batch, C channels, G groups, CG channels of a group, S pixels
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from minisd_kernels import launch
+from torch import Tensor
 
 PROGRAMS = 1024  # about as many make the moments of a large picture
 JOINED = 4096  # moments that `_join_kernel` takes at once

@@ -17,9 +17,8 @@ C channels (one row)
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from minisd_kernels import launch
+from torch import Tensor
 
 WIDEST = 8192
 

@@ -15,9 +15,8 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 
 import triton
-from triton.runtime.jit import KernelInterface
-
 from minisd_kernels import flash_attention, geglu, group_norm_silu, launch, layer_norm
+from triton.runtime.jit import KernelInterface
 
 FILE = Path(__file__).with_name("proven.json")
 FAMILIES = (flash_attention, geglu, group_norm_silu, layer_norm)

@@ -197,7 +197,7 @@ def _heads(
 
 
 def read_vae(path: Path) -> VAEConfig:
-    """The VAE that a config.json describes; WeightError, naming the field, if we compute no such."""
+    """The VAE that a config.json describes; WeightError, naming the field, if we have none such."""
     file = JsonFile(path)
     file.fixed(VAE_FIXED)
     widths = file.levels("block_out_channels", (64,))

@@ -21,7 +21,7 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd import arguments, checkpoint, ddim, memory, ops as bodies, image as pictures
+from minisd import arguments, checkpoint, ddim, image as pictures, memory, ops as bodies
 from minisd.arguments import Request
 from minisd.clip import TextEncoder
 from minisd.config import Config

@@ -133,8 +133,14 @@ class Tokenizer:
 
 
 def _build_bpe(vocab, merges, unk_token, special):
-    from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer as Backend,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
 
     bpe = Backend(
         models.BPE(

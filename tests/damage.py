@@ -19,8 +19,7 @@ from files import all_shapes, header, write
 from oracles import SMALL, official_tokenizer, small_model
 from PIL import Image
 from safetensors import safe_open
-from test_tokenizer import KINDS as WRITING
-from test_tokenizer import _oracle_ids, _string
+from test_tokenizer import KINDS as WRITING, _oracle_ids, _string
 
 from minisd import ddim
 from minisd.checkpoint import check, open_checkpoint

@@ -13,7 +13,6 @@ from interpreter import (
     table,  # noqa: F401 - a fixture
     take,
 )
-
 from minisd_kernels import launch
 from minisd_kernels.flash_attention import PRECISIONS, cost, flash_attention, plan, refusal
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreter import DTYPES, compare, embed, table, take  # noqa: F401, a fixture
-from minisd_kernels import geglu as geglu_file
-from minisd_kernels import launch
-from minisd_kernels import layer_norm as layer_norm_file
+from minisd_kernels import geglu as geglu_file, launch, layer_norm as layer_norm_file
 from minisd_kernels.bodies import triton_bodies
 from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.fused_vae import FusedDecoder

@@ -12,7 +12,6 @@ from interpreter import (
     table,  # noqa: F401 - a fixture
     take,
 )
-
 from minisd_kernels import launch
 from minisd_kernels.group_norm_silu import cost, group_norm_silu, plan, refusal
 

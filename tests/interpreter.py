@@ -10,6 +10,7 @@ own. By hand, with the table of errors at the end:
 import numpy as np
 import pytest
 import torch
+from minisd_kernels import flash_attention, launch
 from torch import Tensor
 from triton import language as tl
 from triton.runtime.interpreter import (
@@ -18,8 +19,6 @@ from triton.runtime.interpreter import (
     TensorHandle,
     interpreter_builder,
 )
-
-from minisd_kernels import flash_attention, launch
 
 if not launch.interpreted(flash_attention._kernel):
     pytest.exit("to be run with TRITON_INTERPRET=1, in a process of its own", returncode=2)

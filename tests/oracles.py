@@ -25,8 +25,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from bench.official import official_scheduler as published_scheduler
-from bench.official import official_text_encoder, official_unet, official_vae
+from bench.official import (
+    official_scheduler as published_scheduler,
+    official_text_encoder,
+    official_unet,
+    official_vae,
+)
 from minisd import ddim
 from minisd.config import ScheduleConfig
 from minisd.sd import StableDiffusion

@@ -30,7 +30,8 @@ REFUSED = [
     ({"negative_prompt": "ab\ud800"}, ValueError, "negative_prompt has .* position 2"),
     ({"negative_prompt": 3}, TypeError, "negative_prompt"),
     ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, ValueError, "2 prompts but 1 negative"),
-    *(({"num_inference_steps": v}, ValueError, "num_inference_steps must be an integer from 1 to 1000")
+    *(({"num_inference_steps": v}, ValueError,
+       "num_inference_steps must be an integer from 1 to 1000")
       for v in (0, -1, 2.5, "3", True, 1001, None)),
     *(({"guidance_scale": v}, ValueError, "guidance_scale must be a finite number")
       for v in (NAN, INF, -INF, "7", None, True, 10**400)),
@@ -48,7 +49,8 @@ REFUSED = [
     ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, ValueError, "past 4294967295"),
     ({"seed": [1, 2]}, ValueError, "1 pictures but 2 seeds"),
     ({"seed": 1, "generator": torch.Generator()}, ValueError, "either seed or generator"),
-    ({"generator": [torch.Generator()] * 2, "seed": None}, ValueError, "1 pictures but 2 generators"),
+    ({"generator": [torch.Generator()] * 2, "seed": None}, ValueError,
+     "1 pictures but 2 generators"),
     ({"generator": 7, "seed": None}, TypeError, "generator must be a torch.Generator"),
     *(({"eta": v}, ValueError, "eta must be a finite number from 0 to 1") for v in (NAN, -1, 2)),
     *(({"strength": v, "image": PICTURE}, ValueError, "strength must be a finite number")

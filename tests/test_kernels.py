@@ -14,9 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels import flash_attention as fa
-from minisd_kernels import group_norm_silu as gn
-from minisd_kernels import launch
+from minisd_kernels import flash_attention as fa, group_norm_silu as gn, launch
 
 INTERPRETED = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 

@@ -12,7 +12,13 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels import flash_attention, group_norm_silu, launch, layer_norm, proof
+from minisd_kernels import (  # noqa: E402
+    flash_attention,
+    group_norm_silu,
+    launch,
+    layer_norm,
+    proof,
+)
 
 ROW = dict(kernels="0" * 64, device="NVIDIA H100", torch="2.13.0", triton="3.9.0",
            commit="78a0595", date="2026-11-30", checks=400)  # fmt: skip

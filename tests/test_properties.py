@@ -4,9 +4,7 @@ Settings in a PNG have theirs in test_save.py.
 """
 
 import torch
-from hypothesis import given
-from hypothesis import settings as effort
-from hypothesis import strategies as st
+from hypothesis import given, settings as effort, strategies as st
 from oracles import error
 
 from minisd import arguments, ddim, names

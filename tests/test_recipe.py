@@ -18,9 +18,9 @@ from bench.tiny import Bench, Gallery
 from minisd.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
-import tiny_scenes  # noqa: E402
-import train_tiny  # noqa: E402
-from tiny_scenes import BACKGROUNDS, LAYOUTS, NOWHERE, Scenes, compose  # noqa: E402
+import tiny_scenes
+import train_tiny
+from tiny_scenes import BACKGROUNDS, LAYOUTS, NOWHERE, Scenes, compose
 
 KEYWORDS = {
     "🍎": ["red_apple", "fruit", "mac"],

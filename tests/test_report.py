@@ -6,8 +6,8 @@ import subprocess
 from contextlib import nullcontext
 
 import pytest
-import triton
 import torch
+import triton
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
@@ -61,8 +61,8 @@ def drawn() -> list[dict]:
 def test_a_model_is_a_table_a_line_a_provider(drawn, tmp_path):
     write(tmp_path, "image", image.COLUMNS, drawn)
     text = report.page([tmp_path])
-    assert f"## a GPU, 2030-01-01 ({tmp_path.name})\n\n`python -m bench.image`; driver 1, torch 2, triton 3, " \
-        "commit c1.\n" in text
+    assert (f"## a GPU, 2030-01-01 ({tmp_path.name})\n\n`python -m bench.image`; driver 1, "
+            "torch 2, triton 3, commit c1.\n") in text
     assert line(text, FUSED)[1] == line(text, FUSED)[4] == ""
     last = {(row["provider"], row["what"]): row for row in drawn if row.get("p50")}
     for provider in ("minisd torch", COMPILED):

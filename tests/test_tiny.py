@@ -50,7 +50,8 @@ def test_the_same_picture_in_diffusers(sd, pipeline):
     assert a.shape == b.shape and np.abs(a - b).max() <= 1
 
 
-@pytest.mark.parametrize("text", [PROMPT, "", "two ROCKETS, 7 o'clock!", "élan 🚀 مرحبا", "a" * 300])
+@pytest.mark.parametrize("text", [
+    PROMPT, "", "two ROCKETS, 7 o'clock!", "élan 🚀 مرحبا", "a" * 300])
 def test_the_same_ids_in_transformers(sd, text):
     theirs = CLIPTokenizer.from_pretrained(str(TINY / "tokenizer"))
     ids = theirs(text, padding="max_length", truncation=True, max_length=77).input_ids
@@ -110,7 +111,7 @@ def test_a_reader_who_has_seen_enough_is_no_error():
 
 
 def test_decoding_in_tiles(sd):
-    """Twelve tiles beside one piece: 35 dB with this model, and 39 with tiles half as large again."""
+    """Twelve tiles beside one piece: 35 dB with this model, 39 with tiles half as large again."""
     ask = dict(seed=0, height=128, width=192, num_inference_steps=10, output_type="latent")
     latent = sd(PROMPT, **ask).images
     whole = sd.vae.decode(latent)

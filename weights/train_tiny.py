@@ -72,7 +72,8 @@ class Run:
         cuda = next(models[0].parameters()).is_cuda  # a CPU's time counts, however busy it is
         self.now = time.time if cuda else time.process_time
         self.clock = self.now()
-        named = sorted(self.models.named_parameters(), key=lambda pair: "token_embedding" in pair[0])
+        named = sorted(self.models.named_parameters(),
+                       key=lambda pair: "token_embedding" in pair[0])
         # One vector of all parameters, each of which is a view of it: quick to update and to save.
         now = nn.Parameter(torch.cat([p.detach().flatten() for _, p in named]))
         now.grad, start = torch.zeros_like(now), 0
@@ -135,7 +136,8 @@ class Run:
         self.losses.append(loss.detach())
         if self.step % LOG_EVERY == 0:
             mean, self.losses = torch.stack(self.losses).mean().item(), []
-            assert math.isfinite(mean), f"{self.folder.name}: at step {self.step} the loss is {mean}"
+            where = f"{self.folder.name}: at step {self.step}"
+            assert math.isfinite(mean), f"{where} the loss is {mean}"
             line = {"step": self.step, "seconds": round(self.seconds), "loss": mean}
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
