@@ -8,6 +8,7 @@ here once more, with all their tensors on the GPU.
 
 import copy
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
 import pytest
@@ -197,3 +198,31 @@ def test_picture_in_float16(ops):
         first, again = (ours(**ask).images for _ in range(2))
     assert torch.equal(first, again)
     assert (first - exact).square().mean() <= 1e-4  # 40 dB
+
+
+def test_a_graph_outlives_the_workspaces_of_others():
+    """torch.compile frees those of cuBLAS; a graph that wrote into one would write anywhere."""
+    with torch.device("cpu"):
+        ask = dict(prompt="a red heart", seed=0, num_inference_steps=4, output_type="pt")
+        sd = minisd.load(device="cuda", dtype="float16", ops="fused")
+        first = sd(**ask).images
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        room = torch.zeros(2**28, device="cuda")  # where the workspaces were
+        again = sd(**ask).images
+    assert torch.equal(first, again) and not room.any()
+
+
+def test_threads_draw_their_own_pictures():
+    with torch.device("cpu"):
+        sd = minisd.load(device="cuda", dtype="float16", ops="fused")
+
+        def draw(prompt: str) -> torch.Tensor:
+            ask = dict(seed=0, num_inference_steps=10, output_type="pt", progress=False)
+            return sd(prompt, **ask).images
+
+        prompts = ["a red heart", "a pizza"] * 4
+        alone = {prompt: draw(prompt) for prompt in prompts[:2]}
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(draw, prompts))
+    assert all(torch.equal(images, alone[prompt]) for prompt, images in zip(prompts, together))
