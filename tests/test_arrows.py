@@ -58,7 +58,6 @@ FUNCTIONS = {
     "numpy.load", "np.load", "os.system", "os.popen", "os.fork",
     *(f"os.{name}" for name in dir(os) if name.startswith(("exec", "spawn", "posix_spawn"))),
 }  # fmt: skip
-# What a file never says: it would be another's business.
 MINISD = sorted((ROOT / "minisd").glob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 FILES = pytest.mark.parametrize("path", MINISD, ids=lambda path: path.stem)
