@@ -43,7 +43,6 @@ from bench import check, image, inside, kernels, models, record, shapes, tune
 from bench.clock import limited
 from bench.contest import COMPILED, EAGER, FUSED, Contest
 from bench.group_norm import AllGroupNorms, Compiler
-from bench.measure import OURS
 
 GPU = torch.cuda.is_available()
 INTERPRETED = launch.interpreted(_kernel)
@@ -108,9 +107,9 @@ def tests(day: Day) -> bool:
 
 def equality(day: Day) -> bool:
     cases = shapes.full() if GPU else shapes.tiny() if INTERPRETED else []
-    dtypes = [d for d in launch.DTYPES if GPU or d != torch.bfloat16]  # bench/kernels.py says why
-    return check.equality(cases, day.device, dtypes, day.add("equality.csv", record.EQUALITY),
-                          min(12, CORES) if GPU else 0, day.end - 2)
+    return check.equality(
+        cases, day.device, kernels.dtypes(), day.add("equality.csv", record.EQUALITY),
+        min(12, CORES) if GPU else 0, day.end - 2)
 
 
 def core(day: Day) -> bool:
@@ -164,8 +163,7 @@ def some_kernels(day: Day) -> bool:
     found = kernels.time_all(
         cases, day.device, day.dtype, Compiler(0.4 * day.left() if GPU else 0), 9 if GPU else 2,
         day.end - 2, day.add("kernels.csv", record.COLUMNS))
-    return not GPU or not any(row["provider"] == OURS and row["metric"] == "not timed"
-                              for row in found)
+    return not GPU or kernels.ours_timed(found)
 
 
 def others(day: Day) -> bool:
@@ -192,7 +190,7 @@ def rest(day: Day) -> None:
 
 
 def tuned(day: Day) -> bool:
-    cases = [case for case in shapes.full() if getattr(case, "model", "") in ("SD1.5", "VAE")]
+    cases = shapes.sd1()
     if INTERPRETED:
         cases = [case for case in shapes.tiny() if case.kernel == "geglu"]
     code = tune.tune(cases, tune.Setup(day.device, day.dtype, 5), day.end - 5,

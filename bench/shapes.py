@@ -92,6 +92,11 @@ def full() -> list:
     ]
 
 
+def sd1() -> list:
+    """Those of a picture by SD1.5."""
+    return [case for case in full() if getattr(case, "model", "") in ("SD1.5", "VAE")]
+
+
 def small() -> list:
     """What a CPU has the patience for: SD1.5 at 16x16 and 8x8."""
     return [case for case in full() if not isinstance(case, AllGroupNorms)

@@ -185,5 +185,3 @@ def tune(cases: list, setup: Setup, deadline: float, workers: int,
             lines.append(line)
     print("\nfor launch.MEASURED:" if lines else "\nno setting was better", *lines, sep="\n")
     return 0
-
-

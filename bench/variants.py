@@ -128,8 +128,7 @@ def everything() -> Iterator[Callable[[], object]]:
         yield from (functools.partial(fused_step, config, side, batch) for batch in (1, 4, 16))
         yield functools.partial(fused_decode, config, side)
     yield from (functools.partial(changed, change) for change in inside.CHANGES if change.compiles)
-    cases = [case for case in shapes.full() if getattr(case, "model", "") in ("SD1.5", "VAE")]
-    for key, mine in tune.served(cases, torch.float16).items():
+    for key, mine in tune.served(shapes.sd1(), torch.float16).items():
         for setting in tune.candidates(key, META):
             yield functools.partial(tuned, key, setting, mine)
 
