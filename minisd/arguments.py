@@ -5,7 +5,6 @@ A wrong type is a TypeError and a wrong value a ValueError, save that a number o
 """
 
 import math
-import re
 import reprlib
 import secrets
 import sys
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from minisd import ddim
 from minisd.config import Config
+from minisd.tokenizer import check_texts
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 # torch's CPU generator reads only 32 bits of a seed: larger ones would repeat smaller ones.
@@ -183,31 +183,17 @@ def _prompts(
         raise ValueError("give either prompt or prompt_embeds")
     if negative_embeds is not None and negative:
         raise ValueError("give either negative_prompt or negative_prompt_embeds")
-    positives = _texts("prompt", prompt) if embeds is None else None
+    positives = check_texts("prompt", prompt) if embeds is None else None
     count = len(positives if embeds is None else embeds)
     negatives = None
     if negative_embeds is None:
-        negatives = _texts("negative_prompt", "" if negative is None else negative)
+        negatives = check_texts("negative_prompt", "" if negative is None else negative)
         negatives *= 1 if isinstance(negative, (list, tuple)) else count
     there = len(negatives if negative_embeds is None else negative_embeds)
     if there != count:
         raise ValueError(f"there are {count} prompts but {there} negative prompts: "
                          "give a string for all or a list of one each")
     return count, positives, negatives
-
-
-def _texts(name: str, value: object) -> list[str]:
-    texts = list(value) if isinstance(value, (list, tuple)) else [value]
-    for i, text in enumerate(texts):
-        where = f"{name}[{i}]" if isinstance(value, (list, tuple)) else name
-        if not isinstance(text, str):
-            raise TypeError(f"{where} must be a string, not {type(text).__name__}")
-        if surrogate := re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{where} has a lone surrogate, which is no character, "
-                             f"at position {surrogate.start()}")
-    if not texts:
-        raise ValueError(f"{name} is an empty list")
-    return texts
 
 
 def _embeddings(name: str, value: object, shape: tuple[int, int]) -> None:

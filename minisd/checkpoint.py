@@ -22,12 +22,12 @@ from torch import nn
 from minisd import hub, names
 from minisd.config import PREDICTION_TYPES, Config
 from minisd.diffusers_config import SCHEDULER, JsonFile, read_config, read_schedule, read_vae
+from minisd.errors import WeightError
 from minisd.recognise import find_prediction, recognise, refuse, settle
 from minisd.safetensors_file import (
     DTYPES,
     TO_CONVERT,
     StoredTensor,
-    WeightError,
     read_header,
     read_tensor,
 )

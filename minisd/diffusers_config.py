@@ -16,8 +16,9 @@ from minisd.config import (
     UNetConfig,
     VAEConfig,
 )
+from minisd.errors import WeightError
 from minisd.names import REFUSED_INPUTS
-from minisd.safetensors_file import WeightError, parse_json
+from minisd.safetensors_file import parse_json
 
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 MAX_BYTES = 2**20
@@ -56,11 +57,11 @@ SCHEDULER_FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False}
 class JsonFile:
     """The fields of one JSON file; every error names the file and the field."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, max_bytes: int = MAX_BYTES):
         if not path.is_file():
             raise WeightError(f"{path} is missing")
-        if path.stat().st_size > MAX_BYTES:
-            raise WeightError(f"{path} is too large for a configuration (over {MAX_BYTES} bytes)")
+        if path.stat().st_size > max_bytes:
+            raise WeightError(f"{path} is too large (over {max_bytes} bytes)")
         self.path, self.fields = path, parse_json(path.read_bytes(), path)
 
     def fault(self, name: str, want: str) -> WeightError:

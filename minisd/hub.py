@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from minisd.errors import HubError
+
 # Where the official weights are. The first publishers of 1.5 and 2.1 withdrew theirs; these are
 # the mirrors that are left.
 KNOWN = {
@@ -35,10 +37,6 @@ FORMS = (
     r"\.fp16\.safetensors",
     r"(\.fp16-\d+-of-\d+\.safetensors|\.safetensors\.index\.fp16\.json)",
 )
-
-
-class HubError(RuntimeError):
-    """A download that did not happen, and why, in one sentence."""
 
 
 def download(name: str, *, log: Callable[[str], None] = lambda line: None) -> Path:

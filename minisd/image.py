@@ -19,16 +19,14 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from minisd.errors import ImageError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 Source = str | os.PathLike | Image.Image
 # Named, because Pillow would otherwise try all it knows, and for EPS it runs Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-
-
-class ImageError(ValueError):
-    """A picture that cannot be read or used; the message is one sentence that names it."""
 
 
 def open_image(source: Source) -> Image.Image:

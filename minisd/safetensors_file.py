@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisd.errors import WeightError
+
 MAX_HEADER = 3 * 2**20  # an SD1 checkpoint with all of its training state needs 0.3 MB
 MAX_TENSORS = 10_000  # the same has 1,900
 MAX_RANK = 8
@@ -45,10 +47,6 @@ IMPOSTORS = (
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page, not the weights: download the file itself"),
     (rb"GGUF", "a GGUF file, whose quantised weights minisd does not read"),
 )
-
-
-class WeightError(ValueError):
-    """Weights that are damaged, of another model, or not what they claim to be."""
 
 
 @dataclass(frozen=True)

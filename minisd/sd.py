@@ -29,6 +29,7 @@ from minisd.coverage import coverage
 from minisd.latents import Known, Noise
 from minisd.ops import Call
 from minisd.tokenizer import Tokenizer
+from minisd.tokenizer_folder import read_tokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
 
@@ -271,10 +272,7 @@ def load(
     if found.tokenizer_folder is None:
         tokenizer = Tokenizer.clip(found.config.text.pad_token_id)
     else:
-        try:
-            tokenizer = Tokenizer.from_folder(found.tokenizer_folder)
-        except ValueError as error:
-            raise checkpoint.WeightError(str(error)) from None
+        tokenizer = read_tokenizer(found.tokenizer_folder)
     with torch.device("meta"):
         parts = {
             "text_encoder": TextEncoder(found.config.text, body),

@@ -25,9 +25,10 @@ from minisd import ddim
 from minisd.checkpoint import check, open_checkpoint
 from minisd.clip import TextEncoder
 from minisd.config import SD1
-from minisd.image import ImageError, open_image, read_settings, save
+from minisd.errors import ImageError, WeightError
+from minisd.image import open_image, read_settings, save
 from minisd.ops import TORCH
-from minisd.safetensors_file import DTYPES, ITEM_SIZE, WeightError, read_header, read_tensor
+from minisd.safetensors_file import DTYPES, ITEM_SIZE, read_header, read_tensor
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE

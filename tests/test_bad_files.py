@@ -11,7 +11,8 @@ import torch
 from files import write
 from safetensors import SafetensorError, safe_open
 
-from minisd.checkpoint import WeightError, open_checkpoint
+from minisd.checkpoint import open_checkpoint
+from minisd.errors import WeightError
 from minisd.safetensors_file import MAX_HEADER, read_header, read_tensor
 
 ROW = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

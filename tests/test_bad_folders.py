@@ -8,8 +8,9 @@ import pytest
 from files import all_shapes, header, save_folder, write
 from oracles import SMALL
 
-from minisd.checkpoint import WeightError, locate, open_checkpoint
+from minisd.checkpoint import locate, open_checkpoint
 from minisd.config import SD1
+from minisd.errors import WeightError
 
 
 def test_missing_path_names_what_is_near(tmp_path):
@@ -137,7 +138,7 @@ def test_config_of_a_model_that_minisd_does_not_compute(file, fields, message, f
         (b"[1]", "not an object"),
         (b'{"a": 1, "a": 2}', "has 'a' twice"),
         (b"[" * 10**5, "not readable JSON"),
-        (b" " * 10**8, "too large for a configuration"),
+        (b" " * 10**8, "is too large"),
     ],
     ids=["missing", "empty", "array", "field twice", "deep", "100 MB"],
 )

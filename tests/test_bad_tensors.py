@@ -15,8 +15,9 @@ from files import (
 )
 from oracles import SMALL
 
-from minisd.checkpoint import WeightError, check, fill, open_checkpoint
+from minisd.checkpoint import check, fill, open_checkpoint
 from minisd.config import SD1
+from minisd.errors import WeightError
 
 UNET = "model.diffusion_model."
 

@@ -18,7 +18,8 @@ from files import (
 from oracles import SMALL, SMALL_V
 
 from minisd import safetensors_file
-from minisd.checkpoint import WeightError, check, fill, open_checkpoint
+from minisd.checkpoint import check, fill, open_checkpoint
+from minisd.errors import WeightError
 from minisd.names import PARTS, VAE_PREFIXES
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from PIL import Image
 import minisd
 from minisd.__main__ import main
 from minisd.config import SD1
-from minisd.hub import HubError
+from minisd.errors import HubError
 from minisd.image import read_settings
 
 

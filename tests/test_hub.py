@@ -13,7 +13,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import minisd.hub
-from minisd.hub import KNOWN, HubError, cached, download, wanted
+from minisd.errors import HubError
+from minisd.hub import KNOWN, cached, download, wanted
 
 REPOSITORY = "owner/model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -114,7 +114,7 @@ WEIGHTS = {
     "shard outside": (shard_outside, WE, "not a shard in its own folder"),
     "unknown class": (bad_field("model_index.json", _class_name="FluxPipeline"), WE, "FluxPipe"),
     "absurd number": (bad_field("unet/config.json", layers_per_block=10**18), WE, "layers_per"),
-    "100 MB config": (huge_config, WE, "too large for a configuration"),
+    "100 MB config": (huge_config, WE, "is too large"),
 }  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from test_image import SETTINGS, noise
 
 from minisd import image as pictures
-from minisd.image import ImageError, read_settings, save, to_tensor
+from minisd.errors import ImageError
+from minisd.image import read_settings, save, to_tensor
 
 
 def test_pixels_are_rounded():

@@ -1,0 +1,138 @@
+"""The ``tokenizer/`` folder of a model in diffusers layout, and the words of the shipped model.
+
+A folder holds vocab.json and merges.txt, or since transformers 5 one tokenizer.json. Every fault is
+a WeightError that names the file.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from minisd.diffusers_config import JsonFile
+from minisd.errors import WeightError
+from minisd.tokenizer import BOS, EOS, LENGTH, Tokenizer, check_texts, parse_merges
+
+MAX_BYTES = 32 * 2**20  # the official files are below 4 MB
+DEFAULTS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that a folder describes; WeightError where a file is missing or malformed.
+
+    A words.txt beside the folder lists the words that the model was taught, as the shipped model's
+    does: the tokenizer then warns of any other word.
+    """
+    path, vocab, merges = _read_vocabulary(folder)
+    settings = _read_settings(folder)
+    tokens = {key: _token(folder, settings, key, vocab) for key in DEFAULTS}
+    length = settings.get("model_max_length", LENGTH)
+    if type(length) is not int or length < 3:
+        raise WeightError(f"{folder}: model_max_length is {length!r}, not an integer above 2")
+    # transformers writes 10^30 for "never set"; CLIP has no more than 77 positions anyway.
+    length = min(length, LENGTH)
+    pad = vocab[tokens.pop("pad_token")]
+    words = folder.parent / "words.txt"
+    if not words.is_file():
+        return Tokenizer(vocab, merges, pad_token_id=pad, length=length, **tokens)
+    taught = frozenset(_read_text(words).split())
+    return TaughtTokenizer(vocab, merges, taught, pad_token_id=pad, length=length, **tokens)
+
+
+class TaughtTokenizer(Tokenizer):
+    """A tokenizer that warns of each word that its model was not taught."""
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]],
+                 words: frozenset[str], **options):
+        super().__init__(vocab, merges, **options)
+        self.words = words
+
+    def __call__(self, prompts: str | list[str]) -> torch.Tensor:
+        for prompt in check_texts("prompt", prompts):
+            encoding = self.bpe.encode(prompt, add_special_tokens=False)
+            numbers = dict.fromkeys(encoding.word_ids[: self.length - 2])  # each word once
+            said = (prompt[slice(*encoding.word_to_chars(number))].lower() for number in numbers)
+            unknown = [repr(word) for word in dict.fromkeys(said) if word not in self.words]
+            if unknown:
+                warnings.warn(
+                    f"this model was not taught {', '.join(unknown)}: what it makes of that is "
+                    "chance (`minisd words` lists what the shipped model knows)",
+                    stacklevel=2,
+                )
+        return super().__call__(prompts)
+
+
+def _read_vocabulary(folder: Path) -> tuple[Path, dict[str, int], list[tuple[str, str]]]:
+    """The file to name in errors, the vocabulary and the merges, checked."""
+    whole = folder / "tokenizer.json"
+    if (folder / "vocab.json").exists() or not whole.exists():
+        path = folder / "vocab.json"
+        vocab, merges = _read_json(path), parse_merges(_read_text(folder / "merges.txt"))
+    else:  # transformers 5 writes this one file instead of two
+        path, model = whole, _read_json(whole).get("model")
+        if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
+            raise WeightError(f"{whole} holds no BPE model")
+        # Each merge is a pair, or in older files the two joined by a space.
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        vocab = model.get("vocab")
+    return path, _check_vocabulary(path, vocab), _check_merges(path, vocab, merges)
+
+
+def _read_settings(folder: Path) -> dict:
+    """tokenizer_config.json, overruled by special_tokens_map.json: SD2's folders name the end
+    token as padding in the first, and in the second "!", which the model was trained with.
+    """
+    settings = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            settings |= _read_json(folder / name)
+    return settings
+
+
+def _read_json(path: Path) -> dict:
+    return JsonFile(path, MAX_BYTES).fields
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise WeightError(f"{path} is missing")
+    if path.stat().st_size > MAX_BYTES:
+        raise WeightError(f"{path} is larger than any tokenizer's, {MAX_BYTES >> 20} MiB")
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise WeightError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _check_vocabulary(path: Path, vocab: object) -> dict[str, int]:
+    if not isinstance(vocab, dict) or any(type(index) is not int for index in vocab.values()):
+        raise WeightError(f"{path} does not map tokens to integers")
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise WeightError(f"{path}: the ids are not 0 to {len(vocab) - 1}, each once")
+    try:
+        "".join(vocab).encode()
+    except UnicodeEncodeError:
+        raise WeightError(f"{path}: a token is not valid Unicode") from None
+    return vocab
+
+
+def _check_merges(path: Path, vocab: Mapping[str, int], merges: list) -> list[tuple[str, str]]:
+    for merge in merges:
+        try:
+            left, right = merge
+            known = left in vocab and right in vocab and left + right in vocab
+        except (TypeError, ValueError):  # not two strings
+            known = False
+        if not known:
+            raise WeightError(f"{path}: the merge {merge!r} does not fit the vocabulary")
+    return [tuple(merge) for merge in merges]
+
+
+def _token(folder: Path, settings: dict, key: str, vocab: Mapping[str, int]) -> str:
+    token = settings.get(key) or DEFAULTS[key]
+    if isinstance(token, dict):
+        token = token.get("content")
+    if not isinstance(token, str) or token not in vocab:
+        raise WeightError(f"{folder}: {key} is {token!r}, which the vocabulary does not have")
+    return token
