@@ -42,7 +42,7 @@ from minisd_kernels.flash_attention import _kernel
 from bench import check, image, inside, kernels, models, record, shapes, tune
 from bench.clock import limited
 from bench.contest import COMPILED, EAGER, FUSED, Contest
-from bench.group_norm import AllGroupNorms, Compiler
+from bench.group_norm import Compiler
 
 GPU = torch.cuda.is_available()
 INTERPRETED = launch.interpreted(_kernel)
@@ -148,14 +148,12 @@ def heaviest() -> list:
     """What takes most of a picture, as the fused model calls it: q, k and v in one projection, and
     channels_last."""
     def chosen(case) -> bool:
-        if isinstance(case, AllGroupNorms):
-            return case.norms[0].channels_last
         if case.kernel == "attention":
             return case.d > 256 or case.packed
-        return case.model != "SD2.1" and getattr(case, "channels_last", True)
+        return case.channels_last if case.kernel == "group_norm_silu" else case.model != "SD2.1"
 
     cases = [case for case in shapes.full() if chosen(case)]
-    return sorted(cases, key=lambda case: getattr(case, "model", "") == "SD2.1")
+    return sorted(cases, key=lambda case: case.model == "SD2.1")
 
 
 def some_kernels(day: Day) -> bool:

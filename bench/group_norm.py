@@ -142,48 +142,5 @@ class GroupNorm(NamedTuple):
         return F.silu(y) if silu else y
 
 
-class AllGroupNorms(NamedTuple):
-    """Every GroupNorm of one forward, one after another: one call here is all of them."""
-
-    norms: tuple[GroupNorm, ...]  # as often as they are called
-
-    kernel = "group_norm_silu"
-    rate = "GB/s"
-    calls = 1
-
-    @property
-    def label(self) -> str:
-        return f"{self.norms[0].model} all {len(self.norms)} {self.norms[0].layout}"
-
-    def cost(self, itemsize: int) -> launch.Cost:
-        return launch.Cost(*map(sum, zip(*(norm.cost(itemsize) for norm in self.norms))))
-
-    def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], ...]:
-        return tuple(norm.inputs(device, dtype) for norm in self.norms)
-
-    def exact(self, *inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        return self._each([norm.exact for norm in self.norms], *inputs)
-
-    def ours(self, *inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        return self._each([norm.ours for norm in self.norms], *inputs)
-
-    def yardstick(self, *inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        return self._each([norm.yardstick for norm in self.norms], *inputs)
-
-    def peers(self, device: torch.device, compiler: Compiler) -> dict[str, Callable | str]:
-        """Those that each of the norms has."""
-        each = [norm.peers(device, compiler) for norm in self.norms]
-        names = [name for name in each[0] if all(name in peers for peers in each)]
-        return {
-            name: each[0][name] if isinstance(each[0][name], str)
-            else partial(self._each, [peers[name] for peers in each])
-            for name in names
-        }
-
-    @staticmethod
-    def _each(calls: list[Callable], *inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        return [call(*args) for call, args in zip(calls, inputs, strict=True)]
-
-
 def _has_liger() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None

@@ -36,7 +36,8 @@ INTRODUCTION = """# Results
 Written by `python -m bench.report`; [README.md](README.md) says which command answers which
 question. Times are medians, in parentheses the 20th to the 80th percentile. A ratio is of times
 taken in turns: above 1, minisd was faster. Errors are the largest difference from float64; those of
-a whole model in half precision, from float32.
+a whole model in half precision, from float32. A "sum of" is over the calls of one forward: of
+medians and percentiles; its ratio is of two sums.
 """
 
 

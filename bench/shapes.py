@@ -5,7 +5,7 @@ picture of 512x512. A test counts them in the models.
 """
 
 from bench.attention import Attention
-from bench.group_norm import AllGroupNorms, GroupNorm
+from bench.group_norm import GroupNorm
 from bench.transformer import Geglu, LayerNorm
 
 CONTEXT = 77  # tokens of a prompt
@@ -67,14 +67,9 @@ def group_norms(model: str) -> list[GroupNorm]:
             for channels, side, *both in rows for silu, calls in zip((True, False), both) if calls]
 
 
-def layouts(norms: list[GroupNorm]) -> list[GroupNorm | AllGroupNorms]:
-    """The same in channels_last and NCHW, each in front as one row of all calls of a forward."""
-    rows: list[GroupNorm | AllGroupNorms] = []
-    for last in (True, False):  # the fused model has channels_last alone
-        norms = [norm._replace(channels_last=last) for norm in norms]
-        rows += [*norms[:1], AllGroupNorms(tuple(n for n in norms for _ in range(n.calls))),
-                 *norms[1:]]
-    return rows
+def layouts(norms: list[GroupNorm]) -> list[GroupNorm]:
+    """The same in channels_last, which the fused model has alone, and in NCHW."""
+    return [norm._replace(channels_last=last) for last in (True, False) for norm in norms]
 
 
 def attentions(shapes: list[Attention]) -> list[Attention]:
@@ -94,15 +89,14 @@ def full() -> list:
 
 def sd1() -> list:
     """Those of a picture by SD1.5."""
-    return [case for case in full() if getattr(case, "model", "") in ("SD1.5", "VAE")]
+    return [case for case in full() if case.model in ("SD1.5", "VAE")]
 
 
 def small() -> list:
     """What a CPU has the patience for: SD1.5 at 16x16 and 8x8."""
-    return [case for case in full() if not isinstance(case, AllGroupNorms)
-            and case.model == "SD1.5" and case.pixels <= 256]
+    return [case for case in full() if case.model == "SD1.5" and case.pixels <= 256]
 
 
 def tiny() -> list:
     """For Triton's interpreter."""
-    return [*TINY_ATTENTION, *TINY_NORMS, *TINY_ROWS, AllGroupNorms((TINY_NORMS[0],) * 2)]
+    return [*TINY_ATTENTION, *TINY_NORMS, *TINY_ROWS]

@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable
 
+from bench import shapes
 from bench.measure import OURS
 
 SHARE = "share of the limit"
@@ -95,10 +96,11 @@ def correctness(rows: list[dict]) -> list[str]:
 
 
 def kernels(rows: list[dict]) -> list[str]:
-    """A table a kernel, a line a size; under it those who could not run."""
+    """A table a kernel, a line a size, then the sums; under it those who could not run."""
     parts = []
     for (kernel,), mine in groups(rows, "kernel").items():
         timed = [row for row in mine if row["p50"]]
+        timed += sums(timed)
         peers = [name for (name,) in groups(timed, "provider") if name != OURS]
         body = [kernel_line(of, peers) for of in groups(timed, "shape", "dtype").values()]
         head = [kernel, "limit, us", "minisd, us", "of the limit", "error",
@@ -106,6 +108,41 @@ def kernels(rows: list[dict]) -> list[str]:
         lost = [row for row in mine if row["metric"] == "not timed"]
         parts += markdown(head, body) + missing(f"{kernel}, not timed", lost, "provider")
     return parts
+
+
+def sums(rows: list[dict]) -> list[dict]:
+    """All GroupNorms of a forward, as rows like those of one size: who timed them all in one run
+    is given the sum of time x calls."""
+    forwards: dict[tuple, dict] = {}
+    for case in shapes.full():
+        if case.kernel == "group_norm_silu":
+            forwards.setdefault((case.model, case.layout), {})[case.label] = case.calls
+    return [row for (model, layout), calls in forwards.items()
+            for run in groups([r for r in rows if r["shape"] in calls], "dtype", "date").values()
+            for row in forward(f"{model} sum of {sum(calls.values())} {layout}", calls, run)]
+
+
+def forward(name: str, calls: dict[str, int], rows: list[dict]) -> list[dict]:
+    """One run's sum over these sizes, by how often each is called."""
+    found, ours = [], 0.0
+    for mine in groups(rows, "provider").values():
+        times = {row["shape"]: row for row in mine if row["metric"] == "time"}
+        shares = {row["shape"]: row for row in mine if row["metric"].startswith(SHARE)}
+        if times.keys() != calls.keys():
+            continue
+        total = {p: sum(n * float(times[size][p]) for size, n in calls.items())
+                 for p in ("p20", "p50", "p80")}
+        limit = sum(n * float(times[size]["p50"]) * float(shares[size]["p50"])
+                    for size, n in calls.items())
+        metrics = {"time": total, shares[mine[0]["shape"]]["metric"]: {"p50": limit / total["p50"]}}
+        if mine[0]["provider"] == OURS:
+            ours = total["p50"]
+        elif ours:
+            metrics["time over minisd's"] = {"p50": total["p50"] / ours}
+        worst = max((row["max_err"] for row in mine), key=float)
+        found += [mine[0] | values | {"shape": name, "metric": metric, "max_err": worst}
+                  for metric, values in metrics.items()]
+    return found
 
 
 def kernel_line(rows: list[dict], peers: list[str]) -> list[str]:

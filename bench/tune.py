@@ -20,7 +20,6 @@ from minisd_kernels.launch import Norm, Tile
 
 from bench import timing
 from bench.check import check, one_line, spread
-from bench.group_norm import AllGroupNorms
 
 SETTINGS = {
     "attention 32": [Tile(64, 128, 4, 2), Tile(64, 128, 4, 3), Tile(64, 64, 4, 2),
@@ -68,9 +67,9 @@ def served(cases: list, dtype: torch.dtype) -> dict[tuple, list]:
     """Setting -> the heaviest cases that use it, by planning each on tensors without memory."""
     found: dict[tuple, list] = {}
     before = launch.setting
-    cases = [case for case in cases  # rows of many calls and other strides aside
-             if not isinstance(case, AllGroupNorms) and not getattr(case, "packed", False)]
     for case in cases:
+        if getattr(case, "packed", False):
+            continue  # other strides alone
         keys: list[tuple] = []
         with patch.object(launch, "setting", lambda *args: keys.append(args[1:]) or before(*args)):
             case.ours(*case.inputs(torch.device("meta"), dtype))

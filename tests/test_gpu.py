@@ -29,14 +29,12 @@ from minisd_kernels.group_norm_silu import group_norm_silu
 import minisd
 from bench import shapes
 from bench.check import check, error, last_place
-from bench.group_norm import AllGroupNorms
 from minisd.config import SD1
 from minisd.ops import REFERENCE, TORCH, Call, Ops, choose, watch
 from minisd.unet import UNet
 from minisd.vae import VAE
 
 DEVICE = torch.device("cuda")
-CASES = [case for case in shapes.full() if not isinstance(case, AllGroupNorms)]
 DTYPES = pytest.mark.parametrize("dtype", launch.DTYPES, ids=lambda dtype: str(dtype)[6:])
 # They count what the interpreter does, or rely on its exact float32.
 INTERPRETER_ALONE = ("cost_is", "corrections_of", "precisions", "_unets", "_decoder")
@@ -58,7 +56,7 @@ def _on_the_gpu():
 
 
 @DTYPES
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel} {case.label}")
+@pytest.mark.parametrize("case", shapes.full(), ids=lambda case: f"{case.kernel} {case.label}")
 def test_full_size(case, dtype):
     verdict = check(case, DEVICE, dtype)
     assert verdict.ok, verdict

@@ -103,6 +103,25 @@ def test_kernels_stand_beside_their_peers(tmp_path):
     assert "geglu, not timed: compiled (no budget); everyone (late)." in text
 
 
+def test_the_group_norms_of_a_forward_are_summed(tmp_path):
+    """By their calls; of those alone who were timed at every size of one run."""
+    limits = timing.Limits(1e30, 1e12, 1e30)
+    norms = [norm for norm in shapes.layouts(shapes.group_norms("VAE")) if norm.channels_last]
+    for i, norm in enumerate(norms):
+        times = {"minisd": 2 * [1e-6 * 2**i], "eager": 2 * [3e-6 * 2**i], "compiled": 2 * [1e-6]}
+        times = times if i else {name: times[name] for name in ("minisd", "eager")}
+        measured = measure.Measured(norm, torch.float16, times, dict.fromkeys(times, 1e-3 * i), {})
+        for folder, machine in (("one", MACHINE), ("two", MACHINE if i else OLD)):
+            write(tmp_path / folder, "kernels", record.COLUMNS, measure.rows(measured, limits),
+                  machine)
+    ours = sum(norm.calls * 2**i for i, norm in enumerate(norms))
+    least = sum(1e-6 * norm.calls * norm.cost(2).bytes for norm in norms)
+    assert line(report.page([tmp_path / "one"]), "VAE sum of 30 channels_last float16") == [
+        f"{report.tables.number(str(least))} (bytes)", f"{ours} ({ours}-{ours})",
+        f"{least / ours:.0%}", "0.006", f"{3 * ours}, 3.00x, 0.006", ""]
+    assert "VAE sum of" not in report.page([tmp_path / "two"])
+
+
 def test_kernels_that_do_not_run_leave_their_peers(tmp_path):
     """A real one, on the CPU."""
     case = shapes.TINY_ROWS[0]
