@@ -1,6 +1,7 @@
 """Who may know whom: the imports of every file, against the arrows written here as data."""
 
 import ast
+import glob
 import os
 import re
 import subprocess
@@ -41,7 +42,8 @@ ARROWS = {
     "safetensors_file": {"errors"},
 }
 # Everything else that minisd may import: what pyproject.toml declares, by import name.
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, BUILD = SETTINGS["project"], SETTINGS["tool"]
 DEPENDENCIES = {re.match(r"\w+", line)[0] for line in PROJECT["dependencies"]}
 DECLARED = DEPENDENCIES - {"pillow"} | {"PIL"}
 # Who may ask for the kernels, and only inside a function.
@@ -49,7 +51,7 @@ ASK_FOR_KERNELS = {"ops", "sd"}
 # The only kernel files that know the model.
 BRIDGE = {"fused_unet", "fused_step", "fused_vae"}
 # What nothing that is installed may import.
-BESIDE = {"bench", "tests", "train_tiny", "weights", "kernels"}
+BESIDE = {"bench", "tests", "weights", "kernels"}
 # What no file imports or says: code and objects made from data, other programs, the network.
 MODULES = {
     "builtins", "code", "runpy", "ctypes", "pickle", "_pickle", "dill", "cloudpickle", "joblib",
@@ -120,7 +122,26 @@ def test_kernels_do_not_know_the_model():
 def test_nothing_imports_what_is_not_installed():
     for path in [*MINISD, *KERNELS, ROOT / "weights" / "__init__.py"]:
         names = imports(ast.parse(path.read_text())) if path.exists() else set()
-        assert not roots(names) & BESIDE and "minisd_weights.train_tiny" not in names, path.name
+        assert not roots(names) & BESIDE, path.name
+        assert not [name for name in names if name.startswith("minisd_weights.")], path.name
+
+
+def test_the_wheel_holds_no_recipe():
+    told = BUILD["setuptools"]
+    assert not told["include-package-data"]  # so that packages and package-data name all of it
+    held = {}
+    for package in told["packages"]:
+        folder = ROOT / told["package-dir"].get(package, package)
+        patterns = ["*.py", *told["package-data"][package]]
+        held[package] = {path for pattern in patterns
+                         for path in glob.glob(pattern, root_dir=folder, recursive=True)
+                         if (folder / path).is_file()}  # fmt: skip
+    assert set(held) == {"minisd", "minisd_kernels", "minisd_weights"}
+    assert held["minisd_kernels"] == {path.name for path in KERNELS} | {"proven.json"}
+    tops = {path.split("/")[0] for path in held["minisd_weights"]}
+    assert tops == {"README.md", "__init__.py", "tiny"}
+    assert {Path(path).suffix for path in held["minisd_weights"] if path.startswith("tiny/")} == {
+        ".json", ".safetensors", ".txt"}
 
 
 def never(tree: ast.AST) -> set[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gallery import captions
+from weights.recipe.gallery import captions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -3,8 +3,6 @@
 import itertools
 import json
 import random
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +12,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 import minisd
-from bench.tiny import Bench, Gallery
-from minisd.tokenizer import Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
-import tiny_scenes
-import train_tiny
-from tiny_scenes import BACKGROUNDS, LAYOUTS, NOWHERE, Scenes, compose
+from minisd.tokenizer_folder import read_tokenizer
+from weights.recipe import stage, train
+from weights.recipe.evaluate import Evaluation, Gallery
+from weights.recipe.scenes import BACKGROUNDS, LAYOUTS, NOWHERE, Scenes, caption, catalogue, compose
 
 KEYWORDS = {
     "🍎": ["red_apple", "fruit", "mac"],
@@ -37,7 +32,7 @@ SHAPES = {
         "": "yellow", "-1f3fb": "white", "-1f3fc": "pink", "-1f3fd": "orange", "-1f3fe": "gray",
         "-1f3ff": "brown"}.items()
 }  # fmt: skip
-PLAN = train_tiny.Plan(32, 9, (8, 16), 4, (16, 32), (0.01, 0.01, 0.02), (4, 4, 4), 0.5)
+PLAN = train.Plan(32, 9, (8, 16), 4, (16, 32), (0.01, 0.01, 0.02), (4, 4, 4), 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,7 @@ def state(tmp_path_factory):
         image = Image.new("RGBA", (256, 256))
         ImageDraw.Draw(image).ellipse(box, fill=colour)
         image.save(state / f"data/{code}.webp", lossless=True)
-    tiny_scenes.catalogue(state, PLAN.size, PLAN.things)
+    catalogue(state, PLAN.size, PLAN.things)
     return state
 
 
@@ -60,7 +55,7 @@ def objects(state):
 
 @pytest.fixture(scope="module")
 def scenes(state, objects):
-    return Scenes(objects, 0.3, 16, Tokenizer.from_folder(state / "tokenizer"))
+    return Scenes(objects, 0.3, 16, read_tokenizer(state / "tokenizer"))
 
 
 def test_who_is_taught_and_by_which_names(objects):
@@ -141,12 +136,12 @@ def network():
 
 @pytest.mark.usefixtures("gradients")
 def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_tiny, "SAVE_EVERY", 5)
+    monkeypatch.setattr(stage, "SAVE_EVERY", 5)
 
     def pull(run):
         run.update(sum(p.square().sum() for p in run.models.parameters()))
 
-    first = train_tiny.Run(tmp_path, [network()], 1)
+    first = stage.Run(tmp_path, [network()], 1)
     for numbers, _ in first.batches(Numbers()):
         if numbers.item() == 5:
             seconds, kept = first.seconds, {n: v.clone() for n, v in first.kept.items()}
@@ -154,7 +149,7 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch):
             break
         pull(first)
     (tmp_path / "state.tmp").write_bytes(b"killed while this was written")
-    again = train_tiny.Run(tmp_path, [network()], 1)
+    again = stage.Run(tmp_path, [network()], 1)
     assert again.step == 5 and again.seconds == seconds > 0
     assert all(torch.equal(again.kept[name], vector) for name, vector in kept.items())
     assert next(again.batches(Numbers()))[0].item() == 5
@@ -165,19 +160,19 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("gradients")
 def test_a_run_that_goes_astray_stops_before_it_is_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_tiny, "SAVE_EVERY", 2)
-    monkeypatch.setattr(train_tiny, "LOG_EVERY", 2)
-    run = train_tiny.Run(tmp_path, [network()], 1)
+    monkeypatch.setattr(stage, "SAVE_EVERY", 2)
+    monkeypatch.setattr(stage, "LOG_EVERY", 2)
+    run = stage.Run(tmp_path, [network()], 1)
     with pytest.raises(AssertionError, match="at step 4 the loss is nan"):
         for factor in (1, 1, float("nan"), 1):
             run.update(factor * sum(p.square().sum() for p in run.models.parameters()))
-    assert train_tiny.Run(tmp_path, [network()], 1).step == 2
+    assert stage.Run(tmp_path, [network()], 1).step == 2
 
 
 @pytest.mark.usefixtures("gradients")
 def test_the_words_move_faster_and_the_rate_ends_at_zero(tmp_path):
-    run = train_tiny.Run(tmp_path, [network()], 1)
-    run.step = train_tiny.WARM_UP
+    run = stage.Run(tmp_path, [network()], 1)
+    run.step = stage.WARM_UP
     before = run.kept["now"].clone()
     run.update(sum(p.sum() for p in run.models.parameters()))
     moved = (run.kept["now"] - before).abs()
@@ -191,15 +186,15 @@ def test_the_words_move_faster_and_the_rate_ends_at_zero(tmp_path):
 
 @pytest.mark.usefixtures("gradients")
 def test_from_nothing_to_a_model_that_loads_here_and_in_diffusers(state, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_tiny, "PLANS", {"cpu": PLAN, "gpu": PLAN})
-    monkeypatch.setattr(train_tiny, "SAMPLES", ["a pear", "a red apple on a blue background"])
-    monkeypatch.setattr(train_tiny, "SHEET_EVERY", 1)
+    monkeypatch.setattr(train, "PLANS", {"cpu": PLAN, "gpu": PLAN})
+    monkeypatch.setattr(train, "SAMPLES", ["a pear", "a red apple on a blue background"])
+    monkeypatch.setattr(train, "SHEET_EVERY", 1)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for out in ("first", "again"):  # the second time every stage is over, and only read
-        train_tiny.main(["cpu", "--state", str(state), "--out", str(tmp_path / out)])
+        train.main(["cpu", "--state", str(state), "--out", str(tmp_path / out)])
     with pytest.raises(SystemExit):
-        train_tiny.main(["gpu", "--state", str(state), "--out", str(tmp_path / "gpu")])
+        train.main(["gpu", "--state", str(state), "--out", str(tmp_path / "gpu")])
     with Image.open(state / "sheet-1.png") as sheet:
         assert sheet.size == (64, 32)
     files = sorted(p.relative_to(tmp_path / "first") for p in (tmp_path / "first").rglob("*.*"))
@@ -251,7 +246,7 @@ class Painter:
         for background in BACKGROUNDS:
             colour = torch.tensor([BACKGROUNDS[background]])
             image = compose(gallery.full, which, torch.tensor([places]), colour)[0]
-            self.known[tiny_scenes.caption(layout, names, background)] = (image + 1) / 2
+            self.known[caption(layout, names, background)] = (image + 1) / 2
 
     def __call__(self, prompts, negative_prompt=None, **settings):
         plain = (self.red if negative_prompt else self.blue).expand(3, 64, 64) / 255
@@ -271,9 +266,9 @@ class Painter:
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_the_figures_tell_who_draws_what_is_asked(state, mirrored):
     gallery = Gallery(state, torch.device("cpu"))
-    bench = Bench(Painter(gallery, mirrored), gallery, 200, {})
-    bench.measure()
-    figures = {name: figure["mean"] for name, figure in bench.figures.items()}
+    evaluation = Evaluation(Painter(gallery, mirrored), gallery, 200, {})
+    evaluation.measure()
+    figures = {name: figure["mean"] for name, figure in evaluation.figures.items()}
     assert figures.pop("autoencoder, dB") == pytest.approx(40, abs=0.01)
     assert len(figures) == 14
     if mirrored:
@@ -282,16 +277,16 @@ def test_the_figures_tell_who_draws_what_is_asked(state, mirrored):
         assert figures["layout, small {} on the right"] == 0
     else:
         assert set(figures.values()) == {1}
-        assert bench.sweep("guidance_scale")[1]["top 1, %"] == 100
+        assert evaluation.sweep("guidance_scale")[1]["top 1, %"] == 100
 
 
-@pytest.mark.parametrize("plan", train_tiny.PLANS.values(), ids=train_tiny.PLANS)
+@pytest.mark.parametrize("plan", train.PLANS.values(), ids=train.PLANS)
 def test_a_plan_fits_into_the_wheel_and_loads(plan, state, tmp_path):
-    recipe = train_tiny.Recipe(plan, state)
+    recipe = train.Recipe(plan, state)
     for p in recipe.encoder.embeddings.parameters():  # which training would do
         torch.nn.init.normal_(p)
     recipe.export(tmp_path)
     more_words = 4500 - recipe.tokenizer.vocab_size  # in the full vocabulary, and their letters
     size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
-    assert size + 2 * train_tiny.WIDTH * more_words + 200_000 < 24e6
+    assert size + 2 * train.WIDTH * more_words + 200_000 < 24e6
     assert minisd.load(tmp_path).config.sample_size == plan.size

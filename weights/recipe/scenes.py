@@ -1,9 +1,9 @@
-"""What the shipped model is taught: scenes of emoji on plain colours, and captions for them.
+"""The training data of the shipped model: scenes of emoji on plain backgrounds, with captions.
 
-Pictures are Microsoft's Fluent Emoji in 3D (npm @lobehub/fluent-emoji-3d, MIT), names and keywords
-those of emojilib (npm, MIT).
+The pictures are Microsoft's Fluent Emoji in 3D (npm @lobehub/fluent-emoji-3d, MIT). The names and
+keywords are those of emojilib (npm, MIT).
 
-B scenes in a batch, N pictures in all, S side of a picture
+B scenes in a batch, N pictures of objects, S side of a picture
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emojilib@3.0.12")
 STATE = Path.home() / ".cache/minisd/train_tiny"
-TOO_ALIKE = 30  # root mean square difference, of 255, under which two things are one
+TOO_ALIKE = 30  # two objects with a smaller RMS difference, of 255, count as one
 BACKGROUNDS = {
     "red": (215, 40, 45), "orange": (245, 140, 30), "yellow": (250, 220, 70),
     "green": (60, 165, 70), "teal": (0, 135, 140), "blue": (40, 90, 220),
@@ -34,23 +34,23 @@ BACKGROUNDS = {
 }  # fmt: skip
 SKIN_TONES = {"1f3fb": "light", "1f3fc": "medium light", "1f3fd": "medium",
               "1f3fe": "medium dark", "1f3ff": "dark"}  # fmt: skip
-# Where things are put: x, y, size; the frame is 2 by 2 around (0, 0).
+# The places of the objects: x, y, size. The frame is 2 by 2 around (0, 0).
 LAYOUTS = {
     "{}": [(0, 0, 1)], "small {}": [(0, 0, 0.5)],
     "small {} on the left": [(-0.5, 0, 0.5)], "small {} on the right": [(0.5, 0, 0.5)],
     "small {} at the top": [(0, -0.5, 0.5)], "small {} at the bottom": [(0, 0.5, 0.5)],
     "{} beside {}": [(-0.5, 0, 0.5), (0.5, 0, 0.5)],
 }  # fmt: skip
-WEIGHTS = (0, 1, 1, 1, 1, 1, 4)  # of the layouts, apart from the plain one
-NOWHERE = (9, 9, 1)
-HELD_BACK = 20  # one thing in so many is not shown to the autoencoder, which is measured on it
-# Flags of countries, letters in squares, keycaps, clock faces; families, and men and women, most of
-# whom do what a person does too.
+WEIGHTS = (0, 1, 1, 1, 1, 1, 4)  # of the layouts, in a scene that is not plain
+NOWHERE = (9, 9, 1)  # a place outside the frame
+HELD_BACK = 20  # one object in so many is held out of the training of the autoencoder
+# Left out are flags of countries, letters in squares, keycaps, clock faces, families, and men and
+# women, most of whom have a counterpart called a person.
 LEFT_OUT = re.compile("^1f1|e00|20e3|^1f55|^1f56[0-7]|^1f46[89]-200d|200d-264[02]")
 
 
 def key(codes: str) -> str:
-    """Code points in the form on which both packages agree."""
+    """Code points in one form for both packages."""
     return "-".join(c.lstrip("0") for c in codes.lower().split("-") if c not in ("fe0f", ""))
 
 
@@ -73,14 +73,14 @@ def picture(path: Path, size: int) -> Tensor:
 
 
 def catalogue(state: Path, size: int, things: int) -> None:
-    """Write objects.json (what each is called, which its pictures are), objects.safetensors, and
-    the vocabulary, unless they are there.
+    """Write objects.json (names and pictures of each object), objects.safetensors (the pictures)
+    and the vocabulary, unless they exist.
 
-    Short names are those of common things, so the first so many of them are taught; of two things
-    that look alike, the one with the shorter name. A keyword that two things share is nobody's. A
-    fifth of the pairs of thing and background is never trained on.
+    The ``things`` objects with the shortest names are taken, because common objects have short
+    names. Of two objects that look alike, the one with the shorter name is taken. A keyword that
+    two objects share is not used. A fifth of the (object, background) pairs is held out.
     """
-    if (state / "tokenizer/merges.txt").exists():  # the last to be written
+    if (state / "tokenizer/merges.txt").exists():  # it is written last
         return
     data, half = state / "data", state / "data.tmp"
     if not data.exists():
@@ -117,8 +117,8 @@ def catalogue(state: Path, size: int, things: int) -> None:
 
 
 def vocabulary(state: Path, objects: list[dict]) -> None:
-    """Write words.txt, the words of the captions, and tokenizer/, a CLIP-style byte-level BPE in
-    which each of them is a single token.
+    """Write words.txt, the words of the captions, and tokenizer/, a byte-level BPE like CLIP's in
+    which each of these words is a single token.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -135,7 +135,7 @@ def vocabulary(state: Path, objects: list[dict]) -> None:
         special_tokens=["<|startoftext|>", "<|endoftext|>"], show_progress=False,
     ))  # fmt: skip
     (state / "tokenizer").mkdir(exist_ok=True)
-    bpe.model.save(str(state / "tokenizer"))  # vocab.json and, at last, merges.txt
+    bpe.model.save(str(state / "tokenizer"))  # vocab.json, then merges.txt
 
 
 def write_json(path: Path, fields: dict) -> None:
@@ -149,22 +149,22 @@ def article(words: str) -> str:
 
 
 def caption(layout: str, things: list[str], background: str) -> str:
-    """What is asked of a trained model."""
+    """The prompt for objects in a layout on a background."""
     text = article(layout.format(things[0], article(things[-1])))
     return f"{text} on {article(background)} background" if background else text
 
 
 class Scenes(Dataset):
-    """Batches of scenes, of which batch n is always the same.
+    """Batches of scenes. Batch n is always the same.
 
-    ``plain`` is the share of scenes that are one thing, as large as the picture.
+    ``plain`` is the share of scenes of one object, as large as the picture.
     """
 
     def __init__(self, objects: list[dict], plain: float, batch: int, tokenizer):
         self.objects, self.plain, self.batch, self.tokenizer = objects, plain, batch, tokenizer
 
     def __getitem__(self, number: int) -> tuple[Tensor, ...]:
-        """Pictures (B, 2), their places (B, 2, 3), colours (B, 3); ids of the captions (B, 77)."""
+        """Indices of pictures (B, 2), places (B, 2, 3), colours (B, 3), caption ids (B, 77)."""
         rng = random.Random(number)
         *scenes, captions = zip(*(self.draw(rng) for _ in range(self.batch)), strict=True)
         return *map(torch.tensor, scenes), self.tokenizer(list(captions))
@@ -182,9 +182,9 @@ class Scenes(Dataset):
         background = rng.choice([b for b in BACKGROUNDS if b not in held_out] or ["gray"])
         spelled = "grey" if background == "gray" and rng.random() < 0.5 else background
         kind = rng.random()
-        if kind < 0.15:  # what guidance and negative prompts lean on
+        if kind < 0.15:  # for guidance and negative prompts
             caption = "" if kind < 0.1 else f"{spelled} background"
-        elif kind > 0.23:  # else the background is left to chance
+        elif kind > 0.23:  # below that the caption names no background
             caption += f" on {article(spelled)} background"
         which = [t["first"] + i for t, i in zip(things, looks, strict=True)]
         places = [*LAYOUTS[layout], NOWHERE][:2]
@@ -192,7 +192,7 @@ class Scenes(Dataset):
 
 
 def compose(rgba: Tensor, which: Tensor, places: Tensor, colours: Tensor) -> Tensor:
-    """Pictures of rgba (N, 4, S, S), one or two each, on colours: (B, 3, S, S) in [-1, 1]."""
+    """Scenes (B, 3, S, S) in [-1, 1]: one or two pictures of rgba (N, 4, S, S) on each colour."""
     image = colours[:, :, None, None].float()
     for i in range(which.shape[1]):
         x, y, size = places[:, i].float().unbind(dim=1)

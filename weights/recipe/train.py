@@ -1,19 +1,17 @@
-"""The recipe of the shipped model: emoji in, a small Stable Diffusion out.
+"""Train the shipped model: a small Stable Diffusion of emoji.
 
-    python weights/train_tiny.py gpu --out DIR   # 128x128 pictures, for one CUDA device
-    python weights/train_tiny.py cpu --out DIR   # 64x64 pictures, for five hours of CPU time
+    python -m weights.recipe.train gpu --out DIR   # 128x128 pictures, for one CUDA device
+    python -m weights.recipe.train cpu --out DIR   # 64x64 pictures, for five hours of CPU time
 
-Needs minisd and npm. Kill it at will: the same command goes on. tiny_scenes.py has what is taught.
+It is run in the root of the repository and needs npm, which fetches the emoji. A run that was
+killed continues when the same command is given again. scenes.py makes the training data.
 
 B scenes in a batch, S side of a picture, C h w a latent, D width of the context
 """
 
 import argparse
 import json
-import math
-import os
 import shutil
-import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,142 +20,57 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_scenes import HELD_BACK, STATE, Scenes, catalogue, compose, write_json
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import minisd
 from minisd import ddim
 from minisd.clip import TextEncoder
 from minisd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from minisd.ops import TORCH, reference_attention
-from minisd.tokenizer import Tokenizer
+from minisd.tokenizer_folder import read_tokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
+from weights.recipe.scenes import HELD_BACK, STATE, Scenes, catalogue, compose, write_json
+from weights.recipe.stage import Run
 
 
 @dataclass(frozen=True)
 class Plan:
     size: int                      # of a picture, in pixels
-    things: int                    # how many it may learn, those with the shortest names
+    things: int                    # number of objects; those with the shortest names are taken
     vae: tuple[int, ...]           # widths of the autoencoder
     channels: int                  # of a latent
-    unet: tuple[int, ...]          # widths; attention only at the last, where it costs least
-    minutes: tuple[float, ...]     # of the device, or of CPU time: autoencoder, text, diffusion
-    batch: tuple[int, ...]         # of the same
-    plain: float                   # share of scenes that are one thing, as large as the picture
+    unet: tuple[int, ...]          # widths; only the last level has attention: it costs least there
+    minutes: tuple[float, ...]     # GPU or CPU time of the stages: autoencoder, text, diffusion
+    batch: tuple[int, ...]         # batch sizes of the same stages
+    plain: float                   # share of scenes of one object, as large as the picture
 
 
 PLANS = {
     "gpu": Plan(128, 2000, (32, 48, 64, 88), 12, (112, 176), (5.5, 1.5, 14), (64, 512, 256), 0.4),
     "cpu": Plan(64, 512, (24, 48, 96), 6, (48, 96, 176), (88, 50, 180), (8, 64, 16), 0.55),
 }
-WIDTH, LEVELS = 192, 2  # of the context; of noise on each latent
-GRID = 4  # places along a side of a latent, for each of which the text has an output
-RATE, DECAY, WARM_UP, LOG_EVERY, SAVE_EVERY, SHEET_EVERY = 1e-3, 0.5, 200, 50, 250, 1000
-WORD_PACE = 10  # a word is met once in hundreds of steps, so its vector must move further each time
-BETAS, KL_WEIGHT, EDGE_WEIGHT = (0.9, 0.99), 2e-4, 0.5
-TINY = Path(__file__).parent / "tiny"
+WIDTH = 192  # of the context
+LEVELS = 2  # noise levels per latent in a batch of the diffusion stage
+GRID = 4  # the text stage divides a latent into GRID x GRID parts and predicts each
+KL_WEIGHT, EDGE_WEIGHT = 2e-4, 0.5
+SHEET_EVERY = 1000  # steps between two sheets of samples
+TINY = Path(__file__).parents[1] / "tiny"
 SAMPLES = ["a red heart on a blue background", "a rocket on a black background", "a sunflower",
            "a small guitar at the top", "a pizza beside a banana on a gray background"]
 
 
-class Run:
-    """One stage of so many minutes, however often it is started: AdamW, EMA, a log, resuming."""
-
-    def __init__(self, folder: Path, models: list[nn.Module], minutes: float):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.models, self.budget = folder, nn.ModuleList(models), 60 * minutes
-        self.step, self.seconds, self.losses, self.words = 0, 0.0, [], slice(0, 0)
-        cuda = next(models[0].parameters()).is_cuda  # a CPU's time counts, however busy it is
-        self.now = time.time if cuda else time.process_time
-        self.clock = self.now()
-        named = sorted(self.models.named_parameters(),
-                       key=lambda pair: "token_embedding" in pair[0])
-        # One vector of all parameters, each of which is a view of it: quick to update and to save.
-        now = nn.Parameter(torch.cat([p.detach().flatten() for _, p in named]))
-        now.grad, start = torch.zeros_like(now), 0
-        for name, p in named:
-            if "token_embedding" in name:
-                self.words = slice(start, start + p.numel())
-            here = p.shape, p.stride(), start
-            now.data.as_strided(*here).copy_(p.detach())
-            p.data, p.grad = now.data.as_strided(*here), now.grad.as_strided(*here)
-            start += p.numel()
-        moments = {name: torch.zeros_like(now.data) for name in ("exp_avg", "exp_avg_sq")}
-        self.kept = moments | {"now": now.data, "ema": now.data.clone()}
-        if (folder / "state.safetensors").exists():
-            state = load_file(folder / "state.safetensors")
-            self.step, self.seconds = int(state["clock"][0]), state["clock"][1].item()
-            for name, vector in self.kept.items():
-                vector.copy_(state[name])
-        torch.manual_seed(self.step)
-        self.grad, steps = now.grad, torch.tensor(float(self.step), device=now.device)
-        self.optimizer = torch.optim.AdamW([now], betas=BETAS, weight_decay=0.01, fused=True)
-        self.optimizer.state[now] = {"step": steps} | moments
-
-    def save(self) -> None:
-        """The new state takes the place of the old one at once, or not at all."""
-        clock = torch.tensor([self.step, self.seconds], dtype=torch.float64)
-        save_file(self.kept | {"clock": clock}, self.folder / "state.tmp")
-        os.replace(self.folder / "state.tmp", self.folder / "state.safetensors")
-
-    def swap(self) -> None:
-        """The models hold the EMA, or again what they held before."""
-        now, ema = self.kept["now"], self.kept["ema"]
-        now[:], ema[:] = ema, now.clone()
-
-    def batches(self, scenes: Scenes):
-        """From where the run was left until its time is over; the models then hold the EMA."""
-        self.models.train().requires_grad_(True)
-        if self.seconds < self.budget:
-            numbers = range(self.step, 10**9)
-            workers = min(12, os.cpu_count() // 2) if self.grad.is_cuda else 0
-            for batch in DataLoader(scenes, None, sampler=numbers, num_workers=workers):
-                yield [tensor.to(self.grad.device) for tensor in batch]
-                if self.seconds >= self.budget:
-                    break
-            self.save()
-        self.swap()
-        self.models.eval().requires_grad_(False)
-
-    def update(self, loss: Tensor) -> None:
-        loss.backward()
-        self.grad *= (1 / self.grad.norm()).clamp(max=1)
-        pace = min((self.step + 1) / WARM_UP, (1 - self.seconds / self.budget) / DECAY, 1)
-        self.optimizer.param_groups[0]["lr"] = RATE * max(pace, 0)
-        words = self.kept["now"][self.words]
-        before = words.clone()
-        self.optimizer.step()
-        words += (WORD_PACE - 1) * (words - before)
-        self.grad.zero_()
-        self.step += 1
-        self.kept["ema"].lerp_(self.kept["now"], max(1e-3, 9 / (10 + self.step)))
-        self.losses.append(loss.detach())
-        if self.step % LOG_EVERY == 0:
-            mean, self.losses = torch.stack(self.losses).mean().item(), []
-            where = f"{self.folder.name}: at step {self.step}"
-            assert math.isfinite(mean), f"{where} the loss is {mean}"
-            line = {"step": self.step, "seconds": round(self.seconds), "loss": mean}
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-        now = self.now()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
-        if self.step % SAVE_EVERY == 0:
-            self.save()
-
-
 class Recipe:
-    """The three stages and what they share: the networks, the pictures, the device."""
+    """The three stages of training and what they share: networks, data, device."""
 
     def __init__(self, plan: Plan, state: Path):
         self.plan, self.state = plan, state
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        # On a CPU, with autocast to bfloat16, torch 2.13 compiles this to wrong gradients.
+        # On a CPU, torch 2.13 compiles wrong gradients under autocast to bfloat16.
         self.compiled = torch.compile if self.device == "cuda" else lambda function: function
         self.objects = json.loads((state / "objects.json").read_text())["objects"]
         self.rgba = load_file(state / "objects.safetensors")["rgba"].to(self.device)
-        self.tokenizer = ids = Tokenizer.from_folder(state / "tokenizer")
+        self.tokenizer = ids = read_tokenizer(state / "tokenizer")
         c, n = plan.channels, len(plan.unet)
         self.config = Config(
             "tiny",
@@ -183,12 +96,13 @@ class Recipe:
 
     @torch.no_grad()
     def latents(self, image: Tensor) -> Tensor:
-        """Scaled, (B, C, h, w), of pictures (B, 3, S, S)."""
+        """Scaled latents (B, C, h, w) of pictures (B, 3, S, S)."""
         with self.half():
             return self.encode(image).float()
 
     def train_vae(self) -> None:
-        """L1 on pixels and on their differences, a trace of KL; at last, the latents' scale."""
+        """The loss is L1 on pixels and on their differences, with a small KL term. At the end, the
+        scaling factor of the latents is measured."""
         run = Run(self.state / "vae", [self.vae], self.plan.minutes[0])
         shown = [thing for i, thing in enumerate(self.objects) if i % HELD_BACK]
         moments, decode = self.compiled(self.vae.moments), self.compiled(self.vae.decode)
@@ -207,9 +121,9 @@ class Recipe:
         self.config = replace(self.config, vae=self.vae.config)
 
     def train_text(self) -> None:
-        """What CLIP learned from pictures before there was a UNet, in small. The last 16 of the 77
-        outputs must tell the latent, each in its own of 4x4 places and all through one linear
-        layer, so that the UNet need only learn where to look."""
+        """The text encoder learns to predict the latent. Each of the last 16 of its 77 outputs
+        predicts one of 4x4 parts, all through the same linear layer. The UNet then only has to
+        learn which output to attend to. In Stable Diffusion, CLIP's own training has this role."""
         nn.init.normal_(self.encoder.embeddings.token_embedding.weight, std=0.1)
         nn.init.normal_(self.encoder.embeddings.position_embedding.weight, std=0.1)
         part = self.plan.size // self.config.vae.downscale // GRID
@@ -222,7 +136,8 @@ class Recipe:
             run.update((made - parts.mT).square().mean())
 
     def train_diffusion(self) -> None:
-        """The UNet alone, on the velocity: as in Stable Diffusion, the text encoder is done."""
+        """The UNet alone is trained, to predict v; the text encoder is frozen, as in Stable
+        Diffusion."""
         run = Run(self.state / "diffusion", [self.unet], self.plan.minutes[2])
         unet = self.compiled(self.unet)
         alphas = ddim.alphas_cumprod(self.config.schedule).float().to(self.device)
@@ -231,7 +146,7 @@ class Recipe:
             with torch.no_grad(), self.half():
                 context = self.encoder(ids).repeat(LEVELS, 1, 1)             # (LEVELS*B, 77, D)
             first = torch.rand(len(ids), device=self.device)
-            # Rather noisy than not: there only the words can say what to draw.
+            # High noise is sampled more often: the prompt matters most there.
             u = torch.cat([(first + i / LEVELS) % 1 for i in range(LEVELS)]).sqrt()
             t = (u * len(alphas)).long().clamp(max=len(alphas) - 1)          # (LEVELS*B,)
             a, e = alphas[t, None, None, None], torch.randn_like(x0)
@@ -243,7 +158,7 @@ class Recipe:
                 self.sheet(run)
 
     def sheet(self, run: Run) -> None:
-        """What the model draws by now."""
+        """Samples from the present EMA weights, side by side."""
         run.swap()
         self.export(self.state / "model")
         sd = minisd.load(self.state / "model")
@@ -252,7 +167,8 @@ class Recipe:
         run.swap()
 
     def export(self, out: Path) -> None:
-        """A folder in diffusers layout; what no plan changes is taken from the last model's."""
+        """Write a folder in diffusers layout. Settings that no plan changes are copied from the
+        shipped model."""
         text, unet, vae = (asdict(getattr(self.config, part)) for part in ("text", "unet", "vae"))
         text |= {n: getattr(self.tokenizer, n) for n in ("bos_token_id", "eos_token_id")}
         vae |= {"sample_size": self.plan.size,
@@ -274,7 +190,7 @@ class Recipe:
             file, named = out / f"{file}.safetensors", model.named_parameters()
             tensors = {prefix + n: p.detach().half().contiguous() for n, p in named}
             save_file(tensors, file, {"format": "pt"})
-            file.chmod(0o644)  # save_file leaves it readable by its owner alone
+            file.chmod(0o644)  # save_file makes it readable by its owner only
         shutil.copytree(self.state / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
         shutil.copy(self.state / "words.txt", out)
 

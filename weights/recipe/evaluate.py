@@ -1,26 +1,25 @@
-"""Does the shipped model draw what it is asked? Colours, objects, places, tones, negative prompts.
+"""Measure how well a model follows prompts: colours, objects, layouts, skin tones.
 
-    python -m bench.tiny --state DIR                    # the figures, a line each
-    python -m bench.tiny --state DIR --sweeps --out DIR # and curves over guidance and steps
+    python -m weights.recipe.evaluate --state DIR                     # a line for each figure
+    python -m weights.recipe.evaluate --state DIR --sweeps --out DIR  # and curves
 
-``--state`` is the folder of weights/train_tiny.py, which holds the pictures to compare with; where
-there are none, they are fetched (npm is needed). What is asked is fixed by hashes of names, and
-picture i has seed i, so that nobody can choose them. All is compared at 64x64, in squared
-differences of pixels.
+``--state`` is the folder of weights/recipe/train.py, with the pictures of the objects. If it has
+none, they are fetched, which needs npm. Prompts are chosen by hashes of names, and image i has seed
+i, so that none is picked by hand. Images are compared at 64x64 by squared differences of pixels.
 
-* border: the share of a picture's outermost pixels whose nearest named colour is the asked one.
-* object: of all objects put on the asked background in the same way, is the asked one the nearest
-  to the picture (top 1), or among the nearest five? An object's nearest skin tone counts.
-* layout, skin tone: of all layouts of the asked object, or of all its skin tones, is the asked one
-  the nearest? On backgrounds never trained with that object.
-* beside: the objects of the left and of the right half, each as above in its half.
-* negative: does "blue background" as the negative prompt bring the border further away from blue?
-  (Chance would do so for half of the pictures.)
+* border: the share of an image's outermost pixels whose nearest named colour is the asked one.
+* object: whether the asked object is the nearest to the image (top 1), or among the nearest five,
+  of all objects on the asked background in the same layout. The nearest skin tone of each counts.
+* layout, skin tone: whether the asked one is the nearest of all layouts, or of all skin tones, of
+  the asked object. The backgrounds are held out of training with that object.
+* beside: the object of the left and of the right half, each measured as above in its half.
+* negative: whether the negative prompt "blue background" moves the border further from blue. Half
+  of the images would do so by chance.
 * autoencoder: PSNR of objects that it was not trained on, mean of decibels.
-* the curves: of a quarter of the trained pairs, the object as above, and the PSNR of the picture
-  against the one asked for.
+* the curves: object as above, and PSNR of the image against the scene that was asked for, over a
+  quarter of the trained pairs.
 
-B pictures, N pictures of objects
+B images, N pictures of objects
 """
 
 import argparse
@@ -35,10 +34,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import minisd
-from weights.tiny_scenes import HELD_BACK, STATE, article, caption, catalogue, compose
+from weights.recipe.scenes import HELD_BACK, STATE, article, caption, catalogue, compose
 
 SIZE, BATCH, UNTITLED, NEGATIVE = 64, 50, 50, "blue background"
-SINGLE = slice(0, -1)  # of the layouts: all but the last hold one object
+SINGLE = slice(0, -1)  # the layouts with one object: all but the last
 SWEEPS = {
     "guidance_scale": (1, 2, 3, 4, 5, 6, 7.5, 8, 9, 10),
     "num_inference_steps": (5, 10, 15, 20, 30, 50, 100),
@@ -50,7 +49,7 @@ def order(text: str) -> bytes:
 
 
 class Gallery:
-    """Every object's pictures, what to ask of them, and which of them a drawn one resembles."""
+    """The pictures of all objects: prompts for them, and which of them an image is nearest to."""
 
     def __init__(self, state: Path, device: torch.device):
         about = json.loads((state / "objects.json").read_text())
@@ -66,7 +65,7 @@ class Gallery:
         self.by_hash = sorted(range(len(names)), key=lambda i: order(names[i]))
 
     def questions(self, held_out: bool, count: int) -> list[tuple[int, int]]:
-        """(object, background) pairs, seen in training or not, of the same objects."""
+        """(object, background) pairs, held out of training or not, of the same objects."""
         asked = []
         for i in self.by_hash:
             thing = self.objects[i]
@@ -92,16 +91,16 @@ class Gallery:
         return (torch.cat(sides, dim=2).transpose(1, 2) + 1) * 127.5         # (B, 252, 3)
 
     def right_border(self, pixels: Tensor, asked: list[tuple[int, int]]) -> Tensor:
-        """Which share of each border is of the asked colour: (B,)."""
+        """The share of each border that has the asked colour: (B,)."""
         border = self.border(pixels)
         nearest = torch.cdist(border, self.colours.expand(len(border), -1, -1)).argmin(dim=2)
         wanted = torch.tensor([background for _, background in asked], device=self.device)
         return (nearest == wanted[:, None]).float().mean(dim=1)
 
     def ranks(self, pixels: Tensor, asked: list[tuple[int, int]], layout="{}", slot=0) -> Tensor:
-        """How many objects are nearer to each picture (B, 3, 64, 64) than the asked one: (B,).
+        """How many objects are nearer to each image (B, 3, 64, 64) than the asked one: (B,).
 
-        Of two objects beside each other only the half around ``slot`` is looked at.
+        With two objects beside each other, only the half of ``slot`` is compared.
         """
         ranks = torch.empty(len(asked), dtype=torch.long)
         halves = len(self.layouts[layout])
@@ -119,7 +118,7 @@ class Gallery:
         return ranks
 
     def chosen(self, pixels: Tensor, background: int, choices: list[tuple[int, list]]) -> int:
-        """Which of some (picture, place) is nearest to pixels (3, 64, 64)."""
+        """The index of the (picture, place) that is nearest to pixels (3, 64, 64)."""
         known = torch.cat([
             self.place(torch.tensor([which], device=self.device), place, background)
             for which, place in choices])
@@ -127,11 +126,11 @@ class Gallery:
 
 
 def psnr(made: Tensor, right: Tensor) -> Tensor:
-    """Decibels of each picture (B, 3, S, S) in [-1, 1]: (B,)."""
+    """Decibels of each image (B, 3, S, S) in [-1, 1]: (B,)."""
     return -10 * ((made - right) / 2).square().mean(dim=(1, 2, 3)).log10()
 
 
-class Bench:
+class Evaluation:
     """The figures, by name, in the order in which they are measured."""
 
     def __init__(self, sd: "minisd.StableDiffusion", gallery: Gallery, count: int, settings: dict):
@@ -139,7 +138,7 @@ class Bench:
         self.figures = {}
 
     def make(self, prompts: list[str], **settings) -> Tensor:
-        """Pictures (B, 3, 64, 64) in [-1, 1], with the seeds 0, 1, 2, ..."""
+        """Images (B, 3, 64, 64) in [-1, 1], with the seeds 0, 1, 2, ..."""
         parts, settings = [], self.settings | settings
         for start in range(0, len(prompts), BATCH):
             part = prompts[start : start + BATCH]
@@ -149,7 +148,7 @@ class Bench:
         return torch.cat(parts).to(self.gallery.device) * 2 - 1
 
     def note(self, name: str, values: Tensor) -> None:
-        """The mean of what each picture got; its unit is 1, or decibel."""
+        """Keep and print the mean over the images, a share or decibels."""
         mean, count = values.float().mean().item(), len(values)
         self.figures[name] = {"mean": round(mean, 4), "pictures": count}
         shown = f"{mean:.2f}" if mean > 1 else f"{mean:.1%}"
@@ -234,7 +233,7 @@ class Bench:
         self.negative()
 
     def sweep(self, setting: str) -> dict[float, dict[str, float]]:
-        """What becomes of a quarter of the trained pairs, by the setting's value."""
+        """Figures over a quarter of the trained pairs, by the setting's value."""
         gallery, curves = self.gallery, {}
         asked = gallery.questions(False, self.count // 4)
         prompts = [gallery.prompt(pair) for pair in asked]
@@ -269,9 +268,9 @@ def plot(setting: str, curves: dict[float, dict[str, float]], path: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--state", type=Path, default=STATE / "cpu")
-    parser.add_argument("--things", type=int, default=512, help="that the model was taught")
+    parser.add_argument("--things", type=int, default=512, help="number of objects in training")
     parser.add_argument("--model", help="default: the shipped one")
-    parser.add_argument("--count", type=int, default=200, help="pictures a figure, where it can")
+    parser.add_argument("--count", type=int, default=200, help="images a figure, at most")
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--sweeps", action="store_true", help="also over guidance and steps")
@@ -281,16 +280,16 @@ def main() -> None:
     sd = minisd.load(args.model) if args.model else minisd.load()
     catalogue(args.state, sd.config.sample_size, args.things)
     if {*(args.state / "words.txt").read_text().split()} != sd.tokenizer.words:
-        parser.error(f"{args.state} is not what the model was taught from")
+        parser.error(f"{args.state} is not the training data of the model")
     gallery = Gallery(args.state, next(sd.vae.parameters()).device)
     settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
-    bench = Bench(sd, gallery, args.count, settings)
-    bench.measure()
-    curves = {setting: bench.sweep(setting) for setting in SWEEPS if args.sweeps}
+    evaluation = Evaluation(sd, gallery, args.count, settings)
+    evaluation.measure()
+    curves = {setting: evaluation.sweep(setting) for setting in SWEEPS if args.sweeps}
     print(f"{'seconds':32} {time.perf_counter() - began:.0f}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        record = settings | {"count": args.count, "figures": bench.figures, "curves": curves}
+        record = settings | {"count": args.count, "figures": evaluation.figures, "curves": curves}
         (args.out / "tiny.json").write_text(json.dumps(record, indent=1))
         for setting, points in curves.items():
             plot(setting, points, args.out / f"{setting}.png")

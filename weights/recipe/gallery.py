@@ -1,8 +1,8 @@
-"""The README's gallery: 8x6 pictures by the shipped model, all with seed 0.
+"""The README's gallery: 8x6 images by the shipped model, all with seed 0.
 
-    python -m bench.gallery             # draws weights/gallery.png, prints the prompts row by row
+    python -m weights.recipe.gallery    # writes weights/gallery.png and prints the prompts by row
 
-A star marks what was never trained: that thing, in any form, was never shown on that background.
+A star marks a held-out pair: the object, in any skin tone, was never trained on that background.
 """
 
 from pathlib import Path
@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 import minisd
-from weights.tiny_scenes import caption, fifth
+from weights.recipe.scenes import caption, fifth
 
-# Layout (of tiny_scenes.LAYOUTS), one thing or two, background or none.
+# A layout (of scenes.LAYOUTS), one object or two, a background or none.
 ROWS = [
     [("{}", "red heart", "blue"), ("{}", "rocket", "black"), ("{}", "pineapple", "red"),
      ("{}", "pizza", "teal"), ("{}", "penguin", "orange"), ("{}", "castle", "yellow"),
@@ -36,7 +36,7 @@ ROWS = [
     [("{}", "panda", ""), ("{}", "rainbow", ""), ("{}", "cactus", ""), ("{}", "dragon", ""),
      ("{}", "mushroom", ""), ("{}", "teapot", ""), ("{}", "koala", ""), ("{}", "butterfly", "")],
 ]  # fmt: skip
-FILE = Path(__file__).parents[1] / "weights" / "gallery.png"
+FILE = Path(__file__).parents[1] / "gallery.png"
 
 
 def prompt(layout: str, *things_and_background: str) -> str:
@@ -50,7 +50,7 @@ def never_trained(layout: str, *things_and_background: str) -> bool:
 
 
 def captions() -> list[str]:
-    """A line for each row, as the README shows it."""
+    """The line of each row in the README."""
     return ["; ".join(prompt(*asked) + " \\*" * never_trained(*asked) for asked in row)
             for row in ROWS]
 
