@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import minisd
-from minisd import image as pictures
+from minisd import files, image as pictures
 
 LAST_SEED = 2**32 - 1
 
@@ -67,7 +67,7 @@ def draw(argv: list[str]) -> None:
     args = _parse(argv)
     call = _call_arguments(args)
     plan, names = [], _names(args)
-    pictures.remove_leftovers(names[0][0].parent)
+    files.remove_leftovers(names[0][0].parent)
     for path, seed in names:
         if _is_made(path, seed, args, call):
             print(f"{path}  seed {seed}  (kept: made before with these settings)", flush=True)

@@ -4,14 +4,11 @@ A picture is read once, as RGB, and refused with one sentence when it cannot be.
 written whole or not at all, and carries the settings that made it.
 """
 
-import errno
 import json
 import os
-import secrets
-import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -19,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from minisd import files
 from minisd.errors import ImageError
 
 if TYPE_CHECKING:
@@ -110,20 +108,9 @@ def to_pil(pixels: "Tensor") -> list[Image.Image]:
 
 def check_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
     """Raise now what ``save`` would raise after the work: ValueError or an OSError."""
-    path = Path(path)
-    if path.suffix.lower() != ".png":
+    if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path}: only PNG is written, so the name must end in .png")
-    if not path.parent.is_dir():
-        raise NotADirectoryError(f"{path.parent} is not a folder: create it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path.parent} is not writable: choose another folder")
-    disk = shutil.disk_usage(path.parent)
-    if disk.free == 0 < disk.total:  # some network drives say 0 of 0
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: choose another name")
-    if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another name, or ask to overwrite it")
+    files.check_writable(path, overwrite)
 
 
 def save(
@@ -139,50 +126,10 @@ def save(
     chunks.add_text("parameters", _parameters(settings))
     # ASCII with \u escapes: the only form that also keeps lone surrogates, as in odd file names.
     chunks.add_itxt("minisd", json.dumps(settings))
-    path = Path(path)
-    remove_leftovers(path.parent)
-    temporary = path.with_name(f".minisd-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            image.save(file, "PNG", pnginfo=chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(temporary, path, overwrite)
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Give a finished file its name; without ``overwrite``, only a name that is free."""
-    if overwrite:
-        os.replace(temporary, path)
-        return
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # exFAT and some network drives have no links: claim the name, then fill it
-        open(path, "xb").close()
-        try:
-            os.replace(temporary, path)
-        except BaseException:
-            path.unlink()
-            raise
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed while they saved."""
-    if os.name != "posix":  # elsewhere os.kill(pid, 0) may end the process it asks about
-        return
-    for leftover in folder.glob(".minisd-*-*.tmp"):
-        with suppress(ValueError, OverflowError, OSError):  # not ours, or another user's
-            try:
-                os.kill(int(leftover.name.split("-")[1]), 0)
-            except ProcessLookupError:
-                leftover.unlink()
+    with files.written_whole(path, overwrite) as temporary, open(temporary, "xb") as file:
+        image.save(file, "PNG", pnginfo=chunks)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _parameters(settings: dict) -> str:

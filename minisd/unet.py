@@ -265,7 +265,7 @@ class UNet(nn.Module):
         skip_widths = [widths[0]]
         for i, c in enumerate(widths):
             ins = [widths[max(i - 1, 0)]] + [c] * (depth - 1)
-            level = DownLevel([(c_in, c) for c_in in ins], heads[i], config, ops)
+            level: Level = DownLevel([(c_in, c) for c_in in ins], heads[i], config, ops)
             if i < last:
                 level.downsamplers = nn.ModuleList([Downsample(c)])
             self.down_blocks.append(level)

@@ -173,6 +173,9 @@ class VAE(nn.Module):
     are decoded: the memory of one tile whatever the size, and nearly the same picture.
     """
 
+    tile: int | None
+    decoder: nn.Module  # a Decoder, or what takes its place
+
     def __init__(self, config: VAEConfig, ops: Ops):
         super().__init__()
         self.config, self.tile = config, None

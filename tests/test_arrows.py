@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # file of minisd -> the files of minisd that it may import, anywhere in it
 ARROWS = {
     "__init__": {"checkpoint", "image", "sd"},
-    "__main__": {"arguments", "checkpoint", "hub", "image", "sd"},
+    "__main__": {"arguments", "checkpoint", "files", "hub", "image", "sd"},
     "sd": {"arguments", "checkpoint", "clip", "config", "coverage", "ddim", "image", "latents",
            "memory", "ops", "tokenizer", "tokenizer_folder", "unet", "vae"},
     "memory": {"arguments", "config", "unet", "vae"},
@@ -31,9 +31,10 @@ ARROWS = {
     "config": set(),
     "tokenizer": set(),
     "tokenizer_folder": {"diffusers_config", "errors", "tokenizer"},
-    "image": {"errors"},
+    "image": {"errors", "files"},
     "hub": {"errors"},
     "errors": set(),
+    "files": set(),
     "checkpoint": {"config", "diffusers_config", "errors", "hub", "names", "recognise",
                    "safetensors_file"},
     "recognise": {"config", "diffusers_config", "errors", "names", "safetensors_file"},
