@@ -20,7 +20,7 @@ class Bodies(NamedTuple):
     as in the kernel files of these names."""
 
     attention: Callable[..., Tensor]
-    group_norm_silu: Callable[..., Tensor]
+    group_norm_silu: Callable[..., Tensor | tuple[Tensor, Tensor]]
     layer_norm: Callable[..., tuple[Tensor, Tensor]]
     geglu: Callable[..., Tensor]
 
@@ -35,11 +35,12 @@ def add_up(
     x: Tensor, shift: Tensor | None, residual: Tensor | None, into: Tensor | None = None,
 ) -> Tensor:
     """x + shift + residual, x (B, C, h, w), shift (C,) or (B, C); into ``into`` if given."""
-    if shift is None and residual is None:
-        return x if into is None else into.copy_(x)
-    added = residual if shift is None else shift.reshape(-1, x.shape[1], 1, 1)
-    total = torch.add(x, added, out=into)
-    return total if shift is None or residual is None else total.add_(residual)
+    if shift is not None:
+        total = torch.add(x, shift.reshape(-1, x.shape[1], 1, 1), out=into)
+        return total if residual is None else total.add_(residual)
+    if residual is not None:
+        return torch.add(x, residual, out=into)
+    return x if into is None else into.copy_(x)
 
 
 def group_norm_silu(

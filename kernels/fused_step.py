@@ -10,7 +10,10 @@ ends in one weighted sum; the weights of all steps are a table, made once.
 B latents, M contexts (B or 2B), C channels, h w height and width of the latent
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
+from typing import cast
 
 import torch
 from minisd_kernels.fused_unet import FusedUNet
@@ -24,11 +27,12 @@ def weights(alphas: list[float], prediction_type: str, eta: float, guidance_scal
     """For each step from one signal share to the next, the weights of x, of the answer without
     the prompt (but with a scale of 1) and with it, and of noise (but with an ``eta`` of 0)."""
     halves = [1.0] if guidance_scale == 1.0 else [1.0 - guidance_scale, guidance_scale]
+    step = cast(Callable[..., float], ddim.step)  # sums and products alone: numbers will do
     table = []
     for a, a_next in pairwise(alphas):
         # A linear function's weight of an input is what it makes of 1 there and 0 elsewhere.
         x, prediction, noise = (
-            ddim.step(one[0], one[1], a, a_next, prediction_type, eta, one[2])
+            step(one[0], one[1], a, a_next, prediction_type, eta, one[2])
             for one in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
         table.append([x, *(prediction * half for half in halves), *([noise] if eta > 0 else [])])
     return table
@@ -56,7 +60,7 @@ class Steps:
         self.times = unet.times(torch.tensor(timesteps, device=context.device))
         state = torch.promote_types(context.dtype, torch.float32)
         self.table = torch.tensor(table, dtype=state, device=context.device)
-        self.fixed = extra, *unet.prompt(context)
+        self.fixed: tuple[Tensor | None, *tuple[Tensor, ...]] = extra, *unet.prompt(context)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, i: int, fresh: Tensor | None = None) -> Tensor:
@@ -64,8 +68,6 @@ class Steps:
         changing = x, self.times[i], self.table[i], fresh
         if x.device.type != "cuda":
             return advance(self.unet, *changing, *self.fixed)
-        size = *x.shape, x.dtype, *self.fixed[1].shape[:2], fresh is None, self.fixed[0] is None
-        return self.unet.graphs(("step", *size), self._advance, changing, self.fixed)
-
-    def _advance(self, *given: Tensor | None) -> Tensor:
-        return advance(self.unet, *given)
+        extra, *prompt = self.fixed
+        size = *x.shape, x.dtype, *prompt[0].shape[:2], fresh is None, extra is None
+        return self.unet.graphs(("step", *size), partial(advance, self.unet), changing, self.fixed)

@@ -19,8 +19,9 @@ B latents, M contexts (B or 2B), C channels, h w height and width, L = h*w rows,
 """
 
 import copy
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,19 @@ from minisd_kernels.graphs import Graphs
 from minisd_kernels.packed import Conv, Linear
 from torch import Tensor, nn
 
-from minisd.unet import Downsample, ResBlock, Transformer, UNet, Upsample, timestep_embedding
+from minisd import vae
+from minisd.unet import (
+    GEGLU,
+    Downsample,
+    ResBlock,
+    Transformer,
+    TransformerBlock,
+    UNet,
+    Upsample,
+    timestep_embedding,
+)
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 # Which 3x3 taps each of the four taps of a transposed convolution sums, along one side: an output
 # pixel at an even place sees taps (0 | 1 + 2) of two inputs, one at an odd place (0 + 1 | 2).
@@ -54,6 +67,17 @@ def picture(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
+def of_kind(kind: type[Kind], modules: Iterable[nn.Module]) -> list[Kind]:
+    """Those of the modules that are of a kind, in their order."""
+    return [m for m in modules if isinstance(m, kind)]
+
+
+def bias_of(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """The bias of a layer that has one."""
+    assert layer.bias is not None
+    return layer.bias.detach()
+
+
 class Norm(nn.Module):
     """GroupNorm of what is pending, then SiLU if asked; gives back the sum too."""
 
@@ -66,20 +90,21 @@ class Norm(nn.Module):
     def forward(self, s: Pending, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
         args = (s.x, self.weight, self.bias, *self.settings)
         if s.shift is None and s.residual is None:
-            return self.body(*args), s.x
-        return self.body(*args, s.shift, s.residual, True if into is None else into)
+            return cast(Tensor, self.body(*args)), s.x
+        both = self.body(*args, s.shift, s.residual, True if into is None else into)
+        return cast(tuple[Tensor, Tensor], both)
 
 
 class Res(nn.Module):
     """ResBlock. What follows its first convolution is one shift: (C,), or a row for each of B."""
 
-    def __init__(self, block: nn.Module, bodies: Bodies):
+    def __init__(self, block: ResBlock | vae.ResBlock, bodies: Bodies):
         super().__init__()
         self.norm1, self.norm2 = (Norm(n, True, bodies) for n in (block.norm1, block.norm2))
         self.conv1, self.conv2 = Conv(block.conv1.weight), Conv(block.conv2.weight)
-        self.bias, self.shortcut = nn.Buffer(block.conv2.bias.detach()), None
+        self.bias, self.shortcut = nn.Buffer(bias_of(block.conv2)), None
         if isinstance(block.conv_shortcut, nn.Conv2d):
-            bias = self.bias + block.conv_shortcut.bias
+            bias = self.bias + bias_of(block.conv_shortcut)
             self.shortcut = Linear(block.conv_shortcut.weight, bias)
 
     def forward(self, s: Pending, shift: Tensor, into: Tensor | None = None) -> Pending:
@@ -96,24 +121,26 @@ class Attn(nn.Module):
 
     def __init__(self, module: Transformer, bodies: Bodies):
         super().__init__()
-        block = module.transformer_blocks[0]
+        (block,) = of_kind(TransformerBlock, module.transformer_blocks)
         self.bodies, self.heads = bodies, block.attn1.heads
         self.norm = Norm(module.norm, False, bodies)
         self.norms = nn.ModuleList([block.norm1, block.norm2, block.norm3])
         self.proj_in = Linear(module.proj_in.weight)
         one, two = block.attn1, block.attn2
+        (out1,), (out2,) = (of_kind(nn.Linear, attn.to_out) for attn in (one, two))
         self.qkv = Linear(torch.cat([one.to_q.weight, one.to_k.weight, one.to_v.weight]))
-        self.out1 = Linear(one.to_out[0].weight)
+        self.out1 = Linear(out1.weight)
         self.q = Linear(two.to_q.weight)
         self.kv = Linear(torch.cat([two.to_k.weight, two.to_v.weight]))
-        self.out2 = Linear(two.to_out[0].weight)
+        self.out2 = Linear(out2.weight)
         # The norms add the biases of the products before them.
-        biases = module.proj_in.bias, one.to_out[0].bias, two.to_out[0].bias
-        self.shifts = nn.Buffer(torch.stack(biases).detach())                # (3, C)
-        widen, narrow = block.ff.net[0].proj, block.ff.net[2]
-        self.widen, self.narrow = Linear(widen.weight, widen.bias), Linear(narrow.weight)
+        biases = [bias_of(layer) for layer in (module.proj_in, out1, out2)]
+        self.shifts = nn.Buffer(torch.stack(biases))                         # (3, C)
+        (widen,), (narrow,) = of_kind(GEGLU, block.ff.net), of_kind(nn.Linear, block.ff.net)
+        self.widen = Linear(widen.proj.weight, widen.proj.bias)
+        self.narrow = Linear(narrow.weight)
         # (h + g N^T + b) W^T = (h + g N^T) W^T + W b: the bias of the one moves into the other's.
-        bias = module.proj_out.bias + module.proj_out.weight.flatten(1) @ narrow.bias
+        bias = bias_of(module.proj_out) + module.proj_out.weight.flatten(1) @ narrow.bias
         self.proj_out = Linear(module.proj_out.weight, bias)
 
     def forward(self, s: Pending, prompt: Tensor) -> Pending:
@@ -145,7 +172,7 @@ class Down(nn.Module):
     def __init__(self, module: Downsample):
         super().__init__()
         self.conv = Conv(module.conv.weight, stride=2)
-        self.bias = nn.Buffer(module.conv.bias.detach())
+        self.bias = nn.Buffer(bias_of(module.conv))
 
     def forward(self, s: Pending, into: Tensor) -> Pending:
         return Pending(self.conv(add_up(*s, into)), self.bias, None)
@@ -157,7 +184,7 @@ class Up(nn.Module):
     def __init__(self, conv: nn.Conv2d, odd: bool = True):
         """``odd``: whether odd sizes will be asked for."""
         super().__init__()
-        weight, self.bias = conv.weight.detach(), nn.Buffer(conv.bias.detach())
+        weight, self.bias = conv.weight.detach(), nn.Buffer(bias_of(conv))
         taps = torch.tensor(PHASES, dtype=weight.dtype, device=weight.device)
         phases = torch.einsum("ai,bj,ocij->coab", taps, taps, weight)        # (C, C, 4, 4)
         self.phases = Conv(phases, stride=2, transposed=True)
@@ -168,8 +195,12 @@ class Up(nn.Module):
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
             h = self.phases(x)
         else:
+            assert self.weight is not None  # odd sizes were to be asked for
             h = F.conv2d(F.interpolate(x, size=size, mode="nearest"), self.weight, padding=1)
         return Pending(h.contiguous(memory_format=torch.channels_last), self.bias, None)
+
+
+Pair = tuple[Res, Attn | None]  # a res block, and the attention after it where there is one
 
 
 class FusedUNet:
@@ -182,36 +213,38 @@ class FusedUNet:
     def __init__(self, unet: UNet, bodies: Bodies):
         self.config, self.ops = unet.config, unet.ops
         self.graphs = Graphs()  # recorded steps, by size; clear it to free their memory
-        blocks = [m for m in unet.modules() if isinstance(m, ResBlock)]
-        packed = {m: Res(m, bodies) for m in blocks}
-        packed |= {m: Attn(m, bodies) for m in unet.modules() if isinstance(m, Transformer)}
-        packed |= {m: Down(m) for m in unet.modules() if isinstance(m, Downsample)}
-        packed |= {m: Up(m.conv) for m in unet.modules() if isinstance(m, Upsample)}
-        self.attentions = [layer for layer in packed.values() if isinstance(layer, Attn)]
+        blocks = of_kind(ResBlock, unet.modules())
+        res = {m: Res(m, bodies) for m in blocks}
+        attn = {m: Attn(m, bodies) for m in of_kind(Transformer, unet.modules())}
+        self.attentions = [*attn.values()]
 
         self.time_embedding = unet.time_embedding
         self.time_weight = torch.cat([m.time_emb_proj.weight for m in blocks])
-        self.time_widths = [len(m.conv1.bias) for m in blocks]
-        self.time_bias = torch.cat([m.time_emb_proj.bias + m.conv1.bias for m in blocks])
-        self.conv_in = copy.deepcopy(unet.conv_in).to(memory_format=torch.channels_last)
+        self.time_widths = [m.conv1.out_channels for m in blocks]
+        self.time_bias = torch.cat([m.time_emb_proj.bias + bias_of(m.conv1) for m in blocks])
+        self.conv_in = nn.utils.convert_conv2d_weight_memory_format(
+            copy.deepcopy(unet.conv_in), torch.channels_last)
         self.norm_out = Norm(unet.conv_norm_out, True, bodies)
         self.conv_out = Conv(unet.conv_out.weight)
-        self.conv_out_bias = unet.conv_out.bias.detach().view(-1, 1, 1)
+        self.conv_out_bias = bias_of(unet.conv_out).view(-1, 1, 1)
 
-        def layers(level):
-            attentions = getattr(level, "attentions", [None] * len(level.resnets))
-            return [(packed[r], packed.get(a)) for r, a in zip(level.resnets, attentions)]
+        def layers(level: nn.Module) -> list[Pair]:
+            """The res blocks of a level, and of the middle, each with the attention after it."""
+            resnets = of_kind(ResBlock, level.modules())
+            attentions = of_kind(Transformer, level.modules())
+            return [(res[r], attn.get(a)) for r, a in zip_longest(resnets, attentions)]
 
         # The way down to the middle's first block: each of these writes what it is given as a skip.
-        self.down, middle = [], unet.mid_block
+        self.down: list[Pair | Down] = []
         for level in unet.down_blocks:
-            self.down += layers(level) + [packed[m] for m in getattr(level, "downsamplers", ())]
-        self.down += [(packed[middle.resnets[0]], packed[middle.attentions[0]])]
-        self.middle = packed[middle.resnets[1]]
-        self.up = [(layers(level), [packed[m] for m in getattr(level, "upsamplers", ())])
+            self.down += layers(level)
+            self.down += [Down(m) for m in of_kind(Downsample, level.modules())]
+        first, (self.middle, _) = layers(unet.mid_block)
+        self.down.append(first)
+        self.up = [(layers(level), [Up(m.conv) for m in of_kind(Upsample, level.modules())])
                    for level in unet.up_blocks]
         # How wide x and its skip are together, in the order in which skips are made.
-        joined = [r.norm1.num_channels for level in unet.up_blocks for r in level.resnets]
+        joined = [m.norm1.num_channels for m in of_kind(ResBlock, unet.up_blocks.modules())]
         self.joined = joined[::-1]
 
     @torch.no_grad()
@@ -237,10 +270,10 @@ class FusedUNet:
     @torch.no_grad()
     def step(self, x: Tensor, times: Tensor, prompt: Sequence[Tensor]) -> Tensor:
         """x (B, 4, h, w), times (one row, or (M, ...)), prompt of M -> predictions (M, 4, h, w)."""
-        m, prompt = len(prompt[0]), iter(prompt)
-        times = iter(times.split(self.time_widths, dim=-1))
+        m, each_prompt = len(prompt[0]), iter(prompt)
+        each_time = iter(times.split(self.time_widths, dim=-1))
         x = x.contiguous(memory_format=torch.channels_last)
-        s = Pending(F.conv2d(x, self.conv_in.weight, padding=1), self.conv_in.bias, None)
+        s: Pending = Pending(F.conv2d(x, self.conv_in.weight, padding=1), self.conv_in.bias, None)
         skips = []
         for layer, width in zip(self.down, self.joined):
             joined = s.x.new_empty(m, *s.x.shape[2:], width).permute(0, 3, 1, 2)
@@ -249,23 +282,24 @@ class FusedUNet:
             if isinstance(layer, Down):
                 s = layer(s, own)
                 continue
-            s = self._pair(layer, s, times, prompt, own)
+            s = self._pair(layer, s, each_time, each_prompt, own)
             if len(s.x) > len(own):  # guidance has parted; what came before is of both halves
                 for joined, own in skips:
                     joined[len(own) :, -own.shape[1] :] = own
-        s = self.middle(s, next(times))
+        s = self.middle(s, next(each_time))
         for pairs, upsamplers in self.up:
             for pair in pairs:
                 joined, _ = skips.pop()
                 add_up(*s, joined[:, : s.x.shape[1]])
-                s = self._pair(pair, Pending(joined, None, None), times, prompt)
+                s = self._pair(pair, Pending(joined, None, None), each_time, each_prompt)
             for upsample in upsamplers:
                 s = upsample(s, skips[-1][0].shape[2:])
         y, _ = self.norm_out(s)
         return self.conv_out(y) + self.conv_out_bias                         # (M, 4, h, w)
 
     @staticmethod
-    def _pair(pair, s: Pending, times, prompt, into: Tensor | None = None) -> Pending:
+    def _pair(pair: Pair, s: Pending, times: Iterator[Tensor], prompt: Iterator[Tensor],
+              into: Tensor | None = None) -> Pending:
         """A res block, and the attention after it where there is one, with the next of each."""
         (res, attention), time = pair, next(times)
         s = res(s, time if time.dim() == 1 else time[: len(s.x)], into)

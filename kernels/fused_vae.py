@@ -6,16 +6,29 @@ and doubling in phases, which is most of what is to be gained here: 386 of 2515 
 B latents, C channels, h w height and width of the latent, L = h*w rows
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from minisd_kernels.bodies import PLAIN, Bodies, triton_bodies
-from minisd_kernels.fused_unet import FusedUNet, Norm, Pending, Res, Up, picture, rows
+from minisd_kernels.fused_unet import (
+    FusedUNet,
+    Norm,
+    Pending,
+    Res,
+    Up,
+    bias_of,
+    of_kind,
+    picture,
+    rows,
+)
 from minisd_kernels.graphs import Graphs
 from minisd_kernels.packed import Conv, Linear
 from torch import Tensor, nn
 
 from minisd.ops import Ops
-from minisd.vae import Attention, Decoder, ResBlock
+from minisd.unet import UNet
+from minisd.vae import VAE, Attention, Decoder, ResBlock, Upsample
 
 
 class DecoderRes(nn.Module):
@@ -23,7 +36,7 @@ class DecoderRes(nn.Module):
 
     def __init__(self, block: ResBlock, bodies: Bodies):
         super().__init__()
-        self.block, self.shift = Res(block, bodies), nn.Buffer(block.conv1.bias.detach())
+        self.block, self.shift = Res(block, bodies), nn.Buffer(bias_of(block.conv1))
 
     def forward(self, s: Pending) -> Pending:
         return self.block(s, self.shift)
@@ -35,7 +48,7 @@ class DecoderAttn(nn.Module):
     def __init__(self, module: Attention, bodies: Bodies):
         super().__init__()
         self.norm, self.attention = Norm(module.group_norm, False, bodies), bodies.attention
-        out, three = module.to_out[0], (module.to_q, module.to_k, module.to_v)
+        (out,), three = of_kind(nn.Linear, module.to_out), (module.to_q, module.to_k, module.to_v)
         self.qkv = Linear(torch.cat([m.weight for m in three]), torch.cat([m.bias for m in three]))
         self.out = Linear(out.weight, out.bias)
 
@@ -55,16 +68,18 @@ class FusedDecoder(nn.Module):
     @torch.no_grad()
     def __init__(self, decoder: Decoder, bodies: Bodies):
         super().__init__()
-        self.conv_in = decoder.conv_in.to(memory_format=torch.channels_last)
-        (first, second), (attention,) = decoder.mid_block.resnets, decoder.mid_block.attentions
+        self.conv_in = nn.utils.convert_conv2d_weight_memory_format(
+            decoder.conv_in, torch.channels_last)
+        first, second = of_kind(ResBlock, decoder.mid_block.resnets)
+        (attention,) = of_kind(Attention, decoder.mid_block.attentions)
         self.blocks = nn.Sequential(
             DecoderRes(first, bodies), DecoderAttn(attention, bodies), DecoderRes(second, bodies))
         for level in decoder.up_blocks:
-            self.blocks.extend(DecoderRes(block, bodies) for block in level.resnets)
-            self.blocks.extend(Up(m.conv, odd=False) for m in getattr(level, "upsamplers", ()))
+            self.blocks.extend(DecoderRes(m, bodies) for m in of_kind(ResBlock, level.modules()))
+            self.blocks.extend(Up(m.conv, odd=False) for m in of_kind(Upsample, level.modules()))
         self.norm_out = Norm(decoder.conv_norm_out, True, bodies)
         self.conv_out = Conv(decoder.conv_out.weight)
-        self.bias = nn.Buffer(decoder.conv_out.bias.detach().view(-1, 1, 1))
+        self.bias = nn.Buffer(bias_of(decoder.conv_out).view(-1, 1, 1))
         self.graphs = Graphs()
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -85,10 +100,11 @@ class FusedDecoder(nn.Module):
         return self.conv_out(y) + self.bias                                  # (B, 3, H, W)
 
 
-def fuse(parts: dict[str, nn.Module], ops: Ops) -> None:
+def fuse(parts: dict[str, nn.Module | FusedUNet], ops: Ops) -> None:
     """Pack a model's "unet" and the decoder of its "vae" anew, in place, around the same ops."""
     bodies = PLAIN if ops.why else triton_bodies()
     bodies = bodies._replace(attention=ops.attention)
-    parts["unet"] = FusedUNet(parts["unet"], bodies)
-    parts["vae"].decoder = FusedDecoder(parts["vae"].decoder, bodies)
-    parts["vae"].decoder.graphs = parts["unet"].graphs
+    unet, vae = FusedUNet(cast(UNet, parts["unet"]), bodies), cast(VAE, parts["vae"])
+    decoder = FusedDecoder(cast(Decoder, vae.decoder), bodies)
+    decoder.graphs = unet.graphs
+    parts["unet"], vae.decoder = unet, decoder

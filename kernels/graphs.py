@@ -7,18 +7,21 @@ and replays them as one; what changes is copied into buffers that the recorded l
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 MOST = 8  # graphs kept; each holds what its call needs in between
+# What torch.cuda.graph_pool_handle gives: two numbers, to which torch gives a type of its own.
+Pool: TypeAlias = "torch.cuda._POOL_HANDLE"
 
 
 class Graph:
     """A recorded call, with input buffers of its own."""
 
     def __init__(self, function: Callable[..., Tensor], changing: Sequence[Tensor | None],
-                 fixed: Sequence[Tensor | None], pool: tuple[int, int]):
+                 fixed: Sequence[Tensor | None], pool: Pool):
         """``function(*changing, *fixed)``: what every call changes, and what many calls share."""
         self.changing, self.fixed = (
             [None if x is None else x.clone() for x in given] for given in (changing, fixed))
@@ -27,7 +30,7 @@ class Graph:
         with torch.cuda.device_of(self.changing[0]):
             self._record(function, pool)
 
-    def _record(self, function: Callable[..., Tensor], pool: tuple[int, int]) -> None:
+    def _record(self, function: Callable[..., Tensor], pool: Pool) -> None:
         # Once outside the graph: the first call compiles kernels and lets libraries choose theirs.
         function(*self.changing, *self.fixed)
         self.graph = torch.cuda.CUDAGraph()
@@ -45,6 +48,7 @@ class Graph:
             self.holds = fixed
         for mine, given in new:
             if given is not None:
+                assert mine is not None  # the key tells calls with other Nones apart
                 mine.copy_(given)
         with torch.cuda.device_of(self.out):
             self.graph.replay()
@@ -61,7 +65,7 @@ class Graphs:
     def __init__(self):
         self._made: dict[Hashable, Graph] = {}
         self._lock = threading.Lock()
-        self._pool: tuple[int, int] | None = None
+        self._pool: Pool | None = None
 
     def __call__(self, key: Hashable, function: Callable[..., Tensor],
                  changing: Sequence[Tensor | None], fixed: Sequence[Tensor | None] = ()) -> Tensor:
@@ -70,7 +74,7 @@ class Graphs:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             graph = self._made.pop(key, None)
             if graph is None:
-                if not self._made:
+                if self._pool is None or not self._made:
                     self._pool = torch.cuda.graph_pool_handle()
                 graph = Graph(function, changing, fixed, self._pool)
             self._made[key] = graph

@@ -55,7 +55,7 @@ class Cost(NamedTuple):
 # (bench.compile), those of the norms were the fastest on an H200:
 # no spill on any target with either Triton. 128 queries read k and v half as often as 64 do, and
 # two such programs fit on a multiprocessor of sm_90 (but one at d 80).
-DEFAULT = {
+DEFAULT: dict[tuple[str, int], Tile | Norm] = {
     ("attention", 16): Tile(128, 64, 8, 3),
     ("attention", 32): Tile(128, 64, 8, 3),
     ("attention", 64): Tile(128, 64, 8, 3),
@@ -71,7 +71,7 @@ DEFAULT = {
     ("geglu", 0): Norm(2048, 256, 4),
 }
 # (device name as torch gives it, kernel, size) -> the setting that was fastest there.
-MEASURED: dict[tuple[str, str, int], NamedTuple] = {
+MEASURED: dict[tuple[str, str, int], Tile | Norm] = {
     ("NVIDIA H200", "attention", 64): Tile(64, 64, 4, 3),
     ("NVIDIA H200", "attention", 128): Tile(64, 32, 4, 4),
     ("NVIDIA H200", "sliced", 2): Tile(64, 64, 4, 3),  # a third less; spills on sm_80

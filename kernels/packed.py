@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 def packs(x: Tensor) -> bool:
     """Whether oneDNN's blocked order applies."""
-    onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return onednn and x.device.type == "cpu" and x.dtype == torch.float32
 
 
@@ -27,7 +27,8 @@ class Conv(nn.Module):
     def __init__(self, weight: Tensor, stride: int = 1, transposed: bool = False):
         super().__init__()
         self.weight = nn.Buffer(weight.detach().contiguous(memory_format=torch.channels_last))
-        self.stride, self.transposed, self.size = stride, transposed, None
+        self.stride, self.transposed = stride, transposed
+        self.size: torch.Size | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C_in, h, w), channels_last -> the same of another size."""
@@ -63,7 +64,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Buffer(weight.detach().flatten(1))
         self.bias = None if bias is None else nn.Buffer(bias.detach())
-        self.rows = None
+        self.rows: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C_in) -> (..., C_out)."""

@@ -98,6 +98,7 @@ def plain(function: FunctionType) -> str:
     an f-string."""
     tree = ast.parse(inspect.getsource(function))
     (body,) = tree.body
+    assert isinstance(body, ast.FunctionDef)
     if any(isinstance(node, ast.JoinedStr) for node in ast.walk(tree)):
         return ""
     if ast.get_docstring(body) is not None:
