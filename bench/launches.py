@@ -165,7 +165,7 @@ class Step:
     def readable(self, unet: UNet) -> Callable[[Tensor], Tensor]:
         """As `StableDiffusion._denoise` has it."""
         sd = StableDiffusion(self.config, None, None, unet, None)
-        kind, (a_next, a) = self.config.schedule.prediction_type, sd.alphas[:2]
+        kind, (a_next, a) = self.config.schedule.prediction_type, sd.alphas_cumprod[:2]
         return lambda x: ddim.step(x, sd._predict(x, self.timesteps[0], self.context, GUIDANCE),
                                    a, a_next, kind)
 

@@ -54,7 +54,7 @@ def measure(who: str, path: str, dtype: str) -> None:
     import torch
     from safetensors.torch import load_file
 
-    import minisd.sd
+    from minisd import load
 
     peak, done = 0, threading.Event()
 
@@ -67,7 +67,7 @@ def measure(who: str, path: str, dtype: str) -> None:
     watcher.start()
     start = time.perf_counter()
     if who == "minisd":
-        sd = minisd.sd.load(path, device="cpu", dtype=dtype)
+        sd = load(path, device="cpu", dtype=dtype)
         weights = [p for m in (sd.text_encoder, sd.unet, sd.vae) for p in m.parameters()]
     else:
         target = getattr(torch, dtype)

@@ -122,7 +122,7 @@ class Ours:
         parts = {part: with_copies(module, weights[part])
                  for part, module in empty_parts(model.config, body).items()}
         if name == "fused":
-            fuse(parts, body)
+            parts["unet"] = fuse(parts["unet"], parts["vae"], body)
         self.sd = StableDiffusion(model.config, model.tokenizer, **parts)
 
     def picture(self, batch: int, steps: int) -> Tensor:
@@ -134,7 +134,7 @@ class Ours:
 
     def step(self) -> Callable[[], Tensor]:
         """One prediction with guidance (1, 4, h, w)."""
-        context = self.sd._context(self.sd._ids(["", PROMPT]))               # (2, 77, D)
+        context = self.sd._context(["", PROMPT], None)                      # (2, 77, D)
         x = self.model.noise(1).to(self.device, torch.promote_types(context.dtype, torch.float32))
         if isinstance(self.sd.unet, FusedUNet):
             # The weights of guidance alone: nothing of x.

@@ -10,10 +10,8 @@ ends in one weighted sum; the weights of all steps are a table, made once.
 B latents, M contexts (B or 2B), C channels, h w height and width of the latent
 """
 
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import cast
 
 import torch
 from minisd_kernels.fused_unet import FusedUNet
@@ -27,12 +25,11 @@ def weights(alphas: list[float], prediction_type: str, eta: float, guidance_scal
     """For each step from one signal share to the next, the weights of x, of the answer without
     the prompt (but with a scale of 1) and with it, and of noise (but with an ``eta`` of 0)."""
     halves = [1.0] if guidance_scale == 1.0 else [1.0 - guidance_scale, guidance_scale]
-    step = cast(Callable[..., float], ddim.step)  # sums and products alone: numbers will do
     table = []
     for a, a_next in pairwise(alphas):
         # A linear function's weight of an input is what it makes of 1 there and 0 elsewhere.
         x, prediction, noise = (
-            step(one[0], one[1], a, a_next, prediction_type, eta, one[2])
+            ddim.step(one[0], one[1], a, a_next, prediction_type, eta, one[2])
             for one in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
         table.append([x, *(prediction * half for half in halves), *([noise] if eta > 0 else [])])
     return table

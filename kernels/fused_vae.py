@@ -1,4 +1,4 @@
-"""The VAE's decoder, packed anew as the fused UNet is and out of the same parts; and `fuse`.
+"""The VAE's decoder, repacked as the fused UNet is and out of the same parts; and `fuse`.
 
 What it does otherwise is told in fused_unet.py: layout, pending sums, one matrix for q, k and v,
 and doubling in phases, which is most of what is to be gained here: 386 of 2515 GFLOP.
@@ -100,11 +100,11 @@ class FusedDecoder(nn.Module):
         return self.conv_out(y) + self.bias                                  # (B, 3, H, W)
 
 
-def fuse(parts: dict[str, nn.Module | FusedUNet], ops: Ops) -> None:
-    """Pack a model's "unet" and the decoder of its "vae" anew, in place, around the same ops."""
+def fuse(unet: UNet, vae: VAE, ops: Ops) -> FusedUNet:
+    """The UNet repacked around the same ops. The VAE's decoder is replaced, in place, likewise."""
     bodies = PLAIN if ops.why else triton_bodies()
     bodies = bodies._replace(attention=ops.attention)
-    unet, vae = FusedUNet(cast(UNet, parts["unet"]), bodies), cast(VAE, parts["vae"])
-    decoder = FusedDecoder(cast(Decoder, vae.decoder), bodies)
-    decoder.graphs = unet.graphs
-    parts["unet"], vae.decoder = unet, decoder
+    fused, decoder = FusedUNet(unet, bodies), FusedDecoder(cast(Decoder, vae.decoder), bodies)
+    decoder.graphs = fused.graphs
+    vae.decoder = decoder
+    return fused

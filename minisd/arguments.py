@@ -8,10 +8,12 @@ import math
 import reprlib
 import secrets
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from minisd import ddim
@@ -21,7 +23,7 @@ from minisd.tokenizer import check_texts
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 # torch's CPU generator reads only 32 bits of a seed: larger ones would repeat smaller ones.
 MAX_SEED = 2**32 - 1
-# How much of the way is walked again unless said: without and with a mask.
+# How much of the way is walked again unless said: without a mask, and with one.
 DEFAULT_STRENGTH = (0.8, 1.0)
 # Attention grows with the fourth power of the side; nothing beyond this can finish.
 MAX_SIDE = 8192
@@ -38,12 +40,12 @@ class Request:
     """A call's arguments, checked and complete. The lists have one entry per prompt."""
 
     prompts: list[str] | None    # None where embeddings were given instead
-    negatives: list[str] | None
-    copies: int                  # of each prompt
+    negative_prompts: list[str] | None
+    num_images_per_prompt: int
     height: int
     width: int
-    steps: int
-    timesteps: list[int]         # those to be walked: fewer than steps, given an image
+    num_inference_steps: int
+    timesteps: list[int]         # those to be visited: fewer than the steps, given an image
     guidance_scale: float
     eta: float
     strength: float | None
@@ -53,15 +55,17 @@ class Request:
     config: Config
 
     def settings(self) -> list[dict]:
-        """For each picture, what it was made with."""
+        """For each image, what it was made with."""
+        n = self.num_images_per_prompt
         same = {
-            "width": self.width, "height": self.height, "num_inference_steps": self.steps,
+            "width": self.width, "height": self.height,
+            "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale, "eta": self.eta, "strength": self.strength,
             "model": self.config.name, "prediction_type": self.config.schedule.prediction_type,
         }
         return [
-            {"prompt": self.prompts and self.prompts[i // self.copies],
-             "negative_prompt": self.negatives and self.negatives[i // self.copies],
+            {"prompt": self.prompts and self.prompts[i // n],
+             "negative_prompt": self.negative_prompts and self.negative_prompts[i // n],
              "seed": generator.initial_seed(), **same}
             for i, generator in enumerate(self.generators)
         ]
@@ -69,10 +73,10 @@ class Request:
 
 def check(
     config: Config, prompt: object, negative_prompt: object = None, height: object = None,
-    width: object = None, num_inference_steps: object = 50, guidance_scale: object = 7.5,
-    num_images_per_prompt: object = 1, eta: object = 0.0, seed: object = None,
+    width: object = None, num_inference_steps: object = None, guidance_scale: object = None,
+    num_images_per_prompt: object = 1, eta: object = None, seed: object = None,
     generator: object = None, latents: object = None, prompt_embeds: object = None,
-    negative_prompt_embeds: object = None, image: object = None, mask_image: object = None,
+    negative_prompt_embeds: object = None, image: Image | None = None, mask_image: object = None,
     strength: object = None, output_type: object = "pil", callback_on_step_end: object = None,
 ) -> Request:
     """The request that these arguments make, or one TypeError or ValueError."""
@@ -81,17 +85,18 @@ def check(
     count, positives, negatives = _prompts(
         prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, context_shape)
     copies = _integer("num_images_per_prompt", num_images_per_prompt, 1, 10_000)
+    if num_inference_steps is None:
+        num_inference_steps = config.num_inference_steps
     steps = _integer("num_inference_steps", num_inference_steps, 1, trained)
-    guidance_scale = _real("guidance_scale", guidance_scale)
-    eta = _real("eta", eta, 0.0, 1.0)
-    height = side("height", height, f, config.sample_size)
-    width = side("width", width, f, config.sample_size)
+    scale = _real("guidance_scale",
+                  config.guidance_scale if guidance_scale is None else guidance_scale)
+    eta = _real("eta", 0.0 if eta is None else eta, 0.0, 1.0)
+    h, w = _size(height, width, config, image)
     strength, left = _strength(strength, steps, image, mask_image)
     _task(config, image, mask_image, latents, strength)
     generators = _generators(count * copies, seed, generator)
-    shape = (len(generators), config.vae.latent_channels, height // f, width // f)
-    if latents is not None:
-        _check_latents(latents, shape)
+    shape = (len(generators), config.vae.latent_channels, h // f, w // f)
+    latents = None if latents is None else _check_latents(latents, shape)
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, "
                          f"not {_shown(output_type)}")
@@ -99,7 +104,7 @@ def check(
         raise TypeError("callback_on_step_end must be a function, "
                         f"not {type(callback_on_step_end).__name__}")
     timesteps = ddim.timesteps(steps, trained)[-left:]
-    return Request(positives, negatives, copies, height, width, steps, timesteps, guidance_scale,
+    return Request(positives, negatives, copies, h, w, steps, timesteps, scale,
                    eta, strength, generators, latents, shape, config)
 
 
@@ -107,20 +112,33 @@ def _shown(value: object) -> str:
     return " ".join(reprlib.repr(value).split())  # arrays have lines, and 10**400 has no end
 
 
+def _number(value: object) -> int | float | None:
+    """``value`` as a number of Python's; None for what is no number, as True is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 def _integer(name: str, value: object, low: int, high: int) -> int:
     """``value`` as an int from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+    number = _number(value)
+    if not isinstance(number, int) or not low <= number <= high:
         raise ValueError(f"{name} must be an integer from {low} to {high}, not {_shown(value)}")
-    return int(value)
+    return number
 
 
 def _real(name: str, value: object, low: float = -LARGEST, high: float = LARGEST) -> float:
     """``value`` as a finite float from ``low`` to ``high``."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not low <= value <= high:  # which nan and the infinities are not either
+    number = _number(value)
+    if number is None or not low <= number <= high:  # nan and the infinities are not between them
         bounds = f" from {low:g} to {high:g}" if high < LARGEST else ""
         raise ValueError(f"{name} must be a finite number{bounds}, not {_shown(value)}")
-    return float(value)
+    return float(number)
+
+
+def tile(value: object) -> int | None:
+    """The side of a tile in cells of the latent, or None: no tiles."""
+    return None if value is None else _integer("tile", value, 1, MAX_SIDE)
 
 
 def _strength(value: object, steps: int, image: object, mask: object) -> tuple[float | None, int]:
@@ -129,38 +147,55 @@ def _strength(value: object, steps: int, image: object, mask: object) -> tuple[f
         if value is not None:
             raise ValueError("strength needs the image that it is about")
         return None, steps
-    value = DEFAULT_STRENGTH[mask is not None] if value is None else _real("strength", value, 0, 1)
-    left = int(value * steps)  # truncated, as the official scripts do: 0.75 of 50 is 37
+    share = _real("strength", DEFAULT_STRENGTH[mask is not None] if value is None else value, 0, 1)
+    left = int(share * steps)  # truncated, as the official scripts do: 0.75 of 50 is 37
     if left == 0:
-        raise ValueError(f"strength {value:g} of {steps} steps leaves none to do: "
+        raise ValueError(f"strength {share:g} of {steps} steps leaves none to do: "
                          "strength times steps must be at least 1")
-    return value, left
+    return share, left
 
 
 def _task(
     config: Config, image: object, mask: object, latents: object, strength: float | None
 ) -> None:
-    """Refuse pictures, masks and latents that do not go together, or not with the model."""
+    """Reject images, masks and latents that do not go together, or not with the model."""
     if mask is not None and image is None:
         raise ValueError("mask_image needs the image that it is the mask of")
     if config.unet.in_channels != config.vae.latent_channels and mask is None:
         raise ValueError("this is an inpainting model: give it image and mask_image")
-    if latents is not None and image is not None and (mask is None or strength < 1):
+    if latents is not None and image is not None and (mask is None or strength != 1):
         raise ValueError("give either image or latents to start from, not both")
+
+
+def _size(height: object, width: object, config: Config, image: Image | None) -> tuple[int, int]:
+    """Height and width in pixels; what is not given keeps the proportions of the image."""
+    f, usual = config.vae.downscale, config.sample_size
+    if image is None or (height is not None and width is not None):
+        return side("height", height, f, usual), side("width", width, f, usual)
+    if height is not None:
+        scale = side("height", height, f, usual) / image.height
+    elif width is not None:
+        scale = side("width", width, f, usual) / image.width
+    else:
+        scale = min(1.0, MAX_SIDE / max(image.size))
+    sides = (min(max(round(scale * pixels / f), 1) * f, MAX_SIDE) for pixels in image.size)
+    w, h = sides
+    return h, w
 
 
 def side(name: str, value: object, multiple: int, default: int) -> int:
     """A height or width in pixels: a multiple of ``multiple``, at most MAX_SIDE."""
     if value is None:
         return default
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or value % multiple or not multiple <= value <= MAX_SIDE:
-        near = f" (nearest valid: {_nearest(value, multiple)})" if isinstance(value, Real) else ""
+    number = _number(value)
+    if (not isinstance(number, int) or number % multiple
+            or not multiple <= number <= MAX_SIDE):
+        near = "" if number is None else f" (nearest valid: {_nearest(number, multiple)})"
         raise ValueError(
             f"{name} must be a multiple of {multiple} from {multiple} to {MAX_SIDE} pixels, "
             f"not {_shown(value)}{near}"
         )
-    return int(value)
+    return number
 
 
 def _nearest(value: float, multiple: int) -> str:
@@ -177,28 +212,30 @@ def _prompts(
 
     ``context_shape`` is what each of the embeddings must be: (tokens, width).
     """
-    _embeddings("prompt_embeds", embeds, context_shape)
-    _embeddings("negative_prompt_embeds", negative_embeds, context_shape)
+    count = _embeddings("prompt_embeds", embeds, context_shape)
+    there = _embeddings("negative_prompt_embeds", negative_embeds, context_shape)
     if (prompt is None) == (embeds is None):
         raise ValueError("give either prompt or prompt_embeds")
     if negative_embeds is not None and negative:
         raise ValueError("give either negative_prompt or negative_prompt_embeds")
-    positives = check_texts("prompt", prompt) if embeds is None else None
-    count = len(positives if embeds is None else embeds)
-    negatives = None
-    if negative_embeds is None:
+    positives = negatives = None
+    if count is None:
+        positives = check_texts("prompt", prompt)
+        count = len(positives)
+    if there is None:
         negatives = check_texts("negative_prompt", "" if negative is None else negative)
         negatives *= 1 if isinstance(negative, (list, tuple)) else count
-    there = len(negatives if negative_embeds is None else negative_embeds)
+        there = len(negatives)
     if there != count:
         raise ValueError(f"there are {count} prompts but {there} negative prompts: "
                          "give a string for all or a list of one each")
     return count, positives, negatives
 
 
-def _embeddings(name: str, value: object, shape: tuple[int, int]) -> None:
+def _embeddings(name: str, value: object, shape: tuple[int, int]) -> int | None:
+    """How many prompts the embeddings are of; None without any."""
     if value is None:
-        return
+        return None
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor")
     if value.shape[1:] != shape or len(value) == 0:
@@ -206,9 +243,10 @@ def _embeddings(name: str, value: object, shape: tuple[int, int]) -> None:
                          f"not {tuple(value.shape)}")
     if not value.isfinite().all():
         raise ValueError(f"{name} holds values that are not finite")
+    return len(value)
 
 
-def _check_latents(value: object, shape: tuple[int, ...]) -> None:
+def _check_latents(value: object, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"latents must be a tensor, not {type(value).__name__}")
     if tuple(value.shape) != shape:
@@ -217,6 +255,7 @@ def _check_latents(value: object, shape: tuple[int, ...]) -> None:
         raise ValueError(f"latents must be of a floating-point dtype, not {value.dtype}")
     if not value.isfinite().all():
         raise ValueError("latents hold values that are not finite")
+    return value
 
 
 def changed_latents(changes: object, latents: Tensor) -> Tensor:
@@ -225,36 +264,36 @@ def changed_latents(changes: object, latents: Tensor) -> Tensor:
         raise TypeError(f"a callback must return a dict or None, not {type(changes).__name__}")
     if not changes or "latents" not in changes:
         return latents
-    _check_latents(changes["latents"], tuple(latents.shape))
-    return changes["latents"].to(latents)
+    return _check_latents(changes["latents"], tuple(latents.shape)).to(latents)
 
 
 def _generators(count: int, seed: object, generator: object) -> list[torch.Generator]:
-    """One torch generator for each of ``count`` pictures, from a seed or from the caller's own."""
+    """One torch generator for each of ``count`` images, from a seed or from the caller's own."""
     if generator is not None:
         if seed is not None:
             raise ValueError("give either seed or generator, not both")
         given = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
-        if not all(isinstance(g, torch.Generator) for g in given):
+        generators = [g for g in given if isinstance(g, torch.Generator)]
+        if len(generators) != len(given):
             raise TypeError("generator must be a torch.Generator or a list of them")
         if len(given) != count:
-            raise ValueError(f"there are {count} pictures but {len(given)} generators")
-        return given
-    # On the CPU whatever the device, so that a seed is the same picture everywhere.
+            raise ValueError(f"there are {count} images but {len(given)} generators")
+        return generators
+    # On the CPU whatever the device, so that a seed is the same image everywhere.
     return [torch.Generator("cpu").manual_seed(s) for s in _seeds(count, seed)]
 
 
 def _seeds(count: int, seed: object) -> list[int]:
-    """The seed of each picture: seed, seed + 1, ...; as listed; or drawn where there is none."""
+    """The seed of each image: seed, seed + 1, ...; as listed; or drawn where there is none."""
     if isinstance(seed, (list, tuple)):
         if len(seed) != count:
-            raise ValueError(f"there are {count} pictures but {len(seed)} seeds")
+            raise ValueError(f"there are {count} images but {len(seed)} seeds")
         return [_integer(f"seed[{i}]", s, 0, MAX_SEED) for i, s in enumerate(seed)]
     if seed is None:
         seed = secrets.randbelow(MAX_SEED - count + 2)
     first = _integer("seed", seed, 0, MAX_SEED)
     if first + count - 1 > MAX_SEED:
-        raise ValueError(f"seed {first} + {count - 1} for the last picture is past {MAX_SEED}")
+        raise ValueError(f"seed {first} + {count - 1} for the last image is past {MAX_SEED}")
     return [first + i for i in range(count)]
 
 
@@ -264,15 +303,14 @@ def device(name: object) -> torch.device:
     there += ["mps:0"] * torch.backends.mps.is_available() + ["cpu"]
     if isinstance(name, str) and name == "auto":
         return torch.device(there[0])
-    try:
-        chosen = torch.device(name)
-        whole = "cpu" if str(chosen) == "cpu:0" else str(chosen)
-        whole += ":0" if chosen.index is None and chosen.type != "cpu" else ""
-    except (RuntimeError, TypeError):
-        whole = None
-    if whole not in there:
-        raise ValueError(f"device must be auto or one of {', '.join(there)}, not {_shown(name)}")
-    return chosen
+    with suppress(RuntimeError):
+        if isinstance(name, (str, int, torch.device)):
+            chosen = torch.device(name)
+            whole = "cpu" if str(chosen) == "cpu:0" else str(chosen)
+            whole += ":0" if chosen.index is None and chosen.type != "cpu" else ""
+            if whole in there:
+                return chosen
+    raise ValueError(f"device must be auto or one of {', '.join(there)}, not {_shown(name)}")
 
 
 def dtype(name: object, on: torch.device) -> torch.dtype:
@@ -280,6 +318,6 @@ def dtype(name: object, on: torch.device) -> torch.dtype:
     if isinstance(name, str) and name == "auto":
         return torch.float32 if on.type == "cpu" else torch.float16
     chosen = DTYPES.get(name) if isinstance(name, str) else name
-    if chosen not in DTYPES.values():
+    if not isinstance(chosen, torch.dtype) or chosen not in DTYPES.values():
         raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {_shown(name)}")
     return chosen

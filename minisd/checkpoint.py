@@ -75,7 +75,7 @@ def open_checkpoint(
     vae: str | PathLike | None = None,
     prediction_type: str | None = None,
 ) -> Checkpoint:
-    """Recognise a .safetensors file, a folder in diffusers layout, or a cached "owner/name".
+    """Recognise a .safetensors file, a folder in diffusers layout, or a downloaded model's name.
 
     ``path``: one of these, or None for the shipped model.
     ``config``: the sizes of a single file, or a folder of diffusers JSON files that has them.
@@ -85,7 +85,7 @@ def open_checkpoint(
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ValueError(f"prediction_type is {prediction_type!r}, not one of {PREDICTION_TYPES}")
-    place = locate(resources.files("minisd_weights") / "tiny" if path is None else path)
+    place = locate(Path(str(resources.files("minisd_weights") / "tiny")) if path is None else path)
     if not place.is_dir():
         found = _open_file(place, config, prediction_type)
     elif config is None:
@@ -98,16 +98,23 @@ def open_checkpoint(
 
 
 def locate(path: str | PathLike) -> Path:
-    """The path itself, or what the Hugging Face cache holds of an "owner/name"; no network."""
+    """The path itself, or what the Hugging Face cache holds under that name; no network.
+
+    A name is a short one of hub.KNOWN, or an "owner/name".
+    """
     # os.path where pathlib would raise for names that can be none: too long, ~ of an unknown user.
     place = Path(os.path.expanduser(path))
     if os.path.exists(place):
         return place
     hint = ""
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and place.suffix != ".safetensors":
+    short = str(path) in hub.KNOWN
+    if short or re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and place.suffix != ".safetensors":
         if folder := hub.cached(str(path)):
             return folder
-        hint = f"; if it is a model on the Hugging Face hub, run `minisd download {path}` first"
+        run = f"run `minisd download {path}` first"
+        if short:
+            raise FileNotFoundError(f"{path} has not been downloaded: {run}")
+        hint = f"; if it is a model on the Hugging Face hub, {run}"
     beside = os.listdir(place.parent) if os.path.isdir(place.parent) else []
     near = difflib.get_close_matches(place.name, beside) or sorted(beside)[:SHOWN]
     there = f" ({place.parent} has {', '.join(near)})" if near else ""
@@ -192,7 +199,7 @@ def _open_folder(folder: Path, prediction_type: str | None) -> Checkpoint:
     config, source = read_config(folder), "given by the caller"
     if prediction_type is None:
         prediction_type, source = read_schedule(folder).prediction_type, f"from {SCHEDULER}"
-    parts = {}
+    parts: dict[str, dict[str, StoredTensor]] = {}
     for part, rows in names.folder(config).items():
         tensors = _folder_tensors(folder / part, STEMS[part])
         parts |= _assign(tensors, {part: rows}, {"": part}, config)
@@ -222,7 +229,7 @@ def _shards(index: Path) -> dict[str, StoredTensor]:
     rows = JsonFile(index).fields.get("weight_map")
     if not isinstance(rows, dict) or not all(isinstance(v, str) for v in rows.values()):
         raise WeightError(f"{index} has no weight_map from tensors to files")
-    tensors = []
+    tensors: list[StoredTensor] = []
     for shard in sorted(set(rows.values())):
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
             raise WeightError(f"{index} names {shard!r}, which is not a shard in its own folder")
@@ -245,7 +252,8 @@ def _assign(
     An unknown tensor under a part's prefix stays with that part under its own name, so that
     ``check`` can report it beside what is missing.
     """
-    parts, dropped, unknown = {part: {} for part in rows}, names.dropped(config), []
+    parts: dict[str, dict[str, StoredTensor]] = {part: {} for part in rows}
+    dropped, unknown = names.dropped(config), []
     table = {name: (part, ours) for part, row in rows.items() for name, ours in row.items()}
     for name, tensor in tensors.items():
         if dropped.fullmatch(name):

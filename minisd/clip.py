@@ -1,13 +1,16 @@
 """The text encoder: the only place where words become vectors.
 
-A causal transformer reads 77 token ids and returns one vector per token; the UNet looks at all of
-them, those of the padding included, because no mask was used when it was trained.
+A causal transformer reads 77 token ids and returns one vector per token. The UNet attends to all of
+them, the padding too, because no mask was used when it was trained.
 
-SD1 uses the text half of CLIP ViT-L/14 (Radford et al. 2021), SD2 that of OpenCLIP ViT-H/14 up to
-its last layer but one. Parameters carry the names of transformers' CLIPTextModel.
+SD1 uses the text half of CLIP ViT-L/14 (Radford et al. 2021, https://arxiv.org/abs/2103.00020), SD2
+that of OpenCLIP ViT-H/14 (Cherti et al. 2022, https://arxiv.org/abs/2212.07143) without its last
+layer. Parameters carry the names of transformers' CLIPTextModel.
 
 B batch, L tokens (77), D width
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +23,25 @@ NORM_EPS = 1e-5
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid approximation of GELU that OpenAI trained CLIP with; not interchangeable."""
+    """x sigmoid(1.702 x): the approximation of GELU that OpenAI trained CLIP with.
+
+    Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415. With the exact GELU in its place the
+    model computes something else.
+    """
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Embeddings(nn.Module):
-    """A vector for each id plus a learned vector for each position; both come uninitialised."""
+    """A vector for each token id plus a learned vector for each position, both uninitialised."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
 
         def table(rows: int) -> nn.Embedding:
-            # Not nn.Embedding(...): what it draws for a model without weights takes two seconds.
+            # Not nn.Embedding(...): it would draw random numbers for two seconds, for nothing.
             empty = torch.empty(rows, config.hidden_size)
             return nn.Embedding.from_pretrained(empty, freeze=False)
 
@@ -42,12 +49,12 @@ class Embeddings(nn.Module):
         self.position_embedding = table(config.max_position_embeddings)
 
     def forward(self, ids: Tensor) -> Tensor:
-        # Positions are 0..L-1 by definition; the position_ids in some files are damaged.
+        # The positions are 0..L-1 by definition; the position_ids in some files are damaged.
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
 class Attention(nn.Module):
-    """Each token looks at itself and at the tokens before it."""
+    """Causal self-attention: each token attends to itself and to the tokens before it."""
 
     def __init__(self, config: TextConfig, ops: Ops):
         super().__init__()
@@ -63,7 +70,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Widen four times, bend, narrow."""
+    """Two linear layers with an activation between them; the hidden layer is four times as wide."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -76,7 +83,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each on a normalised copy, each added to what came in."""
+    """A pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: TextConfig, ops: Ops):
         super().__init__()
@@ -90,18 +97,29 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+class Encoder(nn.Module):
+    """The layers, one after the other."""
+
+    def __init__(self, config: TextConfig, ops: Ops):
+        super().__init__()
+        layers = (Layer(config, ops) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 class TextEncoder(nn.Module):
     """Token ids (B, 77) -> context (B, 77, D), after the final LayerNorm."""
 
     def __init__(self, config: TextConfig, ops: Ops):
         super().__init__()
-        layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_hidden_layers))
         self.embeddings = Embeddings(config)
-        self.encoder = nn.ModuleDict({"layers": layers})
+        self.encoder = Encoder(config, ops)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, NORM_EPS)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embeddings(ids)                                             # (B, L, D)
-        for layer in self.encoder["layers"]:
-            x = layer(x)
+        x = self.encoder(self.embeddings(ids))                               # (B, L, D)
         return self.final_layer_norm(x)                                      # (B, L, D)

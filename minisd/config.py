@@ -54,7 +54,7 @@ class VAEConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent cell along one side: each level but the last halves the picture."""
+        """Pixels per latent cell along one side: each level but the last halves the image."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -70,7 +70,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One whole model. ``sample_size`` is the side in pixels of what it was trained on."""
+    """One whole model. ``sample_size`` is the side in pixels of the images it was trained on."""
 
     name: str
     text: TextConfig = field(default_factory=TextConfig)
@@ -78,6 +78,9 @@ class Config:
     vae: VAEConfig = field(default_factory=VAEConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sample_size: int = 512
+    # What a call uses that does not say: the values of the official scripts (txt2img.py).
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
 
 
 SD1 = Config("Stable Diffusion 1")
@@ -106,7 +109,7 @@ SD2_V = replace(
     sample_size=768,
 )
 
-# Inpainting: the UNet also sees the mask (1 channel) and the masked picture's latent (4).
+# Inpainting: the UNet also sees the mask (1 channel) and the masked image's latent (4).
 SD1_INPAINT = replace(
     SD1, name="Stable Diffusion 1 inpainting", unet=replace(SD1.unet, in_channels=9)
 )

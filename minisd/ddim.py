@@ -1,21 +1,31 @@
 """The noise schedule and the DDIM sampler, as pure functions of numbers and tensors.
 
-A clean latent x0 and noise e mix to  x_t = sqrt(a_t) x0 + sqrt(1 - a_t) e,  where a_t falls from
-almost 1 to almost 0 as t grows. Sampling walks back: from x_t and what is predicted about it,
-estimate x0 and e, and mix them again at the next, smaller noise.
+Training mixed a clean latent x_0 with Gaussian noise eps (Ho et al. 2020, eq. 4):
 
-Source: Song et al. 2020, "Denoising Diffusion Implicit Models" (alpha there is a here);
-v is from Salimans & Ho 2022.
+    q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
+
+where abar_t (alpha-bar) falls from almost 1 to almost 0 as t grows. Sampling goes the other way:
+from x_t and the UNet's prediction, estimate x_0 and eps, and mix them again with less noise.
+
+Sources: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2006.11239;
+Song et al. 2020, "Denoising Diffusion Implicit Models", https://arxiv.org/abs/2010.02502 (what is
+called alpha there is abar here); Salimans & Ho 2022, https://arxiv.org/abs/2202.00512 (v).
 """
+
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from minisd.config import ScheduleConfig
 
+# The functions below are linear in these, and work on latents of any shape or on numbers.
+X = TypeVar("X", Tensor, float)
+
 
 def alphas_cumprod(config: ScheduleConfig) -> Tensor:
-    """The share of signal a_t left at each training timestep: (num_train_timesteps,), float64."""
+    """abar_t = prod (1 - beta_s) over s = 0 .. t: (num_train_timesteps,), float64."""
     # The square roots of the betas are evenly spaced ("scaled linear"), not the betas.
     betas = torch.linspace(
         config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps,
@@ -24,44 +34,53 @@ def alphas_cumprod(config: ScheduleConfig) -> Tensor:
     return torch.cumprod(1.0 - betas, dim=0)
 
 
-def timesteps(steps: int, num_train_timesteps: int = 1000) -> list[int]:
-    """The timesteps to visit, noisiest first: exactly ``steps`` of them, 1 .. 1000.
+def timesteps(num_inference_steps: int, num_train_timesteps: int = 1000) -> list[int]:
+    """The timesteps to visit, the noisiest first: exactly ``num_inference_steps`` of them.
 
-    Evenly spaced from 1 ("leading" spacing with offset 1). With 1000 steps there is no room for
-    the offset, and they are 999 .. 0.
+    "Leading" spacing with offset 1, as the official scripts have it: multiples of a whole stride,
+    plus 1. So sampling starts from pure noise at a t that is less than 999: 50 steps begin at 981,
+    30 at 958 and 1 step at 1, where the model expects almost no noise. Lin et al. 2023,
+    https://arxiv.org/abs/2305.08891, section 3.3, call this a flaw; the official models are used
+    with it. With 1000 steps there is no room for the offset, and they are 999 .. 0.
     """
-    stride = num_train_timesteps // steps
-    offset = 0 if steps == num_train_timesteps else 1
-    return [i * stride + offset for i in reversed(range(steps))]
+    stride = num_train_timesteps // num_inference_steps
+    offset = 0 if num_inference_steps == num_train_timesteps else 1
+    return [i * stride + offset for i in reversed(range(num_inference_steps))]
 
 
-def add_noise(x0: Tensor, noise: Tensor, a: float) -> Tensor:
-    """x_t of a clean x0: eq. 4 of the DDIM paper."""
-    return a**0.5 * x0 + (1.0 - a) ** 0.5 * noise
+def add_noise(x0: X, noise: X, abar: float) -> X:
+    """A draw of q(x_t | x_0): x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps."""
+    return abar**0.5 * x0 + (1.0 - abar) ** 0.5 * noise
 
 
-def split(x: Tensor, prediction: Tensor, a: float, prediction_type: str) -> tuple[Tensor, Tensor]:
-    """The clean latent and the noise that x_t is made of, as the prediction has it."""
+def predicted_x0_eps(x: X, prediction: X, abar: float, prediction_type: str) -> tuple[X, X]:
+    """The predicted x_0 and eps that x_t is made of; ``prediction`` is the UNet's answer.
+
+    A model of type "v_prediction" was trained to predict v = sqrt(abar) eps - sqrt(1 - abar) x_0.
+    """
     if prediction_type == "v_prediction":
-        x0 = a**0.5 * x - (1.0 - a) ** 0.5 * prediction
-        noise = a**0.5 * prediction + (1.0 - a) ** 0.5 * x
+        x0 = abar**0.5 * x - (1.0 - abar) ** 0.5 * prediction
+        eps = abar**0.5 * prediction + (1.0 - abar) ** 0.5 * x
     else:
-        x0 = (x - (1.0 - a) ** 0.5 * prediction) / a**0.5
-        noise = prediction
-    return x0, noise
+        x0 = (x - (1.0 - abar) ** 0.5 * prediction) / abar**0.5
+        eps = prediction
+    return x0, eps
 
 
 def step(
-    x: Tensor, prediction: Tensor, a: float, a_next: float, prediction_type: str,
-    eta: float = 0.0, noise: Tensor | None = None,
-) -> Tensor:
-    """From x_t at signal share ``a`` to the next x at ``a_next``: eq. 12 and 16.
+    x: X, prediction: X, abar: float, abar_next: float, prediction_type: str,
+    eta: float = 0.0, noise: X | None = None,
+) -> X:
+    """One DDIM step, from x_t at ``abar`` to the next x at ``abar_next`` (Song et al., eq. 12).
 
-    ``eta`` 0 is deterministic, 1 adds as much fresh ``noise`` as DDPM does. At the last step
-    ``a_next`` is that of timestep 0, not 1: the official models were sampled so, and x0 is not
-    clipped.
+    ``eta`` 0 is deterministic; 1 adds as much ``noise`` as DDPM does (eq. 16).
     """
-    x0, e = split(x, prediction, a, prediction_type)
-    sigma = eta * ((1.0 - a_next) / (1.0 - a)) ** 0.5 * (1.0 - a / a_next) ** 0.5
-    x = a_next**0.5 * x0 + (1.0 - a_next - sigma**2) ** 0.5 * e
+    # x_0 is not clipped, as it is for models of pixels: the values of a latent have no bounds. At
+    # the last step abar_next is abar_0, not 1 (set_alpha_to_one=False in diffusers): the official
+    # models are sampled so, and with 1 every image would differ a little.
+    x0, eps = predicted_x0_eps(x, prediction, abar, prediction_type)
+    # sigma = eta sqrt((1 - abar_next) / (1 - abar)) sqrt(1 - abar / abar_next)
+    sigma = eta * ((1.0 - abar_next) / (1.0 - abar)) ** 0.5 * (1.0 - abar / abar_next) ** 0.5
+    # x_next = sqrt(abar_next) x_0 + sqrt(1 - abar_next - sigma^2) eps + sigma noise
+    x = abar_next**0.5 * x0 + (1.0 - abar_next - sigma**2) ** 0.5 * eps
     return x if noise is None else x + sigma * noise

@@ -50,12 +50,13 @@ def download(name: str, *, log: Callable[[str], None] = lambda line: None) -> Pa
 
     try:
         info = HfApi().model_info(repository, files_metadata=True)
-        files = wanted([file.rfilename for file in info.siblings])
+        siblings = info.siblings or []
+        files = wanted([file.rfilename for file in siblings])
         folder = Path(snapshot_download(repository, allow_patterns=files))
         if folder.name != info.sha:
             raise HubError("changed while it was read; run it again")
         log(f"{repository} at revision {info.sha}")
-        published = {file.rfilename: file.lfs.sha256 for file in info.siblings if file.lfs}
+        published = {file.rfilename: file.lfs.sha256 for file in siblings if file.lfs}
         for file in sorted(files):
             log(f"{_checked_sha256(folder / file, published.get(file))}  {file}")
         # Last of all: where this file is, the others are whole; ``cached`` and loading rely on it.

@@ -1,8 +1,8 @@
-"""What a call will need at its worst moment, told from the model's sizes before any of it is done.
+"""How much memory a call will need at most, computed from the model's sizes before it begins.
 
-Nearly everything that lives in a forward is proportional to positions times channels, so it is
-counted in channels per position, at the widest moment of each part. A copy that convolutions make
-of their input, in the order that the library wants, is among them.
+Nearly all that a forward pass holds is proportional to positions times channels. So it is counted
+in channels per position, at the widest moment of each part. This includes the copy that a
+convolution makes of its input, in the memory order that the library wants.
 """
 
 import re
@@ -17,8 +17,8 @@ from minisd.config import Config, UNetConfig
 from minisd.unet import UNet
 from minisd.vae import VAE
 
-REMEDIES = ("choose a smaller size or fewer pictures at once, set sd.vae.tile = 64 for large "
-            'pictures, or load with dtype="float16" on a GPU')
+REMEDIES = ("choose a smaller size or fewer images at once, load with tile=64 (--tile 64) for "
+            "large images, or load with dtype float16 on a GPU")
 # What torch and oneDNN say, beside the two types, when there is no memory left.
 RAN_OUT = re.compile(
     r"can't allocate memory|out of memory|bad_alloc|could not create a (memory object|primitive$)")
@@ -32,7 +32,7 @@ def activations(
     """Bytes that a call needs beside the weights, when it needs most.
 
     ``shape`` (B, 4, h, w) of the latents; ``itemsize`` bytes of a weight; ``tile`` as of the VAE;
-    ``encodes``: a picture is given; ``decodes``: one is wanted; ``stores_scores``: attention keeps
+    ``encodes``: an image is given; ``decodes``: one is wanted; ``stores_scores``: attention keeps
     all of q k^T, in float32, as only the reference does.
     """
     count, _, h, w = shape
@@ -49,10 +49,10 @@ def activations(
     # The wide input, its norm and the copy of that, and the narrow output of a convolution.
     decoder = max((3 * wide + c) / 4**i for i, (c, wide) in enumerate(_levels(widths)))
     vae = decodes * (itemsize * decoder * f * f * part + scores * part**2)
-    if encodes:  # one picture, never in tiles: two inputs, h, its norm, the copy and the output
+    if encodes:  # one image, never in tiles: two inputs, h, its norm, the copy and the output
         vae = max(vae, itemsize * 6 * widths[0] * pixels + scores * (h * w) ** 2)
-    pictures = decodes * count * 3 * 4 * pixels  # float32; three at a time as they turn to 8 bits
-    return round(max(text, unet, vae + pictures, 3 * pictures))
+    images = decodes * count * 3 * 4 * pixels  # float32; three at a time as they turn to 8 bits
+    return round(max(text, unet, vae + images, 3 * images))
 
 
 def _levels(widths: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -75,7 +75,7 @@ def _unet_channels(config: UNetConfig) -> float:
 
 
 def _unet_scores(config: UNetConfig, positions: int) -> float:
-    """The entries of the largest q k^T of a picture, all heads together."""
+    """The entries of the largest q k^T of an image, all heads together."""
     levels = enumerate(zip(config.num_heads, config.has_attention))
     return max((n * (positions / 4**i) ** 2 for i, (n, on) in levels if on), default=0.0)
 
@@ -99,7 +99,7 @@ def check(unet: UNet, vae: VAE, r: Request, encodes: bool, decodes: bool) -> Non
     """Raise MemoryError, before the attempt, for a request that cannot fit."""
     weight = unet.conv_in.weight
     need = activations(
-        r.config, r.shape, len(r.generators) // r.copies, r.guidance_scale != 1.0,
+        r.config, r.shape, len(r.generators) // r.num_images_per_prompt, r.guidance_scale != 1.0,
         weight.itemsize, vae.tile, encodes, decodes, unet.ops.name == "reference")
     there = free(weight.device)
     if there is not None and need > there:

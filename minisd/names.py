@@ -186,7 +186,7 @@ def single_file(config: Config) -> dict[str, NameMap]:
     text = _prefixed("cond_stage_model.transformer.text_model.", clip(layers))
     # Old merges lack the inner prefix.
     text |= _prefixed("cond_stage_model.transformer.", clip(layers))
-    open_text = {}
+    open_text: NameMap = {}
     for prefix in OPENCLIP_PREFIXES:
         open_text |= _prefixed(prefix, openclip(layers))
     # The likelier names first: errors call a missing tensor by the first name it might have.

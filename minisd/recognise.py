@@ -15,7 +15,7 @@ from minisd import names
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config
 from minisd.diffusers_config import SCHEDULER, read_schedule
 from minisd.errors import WeightError
-from minisd.safetensors_file import StoredTensor, read_tensor
+from minisd.safetensors_file import StoredTensor, read_metadata, read_tensor
 
 OFFICIAL = (SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT)
 
@@ -29,6 +29,9 @@ OTHER_OPENCLIP = "conditioner.embedders.0.model.ln_final.weight"
 # that predict v vary more in this bias.
 TELLTALE = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 TELLTALE_STD = 0.09
+
+# Metadata that training tools write: https://github.com/Stability-AI/ModelSpec
+MODELSPEC = "modelspec.prediction_type"
 
 PARAMETERIZATION = re.compile(r"""^\s*parameterization:\s*["']?(\w+)["']?\s*(#.*)?$""", re.M)
 MAX_SIDECAR = 2**20
@@ -73,7 +76,7 @@ def find_prediction(
     """What the UNet predicts, and a phrase that says how that is known.
 
     In this order: a scheduler's config in ``folder`` or beside the file, a yaml file of the same
-    name, the rule of thumb for models that might predict v.
+    name, the file's own metadata, the rule of thumb for models that might predict v.
     """
     for place in (folder, path.parent):
         if place is not None and (place / SCHEDULER).is_file():
@@ -81,6 +84,9 @@ def find_prediction(
     for sidecar in (path.with_suffix(".yaml"), path.with_suffix(".yml")):
         if sidecar.is_file():
             return _read_sidecar(sidecar), f"from {sidecar}"
+    said = read_metadata(path).get(MODELSPEC)
+    if said in ("epsilon", "v"):
+        return "v_prediction" if said == "v" else "epsilon", f"from the file's {MODELSPEC}"
     unet = config.unet
     if (unet.cross_attention_dim, unet.in_channels) != (1024, 4) or TELLTALE not in tensors:
         return "epsilon", "the default, as nothing says otherwise"

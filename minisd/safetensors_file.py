@@ -31,7 +31,8 @@ ITEM_SIZE = {
 }
 
 # What weights may be stored as: integers and 8-bit floats need scales that this format lacks.
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+          "F64": torch.float64}
 CHUNK = 2**20  # bytes read at a time, few enough to stay in the cache
 
 TO_CONVERT = (
@@ -74,6 +75,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     WeightError for anything but a well-formed .safetensors file, of exactly the size it declares.
     """
+    return _read(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says about itself; WeightError where ``read_header`` raises it."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     size = path.stat().st_size
     if size < 8:
         raise WeightError(f"{path} has {size} bytes, too few to be weights: interrupted download?")
@@ -91,7 +101,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise WeightError(f"{path} declares {len(header)} tensors; no model has over {MAX_TENSORS}")
     tensors = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
     _check_tiling(path, tensors, 8 + length, size)
-    return {tensor.name: tensor for tensor in tensors}
+    return {tensor.name: tensor for tensor in tensors}, metadata
 
 
 def read_tensor(
@@ -107,13 +117,13 @@ def read_tensor(
     tensor = torch.empty(stored.shape, dtype=dtype, device=device)
     step = CHUNK // source.itemsize
     direct = dtype == source and device.type == "cpu"
-    scratch = None if direct else torch.empty(min(step, tensor.numel()), dtype=source)
+    scratch = torch.empty(0 if direct else min(step, tensor.numel()), dtype=source)
     # Read, not mapped: a mapped file that somebody cuts short kills the process.
     with open(stored.path, "rb") as file:
         file.seek(stored.start)
         for target in tensor.view(-1).split(step):
             values = target if direct else scratch[: len(target)]
-            raw = values.view(torch.uint8).numpy()
+            raw = memoryview(values.view(torch.uint8).numpy().data)
             if file.readinto(raw) != len(raw):
                 raise WeightError(f"{stored.path} ended within {stored.name} while it was read")
             if not direct:

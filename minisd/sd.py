@@ -1,48 +1,54 @@
-"""From a prompt to a picture: tokenise, encode, denoise, decode.
+"""From a prompt to an image: tokenise, encode, denoise, decode.
 
     prompt --tokenizer--> ids --text_encoder--> context --.
                                                           v
-    seed --> noise x_T --> [ unet + guidance + DDIM step ] x S --> latent --vae--> picture
+    seed --> noise x_T --> [ unet + guidance + DDIM step ] x S --> latent x_0 --vae--> image
 
-Guidance lives here, and so does every choice of device, dtype and seed.
+This is latent diffusion (Rombach et al. 2022, https://arxiv.org/abs/2112.10752): the UNet denoises
+a latent, with 1/8 of the image's height and width, and the VAE turns the result into pixels.
+Classifier-free guidance is here, and so is every choice of device, dtype and seed.
 
-B pictures, H W height and width in pixels, h w of the latent, D width of the context
+B images, H W height and width in pixels, h w of the latent, D width of the context
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
-from typing import Any
+from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisd import arguments, checkpoint, ddim, image as pictures, memory, ops as bodies
+from minisd import arguments, ddim, image as pictures, memory
 from minisd.arguments import Request
 from minisd.clip import TextEncoder
 from minisd.config import Config
 from minisd.coverage import coverage
-from minisd.latents import Known, Noise
-from minisd.ops import Call
+from minisd.latents import MaskBlending, Noise, start
+from minisd.ops import Call, choose
+from minisd.save import save_model
 from minisd.tokenizer import Tokenizer
-from minisd.tokenizer_folder import read_tokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
+
+# (sd, index of the step, timestep, {"latents": x}) -> None, or {"latents": another x}.
+Callback = Callable[["StableDiffusion", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a call made: the pictures, and for each its seed and the settings that made it.
+    """What a call made: the images, and for each its seed and the settings that made it.
 
     ``images`` is a list of PIL images or, by ``output_type``, a (B, 3, H, W) tensor ("pt") or a
     (B, H, W, 3) array ("np") in [0, 1], or a (B, 4, h, w) tensor of scaled latents ("latent").
     """
 
-    images: Any
+    images: list[Image] | Tensor | np.ndarray
     seeds: list[int]
     settings: list[dict]
 
@@ -57,68 +63,126 @@ class StableDiffusion:
                  unet: UNet, vae: VAE):
         self.config, self.tokenizer = config, tokenizer
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
-        self.alphas = ddim.alphas_cumprod(config.schedule).tolist()
+        self.alphas_cumprod = ddim.alphas_cumprod(config.schedule).tolist()
 
     @memory.explained()
     @torch.no_grad()
     def __call__(
         self, prompt: str | list[str] | None = None, *,
         negative_prompt: str | list[str] | None = None,
-        height: int | None = None, width: int | None = None, num_inference_steps: int = 50,
-        guidance_scale: float = 7.5, num_images_per_prompt: int = 1, eta: float = 0.0,
+        height: int | None = None, width: int | None = None,
+        num_inference_steps: int | None = None, guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1, eta: float | None = None,
         seed: int | list[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None, prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None, image: Image | None = None,
-        mask_image: Image | None = None, strength: float | None = None,
-        output_type: str = "pil", callback_on_step_end: Callable | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        image: Image | str | PathLike | None = None,
+        mask_image: Image | str | PathLike | None = None, strength: float | None = None,
+        output_type: str = "pil", callback_on_step_end: Callback | None = None,
         progress: bool | None = None,
     ) -> Output:
-        """Make pictures, in prompt-major order: all of the first prompt, then of the second.
+        """Make images, in prompt-major order: all of the first prompt, then of the second.
 
-        ``height`` and ``width`` are pixels, multiples of 8 (of the VAE's downscale); without them
-        the size the model was trained on. ``num_inference_steps``, 1 to 1000, is exactly how often
-        the UNet is asked. ``guidance_scale`` 1 is none; ``eta`` 0 is DDIM, 1 as noisy as DDPM.
+        ``height`` and ``width`` are pixels, multiples of 8 (of the VAE's downscale). Without them
+        the size is the one that the model was trained on, or that of ``image``; with one of them
+        the other keeps the proportions of ``image``.
+        ``num_inference_steps``, 1 to 1000, is exactly how often the UNet is asked (50).
+        ``guidance_scale`` 1 is no guidance (7.5). ``eta`` 0 is DDIM, 1 as noisy as DDPM (0). None
+        is always the model's own default.
 
-        ``seed`` 0 to 2^32 - 1: picture i uses seed + i; or a list, one each; None draws one.
+        ``seed`` 0 to 2^32 - 1: image i uses seed + i; or a list, one each; None draws one.
         ``generator``: torch generators of your own instead. ``latents`` (B, 4, h, w): x_T itself.
         ``prompt_embeds``, ``negative_prompt_embeds`` (prompts, 77, D): contexts instead of text.
 
-        ``image``: start from this picture; ``strength`` in (0, 1] is how much of the way from
-        noise is walked again (0.8). ``mask_image``: repaint only where it is white (strength 1);
-        an inpainting model decodes the rest anew too. Both are resized to height and width.
+        ``image``: start from this image; ``strength`` in (0, 1] is how much of the way from noise
+        is walked again (0.8). ``mask_image``: repaint only where it is white (strength 1); an
+        inpainting model decodes the rest anew too. Both are resized to height and width.
 
         ``callback_on_step_end(sd, step, t, {"latents": x})`` may return {"latents": another x}.
         ``progress``: whether to draw a bar; None draws one on a terminal only.
-        Raises TypeError or ValueError for a bad argument and ImageError for a bad picture, before
+        Raises TypeError or ValueError for a bad argument and ImageError for a bad image, before
         any work; ArithmeticError if a part gives values that are not finite; MemoryError.
         """
+        opened = None if image is None else pictures.open_image(image)
         r = arguments.check(
             self.config, prompt, negative_prompt, height, width, num_inference_steps,
             guidance_scale, num_images_per_prompt, eta, seed, generator, latents, prompt_embeds,
-            negative_prompt_embeds, image, mask_image, strength, output_type,
+            negative_prompt_embeds, opened, mask_image, strength, output_type,
             callback_on_step_end)
-        memory.check(self.unet, self.vae, r, image is not None, output_type != "latent")
+        memory.check(self.unet, self.vae, r, opened is not None, output_type != "latent")
         # Half-precision models still add up their steps in float32.
-        state = torch.promote_types(self._weight.dtype, torch.float32)
-        like = torch.empty(1, *r.shape[1:], dtype=state, device=self._weight.device)
-        if image is not None:
-            image = pictures.to_tensor(image, r.width, r.height).to(like)    # (1, 3, H, W)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        like = torch.empty(1, *r.shape[1:], dtype=dtype, device=self.device)
+        pixels = mask = None
+        if opened is not None:
+            pixels = pictures.to_tensor(opened, r.width, r.height).to(like)   # (1, 3, H, W)
         if mask_image is not None:
-            mask_image = pictures.mask_to_tensor(mask_image, r.width, r.height).to(like)
-        ids = prompt_embeds if r.prompts is None else self._ids(r.prompts)
-        empty = negative_prompt_embeds if r.negatives is None else self._ids(r.negatives)
+            mask = pictures.mask_to_tensor(mask_image, r.width, r.height).to(like)
 
-        context = self._context(ids).repeat_interleave(r.copies, dim=0)      # (B, 77, D)
+        context = self._context(r.prompts, prompt_embeds)                    # (prompts, 77, D)
+        context = context.repeat_interleave(r.num_images_per_prompt, dim=0)  # (B, 77, D)
         if r.guidance_scale != 1.0:
-            empty = self._context(empty).repeat_interleave(r.copies, dim=0)  # (B, 77, D)
-            context = torch.cat([empty, context])                            # (2B, 77, D)
+            # Guidance compares what the UNet says with the prompt and with the negative prompt,
+            # or the empty one, so both go through it side by side: a batch of 2B.
+            uncond = self._context(r.negative_prompts, negative_prompt_embeds)
+            uncond = uncond.repeat_interleave(r.num_images_per_prompt, dim=0)
+            context = torch.cat([uncond, context])                           # (2B, 77, D)
         _finite(context, "the text encoder")
         noise = Noise(r.generators, like)
-        x, known, extra = self._start(r, image, mask_image, noise)
-        x = self._denoise(r, x, context, noise, known, extra, callback_on_step_end, progress)
+        x, extra, blending = start(
+            r, pixels, mask, noise, partial(self._with_vae, "encode"), self.alphas_cumprod)
+        x = self._denoise(r, x, context, noise, blending, extra, callback_on_step_end, progress)
         seeds = [g.initial_seed() for g in r.generators]
-        return Output(self._images(x, known, output_type), seeds, r.settings())
+        return Output(self._images(x, blending, output_type), seeds, r.settings())
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks, by name."""
+        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its weights are stored in."""
+        return self._weight.dtype
+
+    def to(self, device: str | torch.device | None = None,
+           dtype: str | torch.dtype | None = None) -> "StableDiffusion":
+        """Move the model to a device or a dtype, in the words of `minisd.load`; returns itself.
+
+        Its ops are chosen again for the new place. Raises ValueError, before anything is moved,
+        where they cannot run or there is no such device.
+        """
+        place = self.device if device is None else arguments.device(device)
+        number = self.dtype if dtype is None else arguments.dtype(dtype, place)
+        self._must_be_readable("moved")
+        ops = choose(self.unet.ops.name, place, number)
+        for part in self.parts.values():
+            part.to(place, number)
+            for module in part.modules():
+                if hasattr(module, "ops"):
+                    setattr(module, "ops", ops)
+        return self
+
+    def save(self, path: str | PathLike) -> None:
+        """Write the model: ``path`` ending in .safetensors is one file in the original layout,
+        any other is a new folder in diffusers layout.
+
+        It is written whole or not at all, in the dtype that it has. Raises FileExistsError for a
+        name that is taken, and OSError.
+        """
+        self._must_be_readable("saved")
+        save_model(Path(path), self.config, self.tokenizer, self.parts)
+
+    def release(self) -> None:
+        """Free what calls have left for the next ones: the CUDA graphs of a fused model."""
+        if not isinstance(self.unet, UNet):
+            self.unet.graphs.clear()
 
     def coverage(self, height: int | None = None, width: int | None = None) -> list[Call]:
         """What each attention and GroupNorm of one UNet forward took, and why not a kernel.
@@ -128,12 +192,24 @@ class StableDiffusion:
         f, usual = self.config.vae.downscale, self.config.sample_size
         height = arguments.side("height", height, f, usual) // f
         width = arguments.side("width", width, f, usual) // f
-        return coverage(self.config.unet, self.unet.ops, height, width, self._weight.dtype)
+        return coverage(self.config.unet, self.unet.ops, height, width, self.dtype)
 
     @property
     def _weight(self) -> Tensor:
         """Any weight: it has the device and the dtype of the model."""
         return self.unet.conv_in.weight
+
+    def _must_be_readable(self, done: str) -> None:
+        if not isinstance(self.unet, UNet):
+            raise ValueError(f'a model loaded with ops="fused" is not {done}, as its weights are '
+                             'repacked: load it with ops="torch" for that')
+
+    def _context(self, texts: list[str] | None, embeds: Tensor | None) -> Tensor:
+        """Texts, or the embeddings given instead -> (prompts, 77, D) as the UNet wants it."""
+        if texts is not None:
+            embeds = self.text_encoder(self._ids(texts).to(self.device))     # (prompts, 77, D)
+        assert embeds is not None
+        return embeds.to(self._weight)
 
     def _ids(self, texts: list[str]) -> Tensor:
         """Texts -> (prompts, 77) ids that the text encoder has."""
@@ -145,55 +221,30 @@ class StableDiffusion:
                              f"{room}: load with its own tokenizer, or give prompt_embeds")
         return tokenizer(texts)                                              # (prompts, 77)
 
-    def _context(self, given: Tensor) -> Tensor:
-        """Ids (prompts, 77), or contexts as they are -> (prompts, 77, D) as the UNet wants it."""
-        if not given.is_floating_point():
-            given = self.text_encoder(given.to(self._weight.device))         # (prompts, 77, D)
-        return given.to(self._weight)
-
-    def _start(self, r: Request, image: Tensor | None, mask: Tensor | None,
-               noise: Noise) -> tuple[Tensor, Known | None, Tensor | None]:
-        """The first x, what inpainting keeps, and an inpainting UNet's extra input channels."""
-        # The order of the draws is that of diffusers, so that a seed means the same picture.
-        knows_masks = self.config.unet.in_channels != self.config.vae.latent_channels
-        pure_noise = image is None or (mask is not None and r.strength == 1.0)
-        x0 = None
-        if not pure_noise or (mask is not None and not knows_masks):
-            x0 = self._with_vae("encode", image, noise.draw())               # (B, 4, h, w)
-        e = noise.draw() if r.latents is None else r.latents.to(noise.like)  # (B, 4, h, w)
-        x = e if pure_noise else ddim.add_noise(x0, e, self.alphas[r.timesteps[0]])
-        if mask is None:
-            return x, None, None
-        if not knows_masks:
-            noise.draw()  # diffusers draws here for a latent that it then leaves unused
-            return x, Known(image, mask, x0, e), None
-        # The mask, and the picture with a grey hole, which the UNet is shown at every step.
-        holed = self._with_vae("encode", image * (1 - mask), noise.draw())   # (B, 4, h, w)
-        small = F.interpolate(mask, size=x.shape[-2:]).expand(len(x), -1, -1, -1)
-        return x, None, torch.cat([small, holed], dim=1)                     # (B, 5, h, w)
-
-    def _denoise(self, r: Request, x: Tensor, context: Tensor, noise: Noise, known: Known | None,
-                 extra: Tensor | None, callback: Callable | None, progress: bool | None) -> Tensor:
-        """Walk x (B, 4, h, w) down the timesteps: Stable Diffusion is this loop."""
-        # After the last timestep comes the noise level of timestep 0, which is not quite none.
-        alphas = [self.alphas[t] for t in r.timesteps] + [self.alphas[0]]
-        kind = self.config.schedule.prediction_type
+    def _denoise(self, r: Request, x: Tensor, context: Tensor, noise: Noise,
+                 blending: MaskBlending | None, extra: Tensor | None,
+                 callback: Callback | None, progress: bool | None) -> Tensor:
+        """Denoise x (B, 4, h, w), a timestep after the other: Stable Diffusion is this loop."""
+        # After the last timestep comes the noise level of timestep 0: a little noise is left.
+        abars = [self.alphas_cumprod[t] for t in (*r.timesteps, 0)]
+        prediction_type = self.config.schedule.prediction_type
         fused = not isinstance(self.unet, UNet)
         if fused:
             from minisd_kernels.fused_step import Steps, weights
 
-            table = weights(alphas, kind, r.eta, r.guidance_scale)
+            table = weights(abars, prediction_type, r.eta, r.guidance_scale)
             steps = Steps(self.unet, context, r.timesteps, table, extra)
         bar = tqdm(r.timesteps, disable=None if progress is None else not progress)
         for i, t in enumerate(bar):
-            fresh = noise.draw() if r.eta > 0 else None
+            added = noise.draw() if r.eta > 0 else None
             if fused:
-                x = steps(x, i, fresh)
+                x = steps(x, i, added)
             else:
                 prediction = self._predict(x, t, context, r.guidance_scale, extra)
-                x = ddim.step(x, prediction, alphas[i], alphas[i + 1], kind, r.eta, fresh)
-            if known is not None:
-                x = known.put_back(x, alphas[i + 1] if i + 1 < len(r.timesteps) else 1.0)
+                x = ddim.step(
+                    x, prediction, abars[i], abars[i + 1], prediction_type, r.eta, added)
+            if blending is not None:
+                x = blending.latent(x, abars[i + 1] if i + 1 < len(r.timesteps) else 1.0)
             if callback is not None:
                 changes = callback(self, i, t, {"latents": x})
                 x = arguments.changed_latents(changes, x)
@@ -201,24 +252,27 @@ class StableDiffusion:
 
     def _predict(self, x: Tensor, t: int, context: Tensor, guidance_scale: float,
                  extra: Tensor | None = None) -> Tensor:
-        """The UNet's answer for x (B, 4, h, w), with guidance unless its scale is 1."""
+        """The UNet's prediction for x (B, 4, h, w), with guidance unless its scale is 1."""
         inputs = x if extra is None else torch.cat([x, extra], dim=1)        # (B, 4 or 9, h, w)
         inputs = inputs.repeat(len(context) // len(x), 1, 1, 1)              # (B or 2B, ...)
         times = torch.full((len(inputs),), t, device=x.device)
         prediction = self.unet(inputs.to(self._weight), times, context).to(x)
         if guidance_scale == 1.0:
             return prediction
-        without, with_prompt = prediction.chunk(2)                           # (B, 4, h, w)
-        return without + guidance_scale * (with_prompt - without)
+        # Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6,
+        # where s = 1 + w):  eps = eps_uncond + s (eps_cond - eps_uncond)
+        uncond, cond = prediction.chunk(2)                                   # (B, 4, h, w)
+        return uncond + guidance_scale * (cond - uncond)
 
-    def _images(self, x: Tensor, known: Known | None, output_type: str) -> Any:
+    def _images(self, x: Tensor, blending: MaskBlending | None,
+                output_type: str) -> list[Image] | Tensor | np.ndarray:
         """Latents (B, 4, h, w) -> what the caller asked for."""
         if output_type == "latent":
             return x
-        # One at a time: it takes less memory, and a picture is the same alone or in a batch.
+        # One at a time: it takes less memory, and an image is the same alone or in a batch.
         image = torch.cat([self._with_vae("decode", one) for one in x.split(1)])  # (B, 3, H, W)
-        if known is not None:
-            image = known.paste(image)
+        if blending is not None:
+            image = blending.pixels(image)
         image = ((image + 1) / 2).clamp(0, 1)                                # (B, 3, H, W)
         if output_type == "np":
             return image.permute(0, 2, 3, 1).cpu().numpy()                   # (B, H, W, 3)
@@ -230,9 +284,9 @@ class StableDiffusion:
         try:
             return _finite(out, "the VAE")
         except ArithmeticError:
-            if self._weight.dtype == inputs[0].dtype:
+            if self.dtype == inputs[0].dtype:
                 raise
-        # Some published VAEs exceed float16 on some pictures.
+        # Some published VAEs exceed float16 on some images.
         again = copy.deepcopy(self.vae).to(inputs[0].dtype)
         return _finite(getattr(again, method)(*inputs), "the VAE")
 
@@ -242,50 +296,3 @@ def _finite(x: Tensor, stage: str) -> Tensor:
         remedy = 'try dtype="float32" or a smaller guidance_scale'
         raise ArithmeticError(f"{stage} gave values that are not finite: {remedy}")
     return x
-
-
-def load(
-    path: str | PathLike | None = None, *, config: Config | str | PathLike | None = None,
-    device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", ops: str = "auto",
-    vae: str | PathLike | None = None, prediction_type: str | None = None,
-) -> StableDiffusion:
-    """Load a model, never touching the network.
-
-    ``path``: nothing for the model shipped with minisd; a ``.safetensors`` file in the original
-    layout; a folder in diffusers layout; or "owner/name", if `minisd download` has fetched it.
-    ``config``: the sizes, or a folder of diffusers JSON files with them, for a single file of
-    unusual sizes. ``vae``: a stand-alone VAE file to use instead. ``prediction_type``: "epsilon"
-    or "v_prediction", where the file does not say.
-
-    ``device`` "auto" is cuda, then mps, then cpu; ``dtype`` "auto" is float16 on a GPU and
-    float32 on a CPU; ``ops`` "torch", "reference" (the formulas written out), "triton" (the GPU
-    kernels, which refuse rather than fall back), "fused" (these and a UNet packed anew; on a CPU
-    with torch's ops) or "auto": "fused" on a GPU where the kernels are proven, else "torch".
-
-    Raises FileNotFoundError, WeightError (naming file and tensor), or ValueError for the rest.
-    """
-    device = arguments.device(device)
-    dtype = arguments.dtype(dtype, device)
-    body = bodies.choose(ops, device, dtype)
-    found = checkpoint.open_checkpoint(path, config=config, vae=vae,
-                                       prediction_type=prediction_type)
-    if found.tokenizer_folder is None:
-        tokenizer = Tokenizer.clip(found.config.text.pad_token_id)
-    else:
-        tokenizer = read_tokenizer(found.tokenizer_folder)
-    with torch.device("meta"):
-        parts = {
-            "text_encoder": TextEncoder(found.config.text, body),
-            "unet": UNet(found.config.unet, body),
-            "vae": VAE(found.config.vae, body),
-        }
-    for part, module in parts.items():  # all of them, before any weight is read
-        checkpoint.check(found, part, module)
-    for part, module in parts.items():
-        checkpoint.fill(found, part, module, dtype, device)
-        module.eval().requires_grad_(False)
-    if body.name in ("fused", "auto"):
-        from minisd_kernels.fused_vae import fuse
-
-        fuse(parts, body)
-    return StableDiffusion(found.config, tokenizer, **parts)

@@ -119,11 +119,12 @@ def check_texts(name: str, value: object) -> list[str]:
     return texts
 
 
-def parse_merges(text: str) -> list[tuple[str, ...]]:
-    """The lines of a merges.txt, each as its two symbols."""
+def parse_merges(text: str) -> list[tuple[str, str]]:
+    """The lines of a merges.txt, each as the two symbols to join."""
     # The first line is a version; "#" may also begin a merge.
     lines = [line for line in text.splitlines() if line and not line.startswith("#version")]
-    return [tuple(line.split(" ")) for line in lines]
+    pairs = (line.partition(" ") for line in lines)
+    return [(left, right) for left, _, right in pairs]
 
 
 def _build_bpe(

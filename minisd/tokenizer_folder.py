@@ -1,11 +1,12 @@
-"""The ``tokenizer/`` folder of a model in diffusers layout, and the words of the shipped model.
+"""The ``tokenizer/`` folder of a model in diffusers layout, read and written.
 
 A folder holds vocab.json and merges.txt, or since transformers 5 one tokenizer.json. Every fault is
 a WeightError that names the file.
 """
 
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -36,23 +37,39 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     words = folder.parent / "words.txt"
     if not words.is_file():
         return Tokenizer(vocab, merges, pad_token_id=pad, length=length, **tokens)
-    taught = frozenset(_read_text(words).split())
+    taught = _read_text(words).split()
     return TaughtTokenizer(vocab, merges, taught, pad_token_id=pad, length=length, **tokens)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Make a new folder that ``read_tokenizer`` and transformers read, words.txt beside it."""
+    folder.mkdir()
+    tokenizer.bpe.model.save(str(folder))  # vocab.json and merges.txt
+    ids = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id,
+           "pad_token": tokenizer.pad_token_id}
+    tokens = {key: tokenizer.bpe.id_to_token(index) for key, index in ids.items()}
+    tokens["unk_token"] = tokenizer.bpe.model.unk_token
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.length, **tokens}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(tokens, indent=2) + "\n")
+    if isinstance(tokenizer, TaughtTokenizer):
+        (folder.parent / "words.txt").write_text("\n".join(tokenizer.words) + "\n", "utf-8")
 
 
 class TaughtTokenizer(Tokenizer):
     """A tokenizer that warns of each word that its model was not taught."""
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]],
-                 words: frozenset[str], **options):
+                 words: Iterable[str], **options):
         super().__init__(vocab, merges, **options)
-        self.words = words
+        self.words = dict.fromkeys(words)  # in their order, and quick to look up
 
     def __call__(self, prompts: str | list[str]) -> torch.Tensor:
         for prompt in check_texts("prompt", prompts):
             encoding = self.bpe.encode(prompt, add_special_tokens=False)
             numbers = dict.fromkeys(encoding.word_ids[: self.length - 2])  # each word once
-            said = (prompt[slice(*encoding.word_to_chars(number))].lower() for number in numbers)
+            spans = (encoding.word_to_chars(number) for number in numbers if number is not None)
+            said = (prompt[slice(*span)].lower() for span in spans if span is not None)
             unknown = [repr(word) for word in dict.fromkeys(said) if word not in self.words]
             if unknown:
                 warnings.warn(
@@ -67,23 +84,24 @@ def _read_vocabulary(folder: Path) -> tuple[Path, dict[str, int], list[tuple[str
     """The file to name in errors, the vocabulary and the merges, checked."""
     whole = folder / "tokenizer.json"
     if (folder / "vocab.json").exists() or not whole.exists():
-        path = folder / "vocab.json"
-        vocab, merges = _read_json(path), parse_merges(_read_text(folder / "merges.txt"))
-    else:  # transformers 5 writes this one file instead of two
-        path, model = whole, _read_json(whole).get("model")
-        if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
-            raise WeightError(f"{whole} holds no BPE model")
-        # Each merge is a pair, or in older files the two joined by a space.
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        vocab = model.get("vocab")
-    return path, _check_vocabulary(path, vocab), _check_merges(path, vocab, merges)
+        path, merges = folder / "vocab.json", parse_merges(_read_text(folder / "merges.txt"))
+        vocab = _check_vocabulary(path, _read_json(path))
+        return path, vocab, _check_merges(path, vocab, merges)
+    # transformers 5 writes one file instead of the two.
+    model = _read_json(whole).get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
+        raise WeightError(f"{whole} holds no BPE model")
+    vocab = _check_vocabulary(whole, model.get("vocab"))
+    # Each merge is a pair, or in older files the two joined by a space.
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    return whole, vocab, _check_merges(whole, vocab, pairs)
 
 
 def _read_settings(folder: Path) -> dict:
     """tokenizer_config.json, overruled by special_tokens_map.json: SD2's folders name the end
     token as padding in the first, and in the second "!", which the model was trained with.
     """
-    settings = {}
+    settings: dict = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
             settings |= _read_json(folder / name)
@@ -117,16 +135,19 @@ def _check_vocabulary(path: Path, vocab: object) -> dict[str, int]:
     return vocab
 
 
-def _check_merges(path: Path, vocab: Mapping[str, int], merges: list) -> list[tuple[str, str]]:
+def _check_merges(
+    path: Path, vocab: Mapping[str, int], merges: Iterable[object]
+) -> list[tuple[str, str]]:
+    pairs = []
     for merge in merges:
-        try:
-            left, right = merge
-            known = left in vocab and right in vocab and left + right in vocab
-        except (TypeError, ValueError):  # not two strings
-            known = False
-        if not known:
+        pair = list(merge) if isinstance(merge, (list, tuple)) else []
+        if len(pair) != 2 or not all(isinstance(symbol, str) for symbol in pair):
             raise WeightError(f"{path}: the merge {merge!r} does not fit the vocabulary")
-    return [tuple(merge) for merge in merges]
+        left, right = pair
+        if not (left in vocab and right in vocab and left + right in vocab):
+            raise WeightError(f"{path}: the merge {merge!r} does not fit the vocabulary")
+        pairs.append((left, right))
+    return pairs
 
 
 def _token(folder: Path, settings: dict, key: str, vocab: Mapping[str, int]) -> str:

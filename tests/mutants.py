@@ -1,10 +1,10 @@
-"""Does the suite see slips that look almost right, where no parity test looks?
+"""Does the suite see mutations that look almost right, where no parity test looks?
 
     python -m tests.mutants            # all; some minutes
     python -m tests.mutants --only seed
 
-Each row is one slip in one line of a copy of the package; the tests named beside it must fail. The
-constants of the model have theirs in traps.py, which the suite itself runs.
+Each row is one mutation of one line in a copy of the package; the tests named beside it must fail.
+The constants of the model have theirs in traps.py, which the suite itself runs.
 """
 
 import argparse
@@ -16,27 +16,30 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# file, tests, the line as it is, the slip
+# file, tests, the line as it is, the line mutated
 MUTANTS = [
-    ("arguments", "arguments", "isinstance(value, bool) or not isinstance(value, Integral)",
-     "not isinstance(value, Integral)"),
-    ("arguments", "arguments", "not low <= value <= high:  # which",
-     "not low < value <= high:  # which"),
-    ("arguments", "arguments", "left = int(value * steps)", "left = round(value * steps)"),
+    ("arguments", "arguments", "if isinstance(value, bool) or not isinstance(value, Real):",
+     "if not isinstance(value, Real):"),
+    ("arguments", "arguments", "not low <= number <= high:  # nan",
+     "not low < number <= high:  # nan"),
+    ("arguments", "arguments", "left = int(share * steps)", "left = round(share * steps)"),
     ("arguments", "arguments", "if left == 0:", "if left < 0:"),
-    ("arguments", "arguments", "mask is None or strength < 1", "mask is None and strength < 1"),
-    ("arguments", "arguments", "not multiple <= value <= MAX_SIDE:", "not 0 <= value <= MAX_SIDE:"),
+    ("arguments", "arguments", "mask is None or strength != 1", "mask is None and strength != 1"),
+    ("arguments", "arguments", "not multiple <= number <= MAX_SIDE", "not 0 <= number <= MAX_SIDE"),
     ("arguments", "arguments", "math.floor(value / multiple), math.ceil(value / multiple)",
      "math.floor(value / multiple), math.floor(value / multiple)"),
     ("arguments", "arguments", "if (prompt is None) == (embeds is None):",
      "if prompt is None and embeds is None:"),
     ("arguments", "arguments", "negatives *= 1 if isinstance(negative, (list, tuple)) else count",
      "negatives *= count"),
-    ("arguments", "arguments", '"[\\ud800-\\udfff]", text):', '"[\\ud800-\\udbff]", text):'),
+    ("tokenizer", "arguments tokenizer", '"[\\ud800-\\udfff]", text):',
+     '"[\\ud800-\\udbff]", text):'),
+    ("arguments", "arguments", "scale = side(\"height\", height, f, usual) / image.height",
+     "scale = side(\"height\", height, f, usual) / image.width"),
     ("arguments", "arguments", "if value.shape[1:] != shape or len(value) == 0:",
      "if value.shape[1:] != shape:"),
-    ("arguments", "arguments", "_check_latents(changes[\"latents\"], tuple(latents.shape))",
-     "pass"),
+    ("arguments", "arguments", "_check_latents(changes[\"latents\"], tuple(latents.shape)).to(",
+     "changes[\"latents\"].to("),
     ("arguments", "arguments", "return [first + i for i in range(count)]",
      "return [first for i in range(count)]"),
     ("arguments", "arguments", "first + count - 1 > MAX_SEED", "first + count > MAX_SEED"),
@@ -48,7 +51,7 @@ MUTANTS = [
     ("latents", "arguments", "return (1 - self.mask) * self.image + self.mask * image",
      "return image"),
     ("sd", "parity determinism", "x.split(1)", "x.split(2)"),
-    ("sd", "arguments determinism", "if self._weight.dtype == inputs[0].dtype:", "if True:"),
+    ("sd", "arguments determinism", "if self.dtype == inputs[0].dtype:", "if True:"),
     ("tokenizer", "tokenizer", "return encoding.ids[:room]", "return encoding.ids[-room:]"),
     ("tokenizer", "tokenizer", "room = self.length - 2", "room = self.length - 1"),
     ("tokenizer", "tokenizer", "normalizers.NFC(), normalizers.Lowercase()",
@@ -85,10 +88,10 @@ MUTANTS = [
     ("image", "image", 'Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size)'),
     ("image", "image save", ".mul(255).round().byte()", ".mul(255).byte()"),
     ("image", "image", ">= 0.5).float()", ">= 0.49).float()"),
-    ("image", "save", "if os.path.lexists(path) and not overwrite:",
+    ("files", "save", "if os.path.lexists(path) and not overwrite:",
      "if os.path.exists(path) and not overwrite:"),
-    ("image", "save", "            os.fsync(file.fileno())\n", ""),
-    ("image", "save", "temporary.unlink(missing_ok=True)", "pass"),
+    ("image", "save", "        os.fsync(file.fileno())\n", ""),
+    ("files", "save", "        path.unlink(missing_ok=True)", "        pass"),
     ("image", "save", 'if settings.get("negative_prompt"):', "if False:"),
     ("memory", "memory", "count * (1 + guided) * (", "count * ("),
     ("memory", "memory", "part = h * w if tile is None else", "part = h * w if True else"),
@@ -99,7 +102,7 @@ MUTANTS = [
 
 
 def killed(file: str, tests: str, right: str, wrong: str, tree: Path) -> bool:
-    """Whether the tests fail with the slip in the copy; a tree is whole again afterwards."""
+    """Whether the tests fail with the mutation in the copy; a tree is whole again afterwards."""
     path = tree / "minisd" / f"{file}.py"
     source = path.read_text()
     if source.count(right) != 1:

@@ -32,9 +32,9 @@ REFUSED = [
     ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, ValueError, "2 prompts but 1 negative"),
     *(({"num_inference_steps": v}, ValueError,
        "num_inference_steps must be an integer from 1 to 1000")
-      for v in (0, -1, 2.5, "3", True, 1001, None)),
+      for v in (0, -1, 2.5, "3", True, 1001)),
     *(({"guidance_scale": v}, ValueError, "guidance_scale must be a finite number")
-      for v in (NAN, INF, -INF, "7", None, True, 10**400)),
+      for v in (NAN, INF, -INF, "7", True, 10**400)),
     ({"height": 0}, ValueError, "nearest valid: 4"),
     ({"height": 7}, ValueError, "nearest valid: 4 or 8"),
     ({"width": -64}, ValueError, "nearest valid: 4"),
@@ -47,10 +47,10 @@ REFUSED = [
     *(({"seed": v}, ValueError, "seed must be an integer from 0 to 4294967295")
       for v in (-1, 2**32, 1.5, "7", True)),
     ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, ValueError, "past 4294967295"),
-    ({"seed": [1, 2]}, ValueError, "1 pictures but 2 seeds"),
+    ({"seed": [1, 2]}, ValueError, "1 images but 2 seeds"),
     ({"seed": 1, "generator": torch.Generator()}, ValueError, "either seed or generator"),
     ({"generator": [torch.Generator()] * 2, "seed": None}, ValueError,
-     "1 pictures but 2 generators"),
+     "1 images but 2 generators"),
     ({"generator": 7, "seed": None}, TypeError, "generator must be a torch.Generator"),
     *(({"eta": v}, ValueError, "eta must be a finite number from 0 to 1") for v in (NAN, -1, 2)),
     *(({"strength": v, "image": PICTURE}, ValueError, "strength must be a finite number")
@@ -137,10 +137,10 @@ def test_any_finite_guidance_does_what_the_formula_says(scale):
     c, u = (sd.text_encoder(sd.tokenizer([text])) for text in ("a", ""))
     t = torch.tensor([1])
     e_c, e_u = sd.unet(x, t, c), sd.unet(x, t, u)
-    a = sd.alphas[1]
+    a = sd.alphas_cumprod[1]
     e = e_u + scale * (e_c - e_u)
     x0 = (x - (1 - a) ** 0.5 * e) / a**0.5
-    want = sd.alphas[0] ** 0.5 * x0 + (1 - sd.alphas[0]) ** 0.5 * e
+    want = sd.alphas_cumprod[0] ** 0.5 * x0 + (1 - sd.alphas_cumprod[0]) ** 0.5 * e
     got = sd("a", guidance_scale=scale, **call).images
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 

@@ -15,12 +15,16 @@ ROOT = Path(__file__).parents[1]
 
 # file of minisd -> the files of minisd that it may import, anywhere in it
 ARROWS = {
-    "__init__": {"checkpoint", "image", "sd"},
-    "__main__": {"arguments", "checkpoint", "files", "hub", "image", "sd"},
-    "sd": {"arguments", "checkpoint", "clip", "config", "coverage", "ddim", "image", "latents",
-           "memory", "ops", "tokenizer", "tokenizer_folder", "unet", "vae"},
+    "__init__": {"config", "errors", "hub", "loading", "ops", "sd"},
+    "__main__": {"arguments", "checkpoint", "files", "hub", "image", "options"},
+    "options": set(),
+    "loading": {"arguments", "checkpoint", "clip", "config", "ops", "sd", "tokenizer",
+                "tokenizer_folder", "unet", "vae"},
+    "sd": {"arguments", "clip", "config", "coverage", "ddim", "image", "latents", "memory", "ops",
+           "save", "tokenizer", "unet", "vae"},
+    "save": {"config", "files", "names", "recognise", "tokenizer", "tokenizer_folder"},
     "memory": {"arguments", "config", "unet", "vae"},
-    "latents": {"ddim"},
+    "latents": {"arguments", "ddim"},
     "coverage": {"config", "ops", "unet"},
     "arguments": {"config", "ddim", "tokenizer"},
     "clip": {"config", "ops"},
@@ -48,7 +52,7 @@ PROJECT, BUILD = SETTINGS["project"], SETTINGS["tool"]
 DEPENDENCIES = {re.match(r"\w+", line)[0] for line in PROJECT["dependencies"]}
 DECLARED = DEPENDENCIES - {"pillow"} | {"PIL"}
 # Who may ask for the kernels, and only inside a function.
-ASK_FOR_KERNELS = {"ops", "sd"}
+ASK_FOR_KERNELS = {"loading", "ops", "sd"}
 # The only kernel files that know the model.
 BRIDGE = {"fused_unet", "fused_step", "fused_vae"}
 # What nothing that is installed may import.
@@ -187,7 +191,7 @@ sys.meta_path.insert(0, Blocked())
 socket.socket.__init__ = socket.create_connection = socket.getaddrinfo = refuse
 import minisd
 assert "torch" not in sys.modules, "import minisd should be cheap"
-minisd.load, minisd.StableDiffusion, minisd.WeightError, minisd.ImageError  # now all is imported
+[getattr(minisd, name) for name in minisd.__all__]  # now all is imported
 assert "torch" in sys.modules
 import minisd.hub, minisd.__main__
 from minisd.ops import choose

@@ -40,7 +40,8 @@ class FakeModel:
 def model(monkeypatch, tmp_path):
     fake = FakeModel()
     monkeypatch.setitem(vars(minisd), "load", fake.load)  # without importing the real one
-    monkeypatch.setattr("minisd.checkpoint.open_checkpoint", lambda _: SimpleNamespace(config=SD1))
+    monkeypatch.setattr("minisd.checkpoint.open_checkpoint",
+                        lambda *_, **__: SimpleNamespace(config=SD1))
     monkeypatch.chdir(tmp_path)
     return fake
 
@@ -58,16 +59,18 @@ def fails(capsys, argv, code, *words):
 
 # Drawing
 
+LOADED = {"device": "auto", "dtype": "auto", "ops": "auto", "tile": None, "vae": None,
+          "prediction_type": None}
+
 
 def test_the_simplest_line_draws_with_the_documented_defaults(model, capsys):
     assert main(["a red heart", "-o", "heart.png", "--seed", "42"]) == 0
     assert capsys.readouterr().out == "heart.png  seed 42\n"
-    assert model.loaded == [(None, {"device": "auto", "dtype": "auto", "ops": "auto"})]
+    assert model.loaded == [(None, LOADED)]
     assert model.calls == [{
-        "prompt": "a red heart", "negative_prompt": "", "num_inference_steps": 50,
-        "guidance_scale": 7.5, "seed": 42, "eta": 0.0, "strength": None, "image": None,
+        "prompt": "a red heart", "negative_prompt": "", "seed": 42, "image": None,
         "mask_image": None, "progress": None,
-    }]
+    }]  # what is not here is the model's own default
     made = read_settings("heart.png")
     assert made["prompt"] == "a red heart" and made["seed"] == 42
     assert made["model"] == "tiny" and made["version"] == minisd.__version__
@@ -79,11 +82,12 @@ def test_every_option_reaches_the_model(model):
     line = ["-m", "models/x.safetensors", "-n", "blur", "-o", "a.png", "--steps", "3",
             "--guidance", "-1.5", "--seed", "4294967295", "--size", "96x64", "--device", "cuda:1",
             "--dtype", "float16", "--ops", "reference", "--image", "start.png", "--mask",
-            "mask.png", "--strength", "0.5", "--eta", "1", "--quiet", "a prompt"]
+            "mask.png", "--strength", "0.5", "--eta", "1", "--quiet", "--vae", "v.safetensors",
+            "--prediction-type", "v_prediction", "--tile", "64", "a prompt"]
     assert main(line) == 0
-    assert model.loaded == [
-        ("models/x.safetensors", {"device": "cuda:1", "dtype": "float16", "ops": "reference"})
-    ]
+    options = {"device": "cuda:1", "dtype": "float16", "ops": "reference", "tile": 64,
+               "vae": "v.safetensors", "prediction_type": "v_prediction"}
+    assert model.loaded == [("models/x.safetensors", options)]
     call = model.calls[0]
     assert call.pop("image").getpixel((0, 0)) == (255, 0, 0)
     assert call.pop("mask_image").getpixel((0, 0)) == (255, 255, 255)
@@ -156,7 +160,8 @@ def test_a_picture_of_the_same_settings_is_kept_and_said_so(model, capsys):
 
 @pytest.mark.parametrize("change", [
     ["--seed", "2"], ["-n", "blur"], ["--steps", "49"], ["--guidance", "7"], ["--eta", "0.5"],
-    ["--size", "64x64"], ["-m", "other"], ["--image", "start.png"],
+    ["--size", "64x64"], ["-m", "other"], ["--image", "start.png"], ["--vae", "other"],
+    ["--prediction-type", "epsilon"], ["--tile", "8"],
 ], ids=lambda change: change[0])
 def test_a_picture_of_other_settings_is_not_mistaken_for_it(model, capsys, change):
     Image.new("RGB", (8, 8)).save("start.png")
@@ -198,6 +203,7 @@ def test_an_interruption_keeps_what_is_finished_and_the_next_run_goes_on(model, 
     (["x", "--size", "512x-8"], "like 512x512"),
     (["x", "--count", "0"], "from 1 to 100000"),
     (["x", "--eta", "2"], "from 0 to 1"),
+    (["x", "--tile", "0"], "from 1 to 8192"),
     (["x", "--strength", "0", "--image", "a.png"], "above 0"),
     (["x", "--strength", "0.5"], "need --image"),
     (["x", "--mask", "a.png"], "need --image"),

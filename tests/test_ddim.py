@@ -48,7 +48,7 @@ def test_step(steps, eta, prediction_type):
             x, prediction, a, a_next, prediction_type, eta, noise if eta else None
         )
         assert error(ours, theirs.prev_sample) <= 1e-10
-        x0, _ = ddim.split(x, prediction, a, prediction_type)
+        x0, _ = ddim.predicted_x0_eps(x, prediction, a, prediction_type)
         assert error(x0, theirs.pred_original_sample) <= 1e-10
 
 
@@ -58,7 +58,8 @@ def test_split_undoes_add_noise(prediction_type):
     for a in A[::111].tolist():
         x = ddim.add_noise(x0, noise, a)
         v = a**0.5 * noise - (1 - a) ** 0.5 * x0  # Salimans & Ho 2022, eq. in section 4
-        found = ddim.split(x, v if prediction_type == "v_prediction" else noise, a, prediction_type)
+        prediction = v if prediction_type == "v_prediction" else noise
+        found = ddim.predicted_x0_eps(x, prediction, a, prediction_type)
         assert error(found[0], x0) <= 1e-10
         assert error(found[1], noise) <= 1e-10
 

@@ -74,7 +74,7 @@ def test_what_cannot_fit_is_refused_before_any_work(monkeypatch):
             sd("a", height=256, width=512, num_images_per_prompt=3)
     said = str(caught.value)
     for words in ("3 of 512x256 pixels at once", "GiB beside the weights", "cpu has 0.0 GiB free",
-                  "smaller size", "fewer pictures", "sd.vae.tile = 64", "float16"):
+                  "smaller size", "fewer images", "tile=64", "float16"):
         assert words in said
     assert sd("a", num_inference_steps=1, height=32, width=32, seed=0).images[0].size == (32, 32)
     monkeypatch.setattr(memory, "free", lambda device: None)

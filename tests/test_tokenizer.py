@@ -291,7 +291,7 @@ def test_length_of_a_folder(written, length, tmp_path):
         ("vocab.json", b'{"a": 0, "b</w>": 1, "ab</w>": 2}', "bos_token is '<s>'"),
         ("merges.txt", None, "merges.txt is missing"),
         ("merges.txt", b"\xff\xfe", "merges.txt is not UTF-8"),
-        ("merges.txt", b"#version: 0.2\na\n", r"vocab.json: the merge \('a',\)"),
+        ("merges.txt", b"#version: 0.2\na\n", r"vocab.json: the merge \('a', ''\)"),
         ("merges.txt", b"a b c\n", "the merge"),
         ("merges.txt", b"a c</w>\n", "the merge"),
         ("tokenizer_config.json", b"nonsense", "tokenizer_config.json is not readable JSON"),

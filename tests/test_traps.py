@@ -250,10 +250,10 @@ def loop(task):
         errors = []
         for model in TASKS[task][1]:
             m = small_model(model)
-            # The module is sd itself, or latents, from which sd has its noise.
+            # The module is sd itself, or latents, of which sd has its noise and its start.
             kind = getattr(module, "StableDiffusion", minisd.sd.StableDiffusion)
             sd = kind(model, m.tokenizer, m.text_encoder, m.unet, m.vae)
-            with patch.multiple(minisd.sd, Noise=module.Noise, Known=module.Known):
+            with patch.multiple(minisd.sd, Noise=module.Noise, start=module.start):
                 ours = sd(PROMPTS, seed=0, **CALL, **TASKS[task][2]).images
             errors.append(error(ours, official_latents(task, model)))
         return max(errors)

@@ -1,14 +1,14 @@
-"""The constants that fail in silence: each slip runs, keeps every shape, and draws a worse picture.
+"""The constants that fail silently: with another value all runs, with the same shapes, but worse.
 
-A row is one slip: the file, the line as it is, the line as it would be slipped, and why the
-official model has it as it is. test_traps.py makes each slip and sees a parity check fail.
+A row is one mutation: the file, the line as it is, the line as it would be mutated, and why the
+official model has it as it is. test_traps.py makes each mutation and sees a parity check fail.
 """
 
 from typing import NamedTuple
 
 
 class Trap(NamedTuple):
-    module: str  # the file of minisd in which the slip is made
+    module: str  # the file of minisd in which the line stands
     right: str   # occurs exactly once in it
     wrong: str
     why: str
@@ -86,7 +86,7 @@ TRAPS = [
          "the context is read after the final LayerNorm, in SD2 too"),
     # --- tokenizer
     Trap("tokenizer", "[self.bos_token_id, *self._fit(prompt), self.eos_token_id]",
-         "[self.bos_token_id, *self._bpe.encode(prompt).ids, self.eos_token_id][: self.length]",
+         "[self.bos_token_id, *self.bpe.encode(prompt).ids, self.eos_token_id][: self.length]",
          "the end token survives truncation"),
     Trap("tokenizer", "self.pad_token_id, dtype", "self.eos_token_id, dtype",
          "SD2 was trained with padding 0"),
@@ -105,60 +105,64 @@ TRAPS = [
     Trap("ddim", "dtype=torch.float64", "dtype=torch.float32",
          "a cumulative product of 1000 factors loses digits in float32"),
     Trap("ddim", "else 1\n", "else 0\n", "the official samplers add 1 to every timestep"),
-    Trap("ddim", "i * stride + offset", "round(i * 999 / max(steps - 1, 1))",
+    Trap("ddim", "i * stride + offset", "round(i * 999 / max(num_inference_steps - 1, 1))",
          "timesteps are spaced from the clean end, so 999 is hardly ever visited"),
-    Trap("ddim", "a**0.5 * x - (1.0 - a) ** 0.5 * prediction",
-         "a**0.5 * x + (1.0 - a) ** 0.5 * prediction", "v points from the picture to the noise"),
-    Trap("ddim", "a**0.5 * prediction + (1.0 - a) ** 0.5 * x",
-         "a**0.5 * prediction - (1.0 - a) ** 0.5 * x", "v points from the picture to the noise"),
-    Trap("ddim", "a_next**0.5 * x0 +", "a_next**0.5 * x0.clamp(-1, 1) +",
+    Trap("ddim", "abar**0.5 * x - (1.0 - abar) ** 0.5 * prediction",
+         "abar**0.5 * x + (1.0 - abar) ** 0.5 * prediction",
+         "v points from the image to the noise"),
+    Trap("ddim", "abar**0.5 * prediction + (1.0 - abar) ** 0.5 * x",
+         "abar**0.5 * prediction - (1.0 - abar) ** 0.5 * x",
+         "v points from the image to the noise"),
+    Trap("ddim", "x = abar_next**0.5 * x0 +", "x = abar_next**0.5 * x0.clamp(-1, 1) +",
          "latents reach past 1: DDPM's clipping is for pixels"),
-    Trap("ddim", "(1.0 - a_next - sigma**2)", "(1.0 - a_next)",
-         "fresh noise replaces predicted noise, it is not added on top"),
-    Trap("ddim", "((1.0 - a_next) / (1.0 - a)) ** 0.5 * (1.0 - a / a_next) ** 0.5",
-         "(1.0 - a / a_next) ** 0.5", "eq. 16: the smaller of DDPM's two variances"),
-    Trap("ddim", "a**0.5 * x0 + (1.0 - a) ** 0.5 * noise", "a * x0 + (1.0 - a) * noise",
+    Trap("ddim", "(1.0 - abar_next - sigma**2)", "(1.0 - abar_next)",
+         "new noise replaces predicted noise, it is not added on top"),
+    Trap("ddim", "((1.0 - abar_next) / (1.0 - abar)) ** 0.5 * (1.0 - abar / abar_next) ** 0.5",
+         "(1.0 - abar / abar_next) ** 0.5", "eq. 16: the smaller of DDPM's two variances"),
+    Trap("ddim", "return abar**0.5 * x0 + (1.0 - abar) ** 0.5 * noise",
+         "return abar * x0 + (1.0 - abar) * noise",
          "the squares of the shares add up to 1"),
     # --- the loop
-    Trap("sd", "+ [self.alphas[0]]", "+ [1.0]",
-         "the last step ends at timestep 0, which is not quite clean (set_alpha_to_one: false)",
+    Trap("sd", "for t in (*r.timesteps, 0)]", "for t in r.timesteps] + [1.0]",
+         "the last step ends at timestep 0, where a little noise is left (set_alpha_to_one: false)",
          "text_to_image"),
-    Trap("sd", "without, with_prompt = ", "with_prompt, without = ",
+    Trap("sd", "uncond, cond = ", "cond, uncond = ",
          "the half without the prompt comes first", "text_to_image"),
-    Trap("sd", "return without + guidance_scale", "return with_prompt + guidance_scale",
+    Trap("sd", "return uncond + guidance_scale", "return cond + guidance_scale",
          "guidance 1 is none: in the paper's formula w = 0 is none", "text_to_image"),
-    Trap("sd", "torch.cat([empty, context])", "torch.cat([0 * empty, context])",
+    Trap("sd", "torch.cat([uncond, context])", "torch.cat([0 * uncond, context])",
          'no prompt is the encoding of "", not zeros', "text_to_image"),
-    Trap("sd", "context = self._context(ids).repeat_interleave(r.copies, dim=0)",
-         "context = self._context(ids).repeat(r.copies, 1, 1)",
-         "all pictures of the first prompt come first", "text_to_image"),
+    Trap("sd", "context = context.repeat_interleave(r.num_images_per_prompt, dim=0)",
+         "context = context.repeat(r.num_images_per_prompt, 1, 1)",
+         "all images of the first prompt come first", "text_to_image"),
     Trap("sd", "noise.draw() if r.eta > 0", "torch.randn_like(x) if r.eta > 0",
-         "each picture draws its noise from its own generator", "text_to_image"),
+         "each image draws its noise from its own generator", "text_to_image"),
     Trap("latents", "dtype=torch.float32)", "dtype=torch.float64)",
          "noise is drawn in float32: in another dtype the same seed gives other numbers",
          "text_to_image"),
-    Trap("sd", '"encode", image, noise.draw())', '"encode", image, 0 * noise.draw())',
+    Trap("latents", "encode(image, noise.draw())", "encode(image, 0 * noise.draw())",
          "img2img samples the posterior", "image_to_image"),
-    Trap("sd", "self.alphas[r.timesteps[0]]", "self.alphas[r.timesteps[0] - 1]",
+    Trap("latents", "alphas_cumprod[r.timesteps[0]]", "alphas_cumprod[r.timesteps[0] - 1]",
          "the first noise is that of the first timestep visited", "image_to_image"),
-    Trap("sd", "(mask is not None and r.strength == 1.0)", "False",
+    Trap("latents", "mask is not None and r.strength == 1.0", "False",
          "inpainting at strength 1 starts from pure noise", "inpainting"),
-    Trap("sd", "image * (1 - mask)", "image * (1 - mask) - mask",
-         "the hole is grey, 0, not black, -1", "inpainting"),
-    Trap("sd", "torch.cat([small, holed], dim=1)", "torch.cat([holed, small], dim=1)",
-         "the mask comes before the holed picture", "inpainting"),
-    Trap("sd", "F.interpolate(mask, size=x.shape[-2:])",
+    Trap("latents", "image * (1 - mask)", "image * (1 - mask) - mask",
+         "the masked part is grey, 0, not black, -1", "inpainting"),
+    Trap("latents", "torch.cat([small, masked_image], dim=1)",
+         "torch.cat([masked_image, small], dim=1)",
+         "the mask comes before the masked image", "inpainting"),
+    Trap("latents", "F.interpolate(mask, size=x.shape[-2:])",
          'F.interpolate(mask, size=x.shape[-2:], mode="area")',
          "the mask is shrunk by picking pixels, so it stays 0 or 1", "inpainting"),
     Trap("sd", "if i + 1 < len(r.timesteps) else 1.0", "if True else 1.0",
-         "what is kept is put back clean after the last step", "inpainting"),
-    # --- arguments and pictures
-    Trap("arguments", "int(value * steps)", "round(value * steps)",
+         "what is kept is put back without noise after the last step", "inpainting"),
+    # --- arguments and images
+    Trap("arguments", "int(share * steps)", "round(share * steps)",
          "strength times steps is truncated: 0.75 of 50 is 37"),
     Trap("image", ".mul(255).round()", ".mul(255)",
          "levels are rounded as in diffusers; the v1 scripts cut them off"),
     Trap("image", ">= 0.5).float()", ")", "a mask is 0 or 1: a grey one is decided at half"),
-    Trap("image", "Resampling.LANCZOS", "Resampling.BICUBIC", "pictures are resized by Lanczos"),
+    Trap("image", "Resampling.LANCZOS", "Resampling.BICUBIC", "images are resized by Lanczos"),
     # --- sizes that no shape shows
     Trap("config", "scaling_factor: float = 0.18215", "scaling_factor: float = 0.13025",
          "0.18215 is of this autoencoder; 0.13025 is SDXL's"),

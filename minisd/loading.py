@@ -1,0 +1,79 @@
+"""From a file or folder to a model that can be called."""
+
+from os import PathLike
+from typing import TypedDict, cast
+
+import torch
+
+from minisd import arguments, checkpoint
+from minisd.clip import TextEncoder
+from minisd.config import Config
+from minisd.ops import Ops, choose
+from minisd.sd import StableDiffusion
+from minisd.tokenizer import Tokenizer
+from minisd.tokenizer_folder import read_tokenizer
+from minisd.unet import UNet
+from minisd.vae import VAE
+
+
+def load(
+    path: str | PathLike | None = None, *, config: Config | str | PathLike | None = None,
+    device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", ops: str = "auto",
+    vae: str | PathLike | None = None, prediction_type: str | None = None,
+    tile: int | None = None,
+) -> StableDiffusion:
+    """Load a model, never touching the network.
+
+    ``path``: nothing for the model shipped with minisd; a ``.safetensors`` file in the original
+    layout; a folder in diffusers layout; or, if `minisd download` has fetched it, a short name
+    such as "sd1.5" or an "owner/name".
+    ``config``: the sizes, or a folder of diffusers JSON files with them, for a single file of
+    unusual sizes. ``vae``: a stand-alone VAE file to use instead. ``prediction_type``: "epsilon"
+    or "v_prediction", where the file does not say. ``tile``: decode what is larger than this in
+    tiles of this side, in cells of the latent (64 is 512 pixels), to save memory; not exact.
+
+    ``device`` "auto" is cuda, then mps, then cpu; ``dtype`` "auto" is float16 on a GPU and
+    float32 on a CPU; ``ops`` "torch", "reference" (the formulas written out), "triton" (the GPU
+    kernels, which refuse rather than fall back), "fused" (these and a repacked UNet; on a CPU
+    with torch's ops) or "auto": "fused" on a GPU where the kernels are proven, else "torch".
+
+    Raises FileNotFoundError, WeightError (naming file and tensor), or ValueError for the rest.
+    """
+    place = arguments.device(device)
+    number = arguments.dtype(dtype, place)
+    tile = arguments.tile(tile)
+    chosen = choose(ops, place, number)
+    found = checkpoint.open_checkpoint(path, config=config, vae=vae,
+                                       prediction_type=prediction_type)
+    if found.tokenizer_folder is None:
+        tokenizer = Tokenizer.clip(found.config.text.pad_token_id)
+    else:
+        tokenizer = read_tokenizer(found.tokenizer_folder)
+    sd = StableDiffusion(found.config, tokenizer, **build(found.config, chosen))
+    parts = sd.parts.items()
+    for part, module in parts:  # all of them, before any weight is read
+        checkpoint.check(found, part, module)
+    for part, module in parts:
+        checkpoint.fill(found, part, module, number, place)
+        module.eval().requires_grad_(False)
+    sd.vae.tile = tile
+    if chosen.name in ("fused", "auto"):
+        from minisd_kernels.fused_vae import fuse
+
+        sd.unet = cast(UNet, fuse(sd.unet, sd.vae, chosen))
+    return sd
+
+
+class Parts(TypedDict):
+    """The networks of a model."""
+
+    text_encoder: TextEncoder
+    unet: UNet
+    vae: VAE
+
+
+def build(config: Config, ops: Ops) -> Parts:
+    """The networks of a model without their weights: on torch's "meta" device, no memory used."""
+    with torch.device("meta"):
+        return Parts(text_encoder=TextEncoder(config.text, ops), unet=UNet(config.unet, ops),
+                     vae=VAE(config.vae, ops))

@@ -1,0 +1,110 @@
+"""The options of the command line, each right on its own; the library checks sizes and names."""
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import minisd
+
+LAST_SEED = 2**32 - 1
+
+OTHER_COMMANDS = """\
+other commands:
+  minisd info FILE      the settings in a PNG, or the layout, version and dtype of a checkpoint
+  minisd download NAME  fetch official weights
+  minisd words          list the words that the shipped model knows
+to draw the word itself: minisd -- info
+
+exit codes: 2 usage and images, 3 weights and missing paths, 4 memory, 5 disk or folder, 1 else"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as exceptions and no guessing at shortened options."""
+
+    def __init__(self, prog: str, description: str | None, epilog: str | None = None):
+        super().__init__(prog, description=description, epilog=epilog, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of a line that draws; ValueError where they do not go together."""
+    parser = _drawing_parser()
+    args = parser.parse_args(argv)
+    if args.image is None and (args.mask is not None or args.strength is not None):
+        parser.error("--mask and --strength need --image")
+    if (args.seed or 0) + args.count - 1 > LAST_SEED:
+        parser.error(f"--seed plus --count goes past the last seed, {LAST_SEED}")
+    return args
+
+
+def _drawing_parser() -> Parser:
+    parser = Parser(
+        prog="minisd",
+        description="Text to image with Stable Diffusion 1 and 2.",
+        epilog=OTHER_COMMANDS,
+    )
+    option = parser.add_argument
+    option("prompt", help="what to draw, in quotes")
+    option("-m", "--model", help="a .safetensors file, a diffusers folder, or the NAME that"
+           " `minisd download` has fetched (default: the shipped tiny model)")
+    option("--vae", help="a stand-alone VAE to use instead of the model's own")
+    option("--prediction-type", metavar="TYPE",
+           help="epsilon or v_prediction, where the model's file does not say")
+    option("-n", "--negative", default="", help="what to keep out (default: nothing)")
+    option("-o", "--output", help="a name ending in .png, or a folder (default: minisd-SEED.png);"
+           " with --count, heart.png becomes heart-00000.png and so on, and without a name"
+           " they are 00000-SEED.png and so on")
+    option("--steps", type=_number(int, lambda n: 1 <= n <= 1000, "from 1 to 1000"),
+           help="denoising steps, 1 to 1000 (default: the model's own, 50)")
+    option("--guidance", type=_number(float, lambda g: abs(g) < float("inf"), "finite"),
+           help="how closely to follow the prompt; 1 is off (default: the model's own, 7.5)")
+    option("--seed", type=_number(int, lambda n: 0 <= n <= LAST_SEED, f"from 0 to {LAST_SEED}"),
+           help="the seed of the first image; the next takes the next (default: drawn and told)")
+    option("--size", type=_size, metavar="WxH",
+           help="in pixels (default: the model's own, or that of --image)")
+    option("--count", type=_number(int, lambda n: 1 <= n <= 100_000, "from 1 to 100000"),
+           default=1, help="how many images (default: %(default)s)")
+    option("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    option("--dtype", default="auto", help="float32, float16 or bfloat16 (default: %(default)s:"
+           " float16 on a GPU, float32 on a CPU)")
+    option("--ops", default="auto", help="torch, its fused calls; reference, the formulas written"
+           " out; triton, the GPU kernels; fused; or auto (default: %(default)s)")
+    option("--tile", type=_number(int, lambda n: 1 <= n <= 8192, "from 1 to 8192"), metavar="N",
+           help="decode in tiles of N cells of the latent, 64 for 512 pixels: less memory, not"
+           " exact (default: no tiles)")
+    option("--image", help="an image to start from")
+    option("--mask", help="where to repaint --image: light is repainted, dark is kept")
+    option("--strength", type=_number(float, lambda s: 0 < s <= 1, "above 0 and at most 1"),
+           help="how far to leave --image (default: 0.8; with --mask 1)")
+    option("--eta", type=_number(float, lambda e: 0 <= e <= 1, "from 0 to 1"),
+           help="noise added in each step: 0 is DDIM, 1 is DDPM (default: 0)")
+    option("--overwrite", action="store_true", help="replace existing files")
+    option("--quiet", action="store_true", help="no progress bar")
+    option("--version", action="version", version=f"minisd {minisd.__version__}")
+    return parser
+
+
+N = TypeVar("N", int, float)
+
+
+def _number(kind: type[N], is_valid: Callable[[N], bool], expected: str) -> Callable[[str], N]:
+    def parse(text: str) -> N:
+        value = kind(text)
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {expected}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls the type in its messages
+    return parse
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text, re.ASCII)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text} must be WIDTHxHEIGHT, like 512x512")
+    return int(match[1]), int(match[2])

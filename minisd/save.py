@@ -1,0 +1,173 @@
+"""A model to disk: a folder in diffusers layout, or one file in the original layout.
+
+What is written is what `minisd.load`, diffusers' from_pretrained and its from_single_file read. The
+names are those of names.py, read the other way round.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minisd import files, names
+from minisd.config import Config
+from minisd.recognise import MODELSPEC
+from minisd.tokenizer import Tokenizer
+from minisd.tokenizer_folder import write_tokenizer
+
+# Where diffusers looks for the weights of each part.
+WEIGHTS = {
+    "text_encoder": "text_encoder/model.safetensors",
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+}
+
+
+# In the original layout these are convolutions of 1x1, and linear layers here.
+VAE_ATTENTION = re.compile(r"first_stage_model\..*\.attn_1\.(q|k|v|proj_out)\.weight")
+
+Weights = Mapping[str, Mapping[str, Tensor]]  # part -> parameter -> tensor
+
+
+def save_model(
+    path: Path, config: Config, tokenizer: Tokenizer, parts: Mapping[str, nn.Module]
+) -> None:
+    """Write ``parts`` ("text_encoder", "unet" and "vae") whole or not at all.
+
+    ``path`` ending in .safetensors is a single file; any other is a folder, made new. An existing
+    one is a FileExistsError, a full disk the OSError that names ``path``; both before any work.
+    """
+    weights = {part: module.state_dict() for part, module in parts.items()}
+    size = sum(t.nbytes for tensors in weights.values() for t in tensors.values())
+    if path.exists():
+        raise FileExistsError(f"{path} exists: choose another name")
+    files.check_writable(path, size=size)
+    with files.written_whole(path) as temporary:
+        if path.suffix == ".safetensors":
+            _write_tensors(temporary, original_tensors(config, weights),
+                           prediction_type=config.schedule.prediction_type)
+        else:
+            _write_folder(temporary, config, tokenizer, weights)
+
+
+def original_tensors(config: Config, weights: Weights) -> dict[str, Tensor]:
+    """All tensors of a model under the names, and in the shapes, of the original layout."""
+    tensors: dict[str, Tensor] = {}
+    for part, rows in names.single_file(config).items():
+        tensors |= _named(rows, weights[part])
+    for name, tensor in tensors.items():
+        if VAE_ATTENTION.fullmatch(name):
+            tensors[name] = tensor[:, :, None, None]                         # (C, C, 1, 1)
+    return tensors
+
+
+def _write_folder(folder: Path, config: Config, tokenizer: Tokenizer, weights: Weights) -> None:
+    rows = names.folder(config)
+    for part, file in WEIGHTS.items():
+        (folder / part).mkdir(parents=True)
+        _write_tensors(folder / file, _named(rows[part], weights[part]))
+    for file, fields in folder_configs(config, tokenizer).items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(json.dumps(fields, indent=2) + "\n")
+    write_tokenizer(folder / "tokenizer", tokenizer)
+
+
+def _named(rows: names.NameMap, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official name -> tensor: each tensor once, under the first of the names that it may have."""
+    named: dict[str, Tensor] = {}
+    left = dict(tensors)
+    for name, parameters in rows.items():
+        if all(parameter in left for parameter in parameters):
+            pieces = [left.pop(parameter) for parameter in parameters]
+            named[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    assert not left, f"names.py has no official name for {', '.join(left)}"
+    return named
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], prediction_type: str = "") -> None:
+    metadata = {"format": "pt"}  # transformers refuses a file that does not say so
+    if prediction_type:
+        metadata[MODELSPEC] = "v" if prediction_type == "v_prediction" else prediction_type
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata)
+    path.chmod(0o644)  # save_file makes it readable by its owner only
+
+
+def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
+    """The JSON files of a diffusers folder, but for the tokenizer's: file -> fields."""
+    text, unet, vae, schedule = config.text, config.unet, config.vae, config.schedule
+    attends = ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in unet.has_attention]
+    ups = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in unet.has_attention[::-1]]
+    inpainting = unet.in_channels != vae.latent_channels
+    return {
+        "model_index.json": {
+            "_class_name": f"StableDiffusion{'Inpaint' * inpainting}Pipeline",
+            "_diffusers_version": "0.20.0",  # not written by it, but it is looked for
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+        "scheduler/scheduler_config.json": {
+            "_class_name": "DDIMScheduler",
+            "beta_start": schedule.beta_start,
+            "beta_end": schedule.beta_end,
+            "beta_schedule": "scaled_linear",
+            "num_train_timesteps": schedule.num_train_timesteps,
+            "prediction_type": schedule.prediction_type,
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+        },
+        "text_encoder/config.json": {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "num_hidden_layers": text.num_hidden_layers,
+            "num_attention_heads": text.num_attention_heads,
+            "hidden_act": text.hidden_act,
+            "max_position_embeddings": text.max_position_embeddings,
+            "projection_dim": text.hidden_size,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        "unet/config.json": {
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": config.sample_size // vae.downscale,
+            "in_channels": unet.in_channels,
+            "out_channels": unet.out_channels,
+            "block_out_channels": unet.block_out_channels,
+            "layers_per_block": unet.layers_per_block,
+            "down_block_types": attends,
+            "up_block_types": ups,
+            # Despite its name the field is the number of heads, see diffusers_config.py.
+            "attention_head_dim": unet.num_heads,
+            "cross_attention_dim": unet.cross_attention_dim,
+            "use_linear_projection": unet.use_linear_projection,
+            "norm_num_groups": unet.norm_num_groups,
+        },
+        "vae/config.json": {
+            "_class_name": "AutoencoderKL",
+            "sample_size": config.sample_size,
+            "in_channels": 3,
+            "out_channels": 3,
+            "block_out_channels": vae.block_out_channels,
+            "layers_per_block": vae.layers_per_block,
+            "down_block_types": ["DownEncoderBlock2D"] * len(vae.block_out_channels),
+            "up_block_types": ["UpDecoderBlock2D"] * len(vae.block_out_channels),
+            "latent_channels": vae.latent_channels,
+            "norm_num_groups": vae.norm_num_groups,
+            "scaling_factor": vae.scaling_factor,
+        },
+    }

@@ -1,0 +1,292 @@
+"""What an application touches besides a call: names, loading, moving, and models to disk."""
+
+import os
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from oracles import SMALL, SMALL_V, error, small_model
+from PIL import Image
+from safetensors.torch import load_file
+
+import minisd
+from minisd import ddim, hub, save
+from minisd.config import SD1, SD2_V
+from minisd.loading import build
+from minisd.ops import TORCH
+
+CALL = dict(num_inference_steps=3, guidance_scale=5.0, height=64, width=64)
+
+
+# --- names
+
+
+def test_every_public_name_is_there_and_listed():
+    assert set(minisd.__all__) <= set(dir(minisd))
+    for name in minisd.__all__:
+        assert getattr(minisd, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'sd1'"):
+        minisd.sd1
+
+
+@pytest.mark.parametrize("kind, also", [
+    (minisd.WeightError, ValueError), (minisd.ImageError, ValueError),
+    (minisd.HubError, RuntimeError),
+])
+def test_one_base_of_all_errors(kind, also):
+    assert issubclass(kind, minisd.MinisdError) and issubclass(kind, also)
+
+
+# --- loading
+
+
+def test_a_short_name_that_is_not_there_says_what_to_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "cached", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="run `minisd download sd1.5` first"):
+        minisd.load("sd1.5")
+
+
+def test_a_short_name_that_is_there_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    small_model(SMALL).save(tmp_path / "model")
+    monkeypatch.setattr(hub, "cached", {"sd1.5": tmp_path / "model"}.get)
+    assert minisd.load("sd1.5").config.unet == SMALL.unet
+    (tmp_path / "sd1.5").mkdir()  # a folder of that name is meant before the model
+    with pytest.raises(minisd.WeightError, match="sd1.5 has no model_index.json"):
+        minisd.load("sd1.5")
+
+
+@pytest.mark.parametrize("tile", [0, -1, 2.5, "64", True])
+def test_a_bad_tile_is_refused(tile):
+    with pytest.raises(ValueError, match="tile must be an integer from 1"):
+        minisd.load(tile=tile)
+
+
+def test_a_tile_reaches_the_vae():
+    assert minisd.load(tile=8).vae.tile == 8
+    assert minisd.load().vae.tile is None
+
+
+# --- defaults and sizes
+
+
+def test_none_is_the_models_own_default():
+    config = replace(SMALL, num_inference_steps=2, guidance_scale=3.0)
+    m = small_model(SMALL)
+    sd = minisd.StableDiffusion(config, m.tokenizer, m.text_encoder, m.unet, m.vae)
+    own = sd("a", seed=0, output_type="latent")
+    said = m("a", seed=0, output_type="latent", num_inference_steps=2, guidance_scale=3.0, eta=0)
+    assert torch.equal(own.images, said.images)
+    assert own.settings[0]["num_inference_steps"] == 2 and own.settings[0]["guidance_scale"] == 3
+    assert (SD1.num_inference_steps, SD1.guidance_scale) == (50, 7.5)
+
+
+@pytest.mark.parametrize("own, asked, made", [
+    ((64, 64), {}, (64, 64)),
+    ((200, 100), {}, (200, 100)),
+    ((90, 37), {}, (88, 36)),                    # the nearest multiples of 4
+    ((1, 300), {}, (4, 300)),                    # at least one of them
+    ((200, 100), {"width": 40}, (40, 20)),
+    ((200, 100), {"height": 20}, (40, 20)),
+    ((200, 100), {"width": 64, "height": 64}, (64, 64)),
+])
+def test_image_to_image_keeps_the_proportions(own, asked, made):
+    sd = small_model(SMALL)
+    out = sd("a", image=Image.new("RGB", own), strength=1.0, num_inference_steps=1, seed=0, **asked)
+    assert out.images[0].size == made
+    assert (out.settings[0]["width"], out.settings[0]["height"]) == made
+
+
+def test_a_huge_image_keeps_its_proportions_within_the_limit():
+    image = Image.new("RGB", (20000, 500))
+    assert minisd.arguments.check(SMALL, "a", image=image).width == 8192
+    assert minisd.arguments.check(SMALL, "a", image=image).height == 204
+
+
+# --- to
+
+
+def test_to_another_dtype_and_back():
+    sd, other = small_model(SMALL), small_model(replace(SMALL, name="to be moved"))
+    assert (other.device, other.dtype) == (torch.device("cpu"), torch.float64)
+    assert other.to(dtype="float32") is other and other.dtype == torch.float32
+    assert other("a", seed=0, **CALL).images[0].size == (64, 64)
+    other.to("cpu", torch.float64)
+    assert error(other.unet.conv_in.weight, sd.unet.conv_in.weight) < 1e-6  # rounded once
+
+
+def test_ops_are_chosen_again_and_a_refusal_moves_nothing():
+    sd = small_model(replace(SMALL, name="to be moved too"))
+    sd.to(dtype="float32")
+    assert sd.unet.mid_block.resnets[0].ops is TORCH and sd.unet.ops.name == "torch"
+    for call in (dict(device="gpu"), dict(dtype="int8")):
+        with pytest.raises(ValueError, match="must be auto or one of"):
+            sd.to(**call)
+    assert sd.dtype == torch.float32
+
+
+def test_a_fused_model_says_that_it_is_neither_moved_nor_saved(tmp_path):
+    sd = minisd.load(ops="fused", device="cpu")
+    for call in (lambda: sd.to(dtype="float32"), lambda: sd.save(tmp_path / "a")):
+        with pytest.raises(ValueError, match='load it with ops="torch"'):
+            call()
+    assert os.listdir(tmp_path) == []
+    sd.release()
+    assert minisd.load().release() is None
+
+
+# --- save: what is written is read by minisd and by diffusers, and both draw the same image
+
+
+INPAINT = replace(SMALL, unet=replace(SMALL.unet, in_channels=9))
+MODELS = {"sd1": SMALL, "sd2 v": SMALL_V, "inpainting": INPAINT}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    """A small model in float32."""
+    config = replace(MODELS[request.param], name=f"saved {request.param}")
+    return small_model(config).to(dtype="float32")
+
+
+def draw(sd):
+    call = {}
+    if sd.config.unet.in_channels == 9:
+        call = dict(image=Image.new("RGB", (64, 64), "red"),
+                    mask_image=Image.new("L", (64, 64), 255))
+    return sd("a cat", seed=3, output_type="pt", **CALL, **call).images
+
+
+def same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def drawn_by_diffusers(pipeline, sd):
+    pipeline.set_progress_bar_config(disable=True)
+    call = dict(CALL, generator=torch.Generator().manual_seed(3), output_type="pt")
+    if isinstance(pipeline, StableDiffusionInpaintPipeline):
+        call |= dict(image=Image.new("RGB", (64, 64), "red"),
+                     mask_image=Image.new("L", (64, 64), 255), strength=1.0)
+    return pipeline("a cat", **call).images
+
+
+def kind_of(sd):
+    inpainting = sd.config.unet.in_channels == 9
+    return StableDiffusionInpaintPipeline if inpainting else StableDiffusionPipeline
+
+
+def test_a_saved_folder(model, tmp_path):
+    model.save(tmp_path / "model")
+    again = minisd.load(tmp_path / "model", device="cpu")
+    for part, module in model.parts.items():
+        assert same_state(module, again.parts[part]), part
+    # The exact name, and the padding that an SD2 folder cannot say otherwise, are in the config.
+    assert replace(again.config, name="") == replace(model.config, name="")
+    assert torch.equal(draw(again), draw(model))
+    official = kind_of(model).from_pretrained(tmp_path / "model")
+    assert error(drawn_by_diffusers(official, model), draw(model)) < 1e-5
+
+
+def test_a_saved_file(model, tmp_path):
+    model.save(tmp_path / "model")
+    model.save(tmp_path / "model.safetensors")
+    again = minisd.load(tmp_path / "model.safetensors", config=tmp_path / "model", device="cpu")
+    for part, module in model.parts.items():
+        assert same_state(module, again.parts[part]), part
+    assert torch.equal(draw(again), draw(model))
+    official = kind_of(model).from_single_file(
+        tmp_path / "model.safetensors", config=str(tmp_path / "model"), local_files_only=True)
+    assert error(drawn_by_diffusers(official, model), draw(model)) < 1e-5
+
+
+def test_the_shipped_model_saved_is_the_shipped_model(tmp_path):
+    sd = minisd.load(device="cpu")
+    sd.save(tmp_path / "tiny")
+    again = minisd.load(tmp_path / "tiny", device="cpu")
+    call = dict(num_inference_steps=2, seed=0, output_type="pt")
+    assert torch.equal(again("a red heart", **call).images, sd("a red heart", **call).images)
+    with pytest.warns(UserWarning, match="not taught 'zeppelin'"):
+        again.tokenizer("a zeppelin")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.tokenizer("a red heart")
+
+
+def test_the_names_of_an_official_file(tmp_path):
+    """Every tensor of an SD1 and an SD2 file under the name and in the shape of the manifests."""
+    from files import all_shapes
+
+    for config in (SD1, SD2_V):
+        weights = {part: module.state_dict() for part, module in build(config, TORCH).items()}
+        wanted = {name: shape for name, shape in all_shapes(config).items()
+                  if not re.search(r"position_ids|logit_scale|text_projection|resblocks\.23", name)}
+        found = {name: tuple(t.shape) for name, t in save.original_tensors(config, weights).items()}
+        assert found == wanted
+
+
+def test_the_file_says_what_the_unet_predicts(tmp_path):
+    sd = minisd.load(device="cpu")
+    assert sd.config.schedule.prediction_type == "v_prediction"
+    sd.save(tmp_path / "a.safetensors")
+    sd.save(tmp_path / "sizes")
+    (tmp_path / "sizes/scheduler/scheduler_config.json").unlink()
+    again = minisd.load(tmp_path / "a.safetensors", config=tmp_path / "sizes", device="cpu")
+    assert again.config.schedule.prediction_type == "v_prediction"
+
+
+def test_half_precision_stays_half(tmp_path):
+    minisd.load(device="cpu", dtype="float16").save(tmp_path / "half")
+    stored = load_file(tmp_path / "half/vae/diffusion_pytorch_model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("name", ["model", "model.safetensors"])
+def test_a_name_that_is_taken_and_a_disk_that_is_full(name, tmp_path, monkeypatch):
+    sd = small_model(SMALL)
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(FileExistsError, match=re.escape(name)):
+        sd.save(tmp_path / name)
+    assert (tmp_path / name).read_text() == "precious"
+    (tmp_path / name).unlink()
+    with pytest.raises(NotADirectoryError, match="none"):
+        sd.save(tmp_path / "none" / name)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: os.terminal_size((10**9, 1000)))
+    monkeypatch.setattr("minisd.files.shutil.disk_usage",
+                        lambda _: type("Disk", (), {"total": 10**9, "free": 1000}))
+    with pytest.raises(OSError, match="No space left"):
+        sd.save(tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["model", "model.safetensors"])
+def test_a_failed_save_leaves_nothing(name, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(save, "save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        small_model(SMALL).save(tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_schedule_of_a_saved_folder_is_the_official_one(tmp_path):
+    small_model(SMALL_V).save(tmp_path / "model")
+    official = StableDiffusionPipeline.from_pretrained(tmp_path / "model").scheduler
+    ours = ddim.alphas_cumprod(SMALL_V.schedule)
+    assert np.allclose(official.alphas_cumprod, ours, atol=1e-6)
+    official.set_timesteps(30)
+    assert official.timesteps.tolist() == ddim.timesteps(30)
+
+
+def test_a_path_may_be_a_string(tmp_path):
+    small_model(SMALL).save(str(tmp_path / "model"))
+    assert sorted(os.listdir(tmp_path / "model")) == [
+        "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
+    assert Path(tmp_path / "model/unet/config.json").is_file()
