@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from files import all_shapes, header, write
-from oracles import SMALL, official_tokenizer, small_model
 from PIL import Image
+from reference_models import SMALL, official_tokenizer, small_model
 from safetensors import safe_open
-from test_tokenizer import KINDS as WRITING, _oracle_ids, _string
+from test_tokenizer import KINDS as WRITING, _official_ids, _string
 
 from minisd import ddim
 from minisd.checkpoint import check, open_checkpoint
@@ -208,7 +208,7 @@ def prompts(folder: Path) -> Case:
             except ValueError as error:
                 return refused(error, f"position {place}")
             return "different"
-        return "same" if torch.equal(ours(text), _oracle_ids(theirs, [text])) else "different"
+        return "same" if torch.equal(ours(text), _official_ids(theirs, [text])) else "different"
 
     return case
 

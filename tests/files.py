@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from oracles import (
+from reference_models import (
     official_pipeline,
     official_text_encoder,
     official_unet,

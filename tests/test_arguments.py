@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from oracles import SMALL, small_model
 from PIL import Image
+from reference_models import SMALL, small_model
 
 from minisd import arguments
 from minisd.sd import StableDiffusion

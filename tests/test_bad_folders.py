@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from files import all_shapes, header, save_folder, write
-from oracles import SMALL
+from reference_models import SMALL
 
 from minisd.checkpoint import locate, open_checkpoint
 from minisd.config import SD1

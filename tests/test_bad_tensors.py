@@ -13,7 +13,7 @@ from files import (
     save,
     write,
 )
-from oracles import SMALL
+from reference_models import SMALL
 
 from minisd.checkpoint import check, fill, open_checkpoint
 from minisd.config import SD1

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import SMALL
+from reference_models import SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")

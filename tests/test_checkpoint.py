@@ -15,7 +15,7 @@ from files import (
     save,
     save_folder,
 )
-from oracles import SMALL, SMALL_V
+from reference_models import SMALL, SMALL_V
 
 from minisd import safetensors_file
 from minisd.checkpoint import check, fill, open_checkpoint

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import (
+from reference_models import (
     TEXT,
     error,
     errors_by_module,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from oracles import error, official_scheduler, randn
+from reference_models import error, official_scheduler, randn
 
 from minisd import ddim
 from minisd.config import PREDICTION_TYPES, ScheduleConfig

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from oracles import SMALL, small_model
+from reference_models import SMALL, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minisd

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
-from oracles import SMALL, SMALL_V, error, small_model
 from PIL import Image
+from reference_models import SMALL, SMALL_V, error, small_model
 from safetensors.torch import load_file
 
 import minisd

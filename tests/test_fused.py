@@ -18,7 +18,16 @@ from minisd_kernels.fused_step import Steps, advance, weights
 from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.fused_vae import FusedDecoder
 from minisd_kernels.graphs import MOST, Graph, Graphs
-from oracles import AUTOENCODER, DENOISER, SMALL, SMALL_V, error, randn, randomise, small_model
+from reference_models import (
+    AUTOENCODER,
+    DENOISER,
+    SMALL,
+    SMALL_V,
+    error,
+    randn,
+    randomise,
+    small_model,
+)
 
 import minisd
 from minisd import ddim

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import SMALL, small_model
+from reference_models import SMALL, small_model
 
 import minisd
 from minisd import memory

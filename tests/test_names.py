@@ -16,7 +16,7 @@ from files import (
     random_modules,
     with_unet,
 )
-from oracles import SMALL, SMALL_V
+from reference_models import SMALL, SMALL_V
 
 from minisd import names
 from minisd.clip import TextEncoder

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from oracles import error, randn
+from reference_models import error, randn
 
 import minisd
 from minisd.ops import REFERENCE, TORCH, Call, choose, watch

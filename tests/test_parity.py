@@ -13,7 +13,8 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from oracles import (
+from PIL import Image
+from reference_models import (
     SMALL,
     SMALL_V,
     draw_noise_in_float32,
@@ -22,7 +23,6 @@ from oracles import (
     randn,
     small_model,
 )
-from PIL import Image
 
 from minisd.ops import REFERENCE, TORCH
 

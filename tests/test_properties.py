@@ -5,7 +5,7 @@ Settings in a PNG have theirs in test_save.py.
 
 import torch
 from hypothesis import given, settings as effort, strategies as st
-from oracles import error
+from reference_models import error
 
 from minisd import arguments, ddim, names
 from minisd.config import ScheduleConfig, UNetConfig, VAEConfig

@@ -11,8 +11,8 @@ import shutil
 import pytest
 import torch
 from files import all_shapes, header, save_folder, write
-from oracles import SMALL
 from PIL import Image
+from reference_models import SMALL
 from safetensors.torch import load_file, save_file
 from test_bad_files import BAD
 from test_bad_tensors import OTHERS, damaged

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from oracles import SMALL, randn, small_model
 from PIL import Image
+from reference_models import SMALL, randn, small_model
 
 import minisd
 from minisd.clip import TextEncoder
@@ -28,9 +28,9 @@ from minisd.vae import VAE
 
 MINISD = Path(minisd.__file__).parent
 # The files, and the letters of height and width of an argument x where they are not bound later.
-MODELS = {MINISD / "ops.py": "", MINISD / "clip.py": "", MINISD / "unet.py": "hw",
-          MINISD / "vae.py": "HW"}
-LOOP = {MINISD / "sd.py": "", MINISD / "tokenizer.py": ""}
+MODELS = {MINISD / "ops.py": "", MINISD / "clip.py": "", MINISD / "transformer.py": "hw",
+          MINISD / "unet.py": "hw", MINISD / "vae.py": "HW"}
+LOOP = {MINISD / "sd.py": "", MINISD / "latents.py": "", MINISD / "tokenizer.py": ""}
 
 
 class Line(NamedTuple):

@@ -125,7 +125,7 @@ def official(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def oracle(official) -> CLIPTokenizer:
+def theirs(official) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(official)
 
 
@@ -134,8 +134,8 @@ def sd1() -> Tokenizer:
     return Tokenizer.clip(pad_token_id=49407)
 
 
-def _oracle_ids(oracle, prompts, pad_token_id=None):
-    out = oracle(
+def _official_ids(theirs, prompts, pad_token_id=None):
+    out = theirs(
         prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     )
     if pad_token_id is None:
@@ -145,10 +145,10 @@ def _oracle_ids(oracle, prompts, pad_token_id=None):
 
 @pytest.mark.filterwarnings("ignore:the prompt is")
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_equal_transformers(kind, oracle, sd1):
+def test_ids_equal_transformers(kind, theirs, sd1):
     rng = random.Random(f"tokens {kind}")
     prompts = [_string(kind, rng) for _ in range(STRINGS_PER_KIND)]
-    differs = (sd1(prompts) != _oracle_ids(oracle, prompts)).any(dim=1)
+    differs = (sd1(prompts) != _official_ids(theirs, prompts)).any(dim=1)
     assert not differs.any(), [prompts[i] for i in differs.nonzero()[:3]]
 
 
@@ -167,10 +167,10 @@ def test_shape_and_type(sd1):
 
 
 @pytest.mark.parametrize("pad_token_id", [0, 49407])
-def test_padding(pad_token_id, oracle):
+def test_padding(pad_token_id, theirs):
     prompts = ["", "a cat", "wow!", "!!!", f"a {EOS} b", "x " * 75, "x " * 74]
     tokenizer = Tokenizer.clip(pad_token_id)
-    assert torch.equal(tokenizer(prompts), _oracle_ids(oracle, prompts, pad_token_id))
+    assert torch.equal(tokenizer(prompts), _official_ids(theirs, prompts, pad_token_id))
 
 
 def test_exclamation_mark_is_not_padding(official):
@@ -237,8 +237,8 @@ def test_folder_as_sd2(official, tmp_path):
     assert torch.equal(tokenizer(["wow!", ""]), Tokenizer.clip(0)(["wow!", ""]))
 
 
-def test_folder_as_transformers_5_writes_it(oracle, tmp_path, sd1):
-    oracle.save_pretrained(tmp_path)
+def test_folder_as_transformers_5_writes_it(theirs, tmp_path, sd1):
+    theirs.save_pretrained(tmp_path)
     assert not (tmp_path / "vocab.json").exists()
     tokenizer = read_tokenizer(tmp_path)
     assert tokenizer.pad_token_id == 49407
@@ -263,8 +263,8 @@ def test_small_vocabulary(small):
     assert (tokenizer.vocab_size, tokenizer.pad_token_id) == (10, 9)
     assert tokenizer("ab CAB xa</s>")[0, :11].tolist() == [7, 6, 2, 6, 9, 3, 8, 8, 9, 9, 9]
     prompts = ["ab cab xa", "</s> a", "héb"]
-    oracle = CLIPTokenizer.from_pretrained(small)
-    assert torch.equal(tokenizer(prompts), _oracle_ids(oracle, prompts))
+    theirs = CLIPTokenizer.from_pretrained(small)
+    assert torch.equal(tokenizer(prompts), _official_ids(theirs, prompts))
 
 
 @pytest.mark.parametrize("written, length", [(16, 16), (10**30, 77)])

@@ -1,6 +1,6 @@
-"""Every silent constant is seen: with the line slipped, a parity check fails by a wide margin.
+"""Every silent constant is tested: with its line mutated, a parity check fails by a wide margin.
 
-The table of slips, and why each line is as it is, is traps.py.
+traps.py lists the mutations, and why each line is as it is.
 """
 
 import importlib
@@ -21,7 +21,8 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.image_processor import VaeImageProcessor
-from oracles import (
+from PIL import Image
+from reference_models import (
     AUTOENCODER,
     DENOISER,
     SMALL,
@@ -39,7 +40,6 @@ from oracles import (
     small_model,
     with_weights,
 )
-from PIL import Image
 from traps import TRAPS
 
 import minisd.clip
@@ -50,7 +50,7 @@ from minisd.config import PREDICTION_TYPES, ScheduleConfig
 from minisd.ops import TORCH
 
 BOUND = 1e-10  # every check of this file stays below it
-FACTOR = 1000  # and every slip exceeds it by as much
+FACTOR = 1000  # and every mutation exceeds it by this factor
 
 INPAINT = replace(SMALL, unet=replace(SMALL.unet, in_channels=9))
 PUBLISHED = {  # from the JSON files of the official models, by the field's place in Config
@@ -69,8 +69,8 @@ def _noise(monkeypatch):
     draw_noise_in_float32(monkeypatch)
 
 
-def slipped(name: str, right: str, wrong: str) -> types.ModuleType:
-    """minisd's module of that name, made afresh from its source with one thing changed."""
+def mutated(name: str, right: str, wrong: str) -> types.ModuleType:
+    """minisd's module of that name, executed again from its source with one line mutated."""
     original = importlib.import_module(f"minisd.{name}")
     source = inspect.getsource(original)
     assert source.count(right) == 1, f"{source.count(right)} times in {name}.py: {right!r}"
@@ -113,6 +113,11 @@ def vae_case():
 def unet(module, ops=TORCH):
     config, official, args = unet_case()
     return official_error(module.UNet(config, ops), official, *args)
+
+
+def transformer(module):
+    with patch.object(minisd.unet, "SpatialTransformer", module.SpatialTransformer):
+        return unet(minisd.unet)
 
 
 def clip(module, ops=TORCH):
@@ -168,9 +173,9 @@ def ddim(module):
         t, t_next = scheduler.timesteps[3:5].tolist()
         a, a_next = alphas[t].item(), alphas[t_next].item()
         for eta in (0.0, 1.0):
-            fresh = noise if eta else None
-            theirs = scheduler.step(prediction, t, x, eta=eta, variance_noise=fresh).prev_sample
-            ours = module.step(x, prediction, a, a_next, kind, eta, fresh)
+            z = noise if eta else None
+            theirs = scheduler.step(prediction, t, x, eta=eta, variance_noise=z).prev_sample
+            ours = module.step(x, prediction, a, a_next, kind, eta, z)
             errors.append(error(ours, theirs))
     theirs = scheduler.add_noise(x, noise, torch.tensor([t, t]))
     return max(*errors, error(module.add_noise(x, noise, a), theirs))
@@ -237,9 +242,9 @@ TASKS = {
 def official_latents(task, model):
     kind, _, call = TASKS[task]
     call = CALL | call
-    if task == "image_to_image":  # which takes the picture's own size
+    if task == "image_to_image":  # which takes the size of the image
         call = {k: v for k, v in call.items() if k not in ("width", "height")}
-    if task == "inpainting":  # which encodes as many pictures as it is given
+    if task == "inpainting":  # which encodes as many images as it is given
         call = call | dict(image=[DRAWING] * 4, mask_image=[MASK] * 4)
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
     return official_pipeline(kind, small_model(model))(PROMPTS, generator=generators, **call).images
@@ -250,7 +255,7 @@ def loop(task):
         errors = []
         for model in TASKS[task][1]:
             m = small_model(model)
-            # The module is sd itself, or latents, of which sd has its noise and its start.
+            # The module is sd itself, or latents, from which sd takes Noise and start.
             kind = getattr(module, "StableDiffusion", minisd.sd.StableDiffusion)
             sd = kind(model, m.tokenizer, m.text_encoder, m.unet, m.vae)
             with patch.multiple(minisd.sd, Noise=module.Noise, start=module.start):
@@ -268,12 +273,12 @@ CHECKS = {name: globals().get(name) or loop(name) for name in MODULES}
 
 @pytest.mark.filterwarnings("ignore:the prompt is")
 @pytest.mark.parametrize("check", CHECKS)
-def test_nothing_slipped(check):
+def test_without_a_mutation_every_check_passes(check):
     assert CHECKS[check](importlib.import_module(f"minisd.{MODULES[check]}")) <= BOUND
 
 
 @pytest.mark.filterwarnings("ignore:the prompt is")
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: f"{trap.module}: {trap.wrong}")
-def test_a_slip_is_seen(trap):
-    found = CHECKS[trap.check or trap.module](slipped(trap.module, trap.right, trap.wrong))
+def test_a_mutation_is_seen(trap):
+    found = CHECKS[trap.check or trap.module](mutated(trap.module, trap.right, trap.wrong))
     assert FACTOR * BOUND < found < float("inf"), trap.why

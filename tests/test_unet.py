@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention as official_attention
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from oracles import (
+from reference_models import (
     DENOISER,
     error,
     errors_by_module,
@@ -19,7 +19,8 @@ from oracles import (
 
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT
 from minisd.ops import REFERENCE, TORCH
-from minisd.unet import Attention, Transformer, UNet, timestep_embedding
+from minisd.transformer import Attention, SpatialTransformer
+from minisd.unet import UNet, timestep_embedding
 
 LINEAR = replace(DENOISER, use_linear_projection=True, num_heads=(4, 6, 10))
 CASES = {
@@ -84,7 +85,7 @@ def test_timestep_embedding(width):
 @pytest.mark.parametrize("config", [SD1.unet, SD2.unet], ids=["SD1", "SD2"])
 def test_a_transformer_of_the_official_width(config):
     channels, heads = config.block_out_channels[0], config.num_heads[0]
-    ours = randomise(Transformer(channels, heads, config, TORCH)).float()
+    ours = randomise(SpatialTransformer(channels, heads, config, TORCH)).float()
     official = with_weights(Transformer2DModel(
         heads, channels // heads, channels, cross_attention_dim=config.cross_attention_dim,
         use_linear_projection=config.use_linear_projection,

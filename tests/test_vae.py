@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import (
+from reference_models import (
     AUTOENCODER,
     error,
     errors_by_module,
