@@ -1,8 +1,8 @@
-"""Is it right: a result against the reference in float64, and against torch's own error.
+"""Is a kernel right: its error against float64, compared with torch's own error.
 
 The bound is that of flash-attention's tests: twice the error of torch's own call on the same
-inputs in the same dtype; and, because torch may be right by luck where two correct results round
-differently, one unit in the last place of the largest number.
+inputs in the same dtype, plus one unit in the last place of the largest number, because torch may
+be exact by luck where two correct results round differently.
 """
 
 import math
@@ -20,7 +20,7 @@ from minisd.ops import merge_heads
 
 
 class Verdict(NamedTuple):
-    """The kernel's largest error, torch's own, and what the kernel's may be."""
+    """The kernel's largest error, torch's own, and the bound of the kernel's."""
 
     ours: float
     torch: float
@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, torch.empty is full of NaN: what a kernel does not write is seen."""
+    """Inside, torch.empty is full of NaN, so that what a kernel does not write shows."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -42,11 +42,11 @@ def poisoned() -> Iterator[None]:
 
 
 def error(result: Tensor | Sequence[Tensor], exact: Tensor | Sequence[Tensor]) -> float:
-    """The largest difference; of shapes that differ, or of anything not finite, infinity."""
+    """The largest absolute difference; infinity if shapes differ or a value is not finite."""
     if not isinstance(exact, Tensor):
         return max(error(a, b) for a, b in zip(result, exact, strict=True))
     if result.dim() == 4 and exact.dim() == 3:
-        result = merge_heads(result)  # as the peers of attention leave it
+        result = merge_heads(result)  # the peers of attention leave the heads apart
     if result.shape != exact.shape or not result.isfinite().all():
         return float("inf")
     return (result.double() - exact).abs().max().item()
@@ -58,7 +58,7 @@ def last_place(exact: Tensor | Sequence[Tensor], dtype: torch.dtype) -> float:
 
 
 def verdict(case, inputs: tuple, exact: Tensor | Sequence[Tensor], dtype: torch.dtype) -> Verdict:
-    """Run the kernel and torch once. Raises whatever the kernel does."""
+    """Run the kernel and torch once. Raises what the kernel raises."""
     by_torch = error(case.yardstick(*inputs), exact)
     with poisoned():
         ours = case.ours(*inputs)
@@ -66,7 +66,7 @@ def verdict(case, inputs: tuple, exact: Tensor | Sequence[Tensor], dtype: torch.
 
 
 def check(case, device: torch.device, dtype: torch.dtype) -> Verdict:
-    """The same on fresh inputs."""
+    """The verdict on new inputs."""
     inputs = case.inputs(device, dtype)
     return verdict(case, inputs, case.exact(*inputs), dtype)
 
@@ -96,15 +96,15 @@ def alive(device: torch.device) -> bool:
 
 
 def to_check(cases: list, dtypes: Sequence[torch.dtype]) -> list[tuple]:
-    """(case, dtype): float16 of every size first, then the next dtype."""
+    """(case, dtype): every size in float16 first, then in the next dtype."""
     return [(case, dtype) for dtype in dtypes for case in cases]
 
 
 def equality(cases: list, device: torch.device, dtypes: Sequence[torch.dtype],
              add: Callable[[dict], None], workers: int = 0, deadline: float = math.inf) -> bool:
-    """Every size in every dtype, as rows of equality.csv; whether all were right. What the
-    deadline (of time.monotonic) cuts off is not right. With ``workers``, in so many processes,
-    because most of it is compiling."""
+    """Every size in every dtype, as rows of equality.csv; returns whether all were right. Checks
+    that the deadline (of time.monotonic) cuts off count as wrong. ``workers`` is the number of
+    processes: most of the time is compiling."""
     jobs = [(case, device, dtype) for case, dtype in to_check(cases, dtypes)]
     all_right, done = True, 0
     with spread(equality_row, jobs, workers, deadline) as rows:
@@ -121,8 +121,8 @@ def equality(cases: list, device: torch.device, dtypes: Sequence[torch.dtype],
 @contextmanager
 def spread(function: Callable, jobs: list[tuple], workers: int,
            deadline: float) -> Iterator[Iterator]:
-    """The results of function(*job), as they come, until the deadline; with workers, from so many
-    processes, which end with the context."""
+    """The results of function(*job), as they come, until the deadline. ``workers`` is the number of
+    processes, which end with the context; 0 runs the jobs in this process."""
     if not workers:
         yield (function(*job) for job in jobs if time.monotonic() < deadline)
         return

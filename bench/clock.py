@@ -1,4 +1,4 @@
-"""Seconds of a call on a device, the memory that it takes, and a limit to how long it may."""
+"""Seconds of a call on a device, the memory that it takes, and a time limit."""
 
 import ctypes
 import gc
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-LEAST = {"cuda": 0.05, "cpu": 0.02}  # seconds a sample: thousands of times a look at the clock
+LEAST = {"cuda": 0.05, "cpu": 0.02}  # seconds of a sample: reading the clock takes far less
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Clock:
-    """Wall time, with the device's work waited for at both ends: what a user waits."""
+    """Wall time; waits for the device before and after, as a user does."""
 
     def __init__(self, device: torch.device):
         self.least = LEAST[device.type]
@@ -25,7 +25,7 @@ class Clock:
         self.wait = partial(torch.cuda.synchronize, device) if gpu else lambda: None
 
     def of(self, call: Callable, times: int = 1) -> tuple[float, object]:
-        """Seconds of so many calls, and what the last returned."""
+        """Seconds of ``times`` calls, and what the last returned."""
         self.wait()
         start = time.perf_counter()
         for _ in range(times):
@@ -34,15 +34,15 @@ class Clock:
         return time.perf_counter() - start, result
 
     def sampler(self, call: Callable) -> tuple[Callable[[], float], float]:
-        """Of a call that is warm: a function that calls often enough and says the seconds of one;
-        and how long such a sample takes."""
+        """For a call that is warm: a function that calls often enough and returns the seconds of
+        one call; and how long such a sample takes."""
         seconds, _ = self.of(call)
         times = max(1, math.ceil(self.least / seconds))
         return lambda: self.of(call, times)[0] / times, times * seconds
 
 
 class Memory:
-    """By how much what a device's allocator holds, or a process on a CPU, grows from here on."""
+    """How much the memory of a device's allocator, or of a process on a CPU, grows from here on."""
 
     def __init__(self, device: torch.device):
         self.gpu = device.type == "cuda"
@@ -50,7 +50,7 @@ class Memory:
         self.restart()
 
     def held(self) -> dict[str, int]:
-        """Bytes held now, without what is only kept for later."""
+        """Bytes held now, without caches."""
         gc.collect()
         if not self.gpu:
             if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -71,11 +71,11 @@ class Memory:
             self.held()
             torch.cuda.reset_peak_memory_stats()
         elif CLEAR.exists():
-            CLEAR.write_text("5")  # proc(5): the peak begins anew at what is resident now
+            CLEAR.write_text("5")  # proc(5): resets the peak to what is resident now
 
     def peaks(self) -> dict[str, int]:
-        """The most bytes held since `restart`, beyond those at the beginning. What a CUDA graph
-        keeps for its inside is not allocated, only held; so both are told."""
+        """The most bytes held since `restart`, beyond those at the beginning. The private memory of
+        a CUDA graph is reserved but not allocated, so both are given."""
         if not self.gpu:
             now = _known(resident("VmHWM"))
         else:
@@ -86,7 +86,7 @@ class Memory:
 
 def resident(field: str) -> int | None:
     """Bytes of this process in memory now ("VmRSS") or at most so far ("VmHWM"); None where the
-    system does not tell, or cannot begin the peak anew."""
+    system does not report them or cannot reset the peak."""
     lines = STATUS.read_text().splitlines() if STATUS.exists() and CLEAR.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
 
@@ -96,12 +96,12 @@ def _known(size: int | None) -> dict[str, int]:
 
 
 class OutOfTime(BaseException):
-    """No Exception: torch.compile takes those of what it tries for mere failures to be noted."""
+    """No subclass of Exception: torch.compile catches those and goes on."""
 
 
 @contextmanager
 def limited(seconds: float, why: str) -> Iterator[None]:
-    """Raises OutOfTime(why) inside, once the seconds have passed. In the main thread only."""
+    """Raises OutOfTime(why) inside after so many seconds. In the main thread only."""
     def ring(*_):
         raise OutOfTime(why)
 

@@ -1,6 +1,7 @@
-"""One model, everyone who draws with it: made, checked against one result, timed in turns, as rows.
+"""One model and its providers: each is made, checked against one result, timed in turns, as rows.
 
-Who enters has ``picture(batch, steps)``, ``step()`` and ``decode()``, as `bench.models.Ours` has.
+A provider has ``image(batch, steps)``, ``step()`` and ``decode()``, as `bench.models.Ours` has. An
+image is a "picture" in the rows.
 """
 
 import math
@@ -18,7 +19,7 @@ from bench.models import Model, Ours
 from bench.timing import Spread, interleave
 
 FUSED, EAGER, COMPILED = "minisd fused", "diffusers eager", "diffusers compiled"
-SHARES = {"step": 0.25, "decode": 0.15, "picture": 0.6}  # of the time there is to race
+SHARES = {"step": 0.25, "decode": 0.15, "picture": 0.6}  # of the time for the race
 
 
 class Entrant(NamedTuple):
@@ -31,7 +32,7 @@ class Entrant(NamedTuple):
 
 
 class Contest:
-    """The rows are given to ``add`` as they come."""
+    """Rows go to ``add`` as they come."""
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype,
                  add: Callable[[dict], None]):
@@ -40,9 +41,9 @@ class Contest:
         self.weights = model.weights(device, dtype)
         higher = torch.float64 if dtype == torch.float32 else torch.float32
         exact = Ours(model, self._cast(higher), "torch", device)
-        # float32 with all its digits: cuDNN would drop 13 of 23 by default.
+        # By default cuDNN uses TF32, which drops 13 of float32's 23 bits of mantissa.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            self.exact = {"picture": exact.picture(1, model.steps), "step": exact.step()(),
+            self.exact = {"picture": exact.image(1, model.steps), "step": exact.step()(),
                           "decode": exact.decode()()}
 
     def _cast(self, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
@@ -61,13 +62,13 @@ class Contest:
 
     def enter(self, provider: str, make: Callable, limit: AbstractContextManager | None = None,
               ) -> None:
-        """Make a provider and let it draw twice: how long that took, what it held, how far off."""
+        """Make a provider and run it twice: rows of the seconds, the memory and the errors."""
         steps, memory = self.model.steps, Memory(self.device)
         try:
             with limit or nullcontext():
                 load, contender = self.clock.of(make)
                 size = memory.growth().get("memory", 0)
-                calls = {"picture": partial(contender.picture, 1, steps)}
+                calls = {"picture": partial(contender.image, 1, steps)}
                 first, _ = self.clock.of(calls["picture"])
                 memory.restart()
                 errors = {"picture": self.errors("picture", calls["picture"]())}
@@ -95,8 +96,8 @@ class Contest:
         return {"max_err": f"{worst:.2g}", "psnr": f"{psnr(result, exact):.1f}"}
 
     def race(self, rounds: int, seconds: float, names: Collection[str] = ()) -> None:
-        """Step, decoding and whole picture of these, or of everyone, in turns; in fewer rounds
-        where seconds are few."""
+        """Time the step, the decoding and the whole image of ``names``, or of every provider, in
+        turns; fewer rounds if the seconds do not suffice."""
         for what, share in SHARES.items():
             found = {name: self.clock.sampler(entrant.calls[what])
                      for name, entrant in self.entered.items() if not names or name in names}
@@ -113,7 +114,7 @@ class Contest:
                     self.add(name, f"{what} over fused", "1", ratios, **more)
 
     def batches(self, sizes: list[int], steps: int, rounds: int, late: Callable[[], bool]) -> None:
-        """Pictures a second, and the memory held, batch by batch."""
+        """Images a second and the memory held, batch by batch."""
         for batch in sizes:
             for name, entrant in self.entered.items():
                 if name == COMPILED:
@@ -124,7 +125,7 @@ class Contest:
                     self._batch(name, entrant, batch, steps, rounds)
 
     def _batch(self, name: str, entrant: Entrant, batch: int, steps: int, rounds: int) -> None:
-        draw = partial(entrant.contender.picture, batch, steps)
+        draw = partial(entrant.contender.image, batch, steps)
         try:
             entrant.contender.release()
             memory = Memory(self.device)
@@ -139,14 +140,14 @@ class Contest:
                 self.add(name, what, "MB", [(entrant.size + peak) / 1e6], batch=batch, steps=steps)
 
     def half(self) -> None:
-        """How far the picture in float16 is from the exact one, where float32 is timed."""
+        """The error of the image in float16, where float32 is timed."""
         ours = Ours(self.model, self._cast(torch.float16), "fused", self.device)
-        errors = self.errors("picture", ours.picture(1, self.model.steps))
+        errors = self.errors("picture", ours.image(1, self.model.steps))
         self.add(FUSED, "picture", batch=1, steps=self.model.steps, **errors, dtype="float16",
                  note="not timed")
 
 
 def psnr(image: Tensor, exact: Tensor) -> float:
-    """Decibels, of pictures in [0, 1]; infinite if they are equal."""
+    """Decibels, of images in [0, 1]; infinite if they are equal."""
     error = (image.to(exact) - exact).square().mean().item()
     return math.inf if error == 0 else -10 * math.log10(error) if error > 0 else math.nan

@@ -1,11 +1,11 @@
-"""Everything that a GPU can tell of minisd, in one command and in so many minutes.
+"""Every measurement of minisd on a GPU, in one command and a given number of minutes.
 
     python -m bench.everything --minutes 8 --out DIR           # is it right, and how fast
     python -m bench.everything --minutes 5 --out DIR --tune    # which settings are fastest
     python -m bench.everything --stages equality core --out DIR
 
-What matters most comes first, and each stage is processes of its own, ended when its time is up;
-what it had by then is in DIR, row by row. `python -m bench.report DIR` makes a page of it.
+What matters most comes first. Each stage is a process of its own, which is ended when its time is
+up; its rows until then are in DIR. `python -m bench.report DIR` makes a page of them.
 
   tests      tests/test_gpu.py, without its full sizes             tests.txt, tests-heavy.txt
   equality   every size in three dtypes against float64            equality.csv
@@ -18,10 +18,10 @@ what it had by then is in DIR, row by row. `python -m bench.report DIR` makes a 
   tune       every listed launch setting                           tune.csv
   autotuned  diffusers compiled with max-autotune                  image.csv
 
-and log.txt of them all. Sized for a GPU of 80 GB and 16 cores; needs diffusers, transformers,
-pytest and pytest-xdist, and no network. Without a GPU it rehearses: small models in float32, and
-kernels only with TRITON_INTERPRET=1. Ends with 1 if a kernel was wrong, minisd did not run, or a
-stage failed.
+and log.txt of them all. Needs a GPU of 80 GB, 16 cores, diffusers, transformers, pytest and
+pytest-xdist, and no network. Without a GPU it is a rehearsal: small models in float32, and kernels
+only with TRITON_INTERPRET=1. Exit code 1 if a kernel was wrong, minisd did not run, or a stage
+failed.
 """
 
 import argparse
@@ -47,11 +47,11 @@ from bench.group_norm import Compiler
 GPU = torch.cuda.is_available()
 INTERPRETED = launch.interpreted(_kernel)
 CORES = os.cpu_count() or 1
-GRACE = 3.0  # seconds that a stage may take longer than it was given, before it is killed
+GRACE = 3.0  # seconds past its time after which a stage is killed
 
 
 class Day(NamedTuple):
-    """What every stage is told: where its rows go, what they say of the machine, and until when."""
+    """What every stage gets: the folder of its rows, their columns of the machine, its deadline."""
 
     out: Path
     machine: dict[str, str]
@@ -69,7 +69,7 @@ class Day(NamedTuple):
                                            [self.machine | row for row in rows])
 
     def contest(self, name: str) -> Contest:
-        """With everyone's exact pictures made."""
+        """The contest of a model, with its exact results computed."""
         if not GPU:
             name = {"SD1.5-512": "tiny", "SD2.1-768": "quarter"}.get(name, name)
         add = self.add("image.csv", image.COLUMNS)
@@ -82,8 +82,8 @@ class Day(NamedTuple):
 
 
 def tests(day: Day) -> bool:
-    """In two runs at once: those that hold a model in float64 few at a time, the others many."""
-    heavy = "unet or decoder or picture"
+    """Two runs at once: tests with a model in float64 in few processes, the others in many."""
+    heavy = "unet or decoder or image_in_float16"
     runs = {"tests.txt": (f"not full_size and not ({heavy})", min(8, CORES)),
             "tests-heavy.txt": (heavy, min(2, CORES))}
     children, right = {}, True
@@ -99,8 +99,8 @@ def tests(day: Day) -> bool:
         except subprocess.TimeoutExpired:
             code = None
         lines = (day.out / name).read_text().splitlines()
-        told = [line for line in lines if line.startswith(("FAILED", "ERROR"))] + lines[-1:]
-        print(*(f"{name}: {line[:200]}" for line in told), sep="\n", flush=True)
+        shown = [line for line in lines if line.startswith(("FAILED", "ERROR"))] + lines[-1:]
+        print(*(f"{name}: {line[:200]}" for line in shown), sep="\n", flush=True)
         right &= code == 0 or code == 5 and not GPU  # None: out of time; 5: nothing was collected
     return right
 
@@ -145,8 +145,8 @@ def autotuned(day: Day) -> None:
 
 
 def heaviest() -> list:
-    """What takes most of a picture, as the fused model calls it: q, k and v in one projection, and
-    channels_last."""
+    """The kernels that take most of an image's time, as the fused model calls them: q, k and v in
+    one projection, and channels_last."""
     def chosen(case) -> bool:
         if case.kernel == "attention":
             return case.d > 256 or case.packed
@@ -197,8 +197,8 @@ def tuned(day: Day) -> bool:
 
 
 class Stage(NamedTuple):
-    """``seconds`` are its share of a day of 480, and no less where nothing is timed: ``alone`` on
-    the GPU are those that are."""
+    """``seconds`` of a day of 480, scaled to the time given; but no less than that for stages that
+    time nothing. Those that do are ``alone`` on the GPU."""
 
     run: Callable[[Day], bool | None]
     seconds: float
@@ -231,7 +231,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def stage(name: str, out: Path, commit: str, date: str) -> int:
-    """In a process of its own: import what is slow, wait for the seconds that there are, and go."""
+    """In a process of its own: import what is slow, read the number of seconds from stdin, run."""
     machine = record.machine(Day.device, INTERPRETED, commit, date)
     if name not in ("tests", "equality", "kernels", "tune"):
         try:
@@ -246,7 +246,7 @@ def stage(name: str, out: Path, commit: str, date: str) -> int:
 
 
 class Running:
-    """A stage's process: started early for its imports' sake, let go when it is its turn."""
+    """A stage's process: started early, so that it has imported everything when its turn comes."""
 
     def __init__(self, name: str, command: list[str], say: Callable[[str, str], None]):
         self.name, self.say = name, say
@@ -267,10 +267,10 @@ class Running:
             self.process.stdin.write(f"{seconds}\n")
             self.process.stdin.close()
         except BrokenPipeError:
-            pass  # it ended before its turn; `wait` tells with which code
+            pass  # it ended before its turn; `wait` reports its exit code
 
     def wait(self) -> bool:
-        """Whether it ended well, and by itself; all its processes are ended in any case."""
+        """Whether it ended by itself with code 0; its processes are killed in any case."""
         try:
             code = self.process.wait(max(0.0, self.end - time.monotonic()) + GRACE)
             said = f"ended with {code}"
@@ -291,8 +291,8 @@ class Running:
 
 
 def run(args: argparse.Namespace, machine: dict[str, str]) -> bool:
-    """All stages, in order: those that may share the GPU at once, then one at a time, each with its
-    successor already importing."""
+    """All stages, in order: those that may share the GPU at once, then the others one at a time,
+    while the next one is importing."""
     start, lock, started = time.monotonic(), threading.Lock(), {}
     scale = 60 * args.minutes / DAY
     with (args.out / "log.txt").open("a") as log:
@@ -317,7 +317,7 @@ def run(args: argparse.Namespace, machine: dict[str, str]) -> bool:
             right = all([started[name].wait() for name in together])
             for i, name in enumerate(turns):
                 left = start + 60 * args.minutes - time.monotonic()
-                # What earlier stages left over is shared by those to come.
+                # Later stages share the time that earlier ones left over.
                 share = STAGES[name].seconds / sum(STAGES[each].seconds for each in turns[i:])
                 started[name].go(min(left, max(STAGES[name].seconds * scale, left * share)))
                 begin(turns[i + 1 : i + 2])

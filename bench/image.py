@@ -1,25 +1,26 @@
-"""Seconds a picture, a step and a decoding, and the memory held: minisd beside diffusers.
+"""Seconds an image, a step and a decoding take, and the memory: minisd beside diffusers.
 
     python -m bench.image                # everything, on the GPU if there is one
     python -m bench.image --quick        # small models, under 50 s on two CPU cores
     python -m bench.image --models SD1.5-512 --only fused
 
-All get copies of the same weights and the same noise, and take turns in one process; a peer that is
-not installed or fails is named with its reason. diffusers compiled comes last and takes its turns
-with minisd fused alone, so that compiling delays nobody. Times are a clock's, with the GPU waited
-for at both ends. Adds rows to image.csv, from which `python -m bench.report` makes tables.
+All providers get copies of the same weights and the same noise, and take turns in one process; one
+that is not installed or fails gets a row with the reason. diffusers compiled comes last and takes
+turns with minisd fused alone, so that its compiling delays no other. Times are wall times that
+include waiting for the GPU. Adds rows to image.csv, from which `python -m bench.report` makes
+tables. In the rows, an image is a "picture":
 
-  load           from weights in memory to a model that can be called: copied, packed
+  load           from weights in memory to a model that can be called: copied, repacked
   first picture  with what is done once: kernels compiled, graphs recorded, plans chosen
-  picture        from a prompt to pixels, guidance and all the steps, warm
+  picture        from a prompt to pixels: text encoder, all the steps with guidance, decoder; warm
   step           the UNet with guidance, once; max_err is relative to the largest value
   decode         the VAE, once
-  memory         the most that a warm picture has the allocator hold, weights included (on a CPU, by
-                 how much the process grew); "memory allocated" leaves out what a graph keeps
+  memory         the most that the allocator holds during a warm image, weights included (on a CPU,
+                 the growth of the process); "memory allocated" is without the memory of CUDA graphs
   pictures/s     in batches
 
-max_err and psnr (of pictures in [0, 1]) are against minisd's readable model with the same weights,
-in float32; in float64 where float32 is timed.
+max_err and psnr (of images in [0, 1]) are against minisd's readable model with the same weights, in
+float32; in float64 where float32 is timed.
 """
 
 import argparse
@@ -45,18 +46,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="small models; without a GPU in any case")
-    add("--models", nargs="+", metavar="NAME", help="of these only")
+    add("--models", nargs="+", metavar="NAME", help="only these")
     add("--only", default="", help="providers with this in their name")
     add("--dtype", choices=("float16", "bfloat16", "float32"),
         help="default: float16; float32 on a CPU")
     add("--rounds", type=int, default=7, help="samples of each, at most (default: %(default)s)")
     add("--batches", type=int, nargs="*", help="default: 1 2 4 8 16; none with --quick")
     add("--batch-steps", type=int, default=20, help="steps of these (default: %(default)s)")
-    add("--minutes", type=float, help="then start nothing new (default: 6.5; 0.6 with --quick)")
+    add("--minutes", type=float, help="then nothing new starts (default: 6.5; 0.6 with --quick)")
     add("--compile-minutes", type=float, help="for torch.compile (default: 3; 0 on a CPU)")
     add("--compile-mode", default="reduce-overhead", help="of torch.compile (default: %(default)s)")
     add("--out", type=Path, default=record.ROOT / "bench" / "results", help="folder of the files")
-    add("--commit", default="", help="what is measured, where git cannot tell")
+    add("--commit", default="", help="what is measured, for where there is no git")
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
     args.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
@@ -72,7 +73,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Compiling:
-    """The seconds that are left for torch.compile, of all models together."""
+    """The seconds that are left for torch.compile, for all models together."""
 
     def __init__(self, seconds: float):
         self.left = seconds
@@ -85,7 +86,7 @@ class Compiling:
     def __exit__(self, kind, *error) -> None:
         self.limit.__exit__(kind, *error)
         self.left -= time.monotonic() - self.start
-        if kind:  # what still compiles would disturb those who are timed
+        if kind:  # workers that still compile would disturb what is timed
             from torch._inductor.async_compile import shutdown_compile_workers
 
             shutdown_compile_workers()
@@ -93,8 +94,8 @@ class Compiling:
 
 def enter(contest: Contest, name: str, mode: str = "",
           limit: AbstractContextManager | None = None) -> None:
-    """Let a provider in, "minisd" with the name of its ops or diffusers, compiled in a ``mode``;
-    one that cannot be had gets a row that says why."""
+    """Enter a provider: "minisd" with the name of its ops, or diffusers, compiled in a ``mode`` if
+    one is given. A provider that cannot be imported gets a row that says why."""
     given = contest.model, contest.weights
     if name.startswith("minisd "):
         make = partial(models.Ours, *given, name.removeprefix("minisd "), contest.device)
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def line(row: dict) -> str:
-    """A row for people."""
+    """A row, to be printed."""
     get = row.get
     text = f"{row['model']:10} {get('provider', ''):19} {row['what']:22}"
     if get("batch"):

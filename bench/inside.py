@@ -1,7 +1,8 @@
-"""What a fused step and a decoding are made of, and what one change would make of them.
+"""Which kernels a fused step and a decoding run, and how fast they are with one change.
 
-`CHANGES` lists what was predicted of compiled code, lost on an H200 (bench/NOTES.md) and may win
-on another GPU or with other libraries: each alone, with the milliseconds of a step it was to save.
+`CHANGES` were predicted to be faster, were slower on an H200 (bench/NOTES.md), and may be faster on
+another GPU or with other libraries. Each is tried alone; its gain is the predicted milliseconds of
+a step that it saves.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,13 +26,13 @@ from bench.contest import FUSED, Contest
 
 
 class Change(NamedTuple):
-    """``made(model)`` is a context in which the fused model is built to run with the change."""
+    """``made(model)`` is a context in which the fused model runs with the change."""
 
     label: str
     gain: str  # milliseconds of SD1.5's step, predicted
     made: Callable[[object], AbstractContextManager]
-    decodes: bool = False  # whether it bears on the decoder too
-    compiles: bool = False  # whether it launches kernels that no other does
+    decodes: bool = False  # whether the decoder changes too
+    compiles: bool = False  # whether it launches kernels that no other change does
 
 
 def tile(piece: int, *setting: int) -> Change:
@@ -59,7 +60,7 @@ def by_sdpa(backend: SDPBackend, *args) -> Tensor:
 
 
 def doubled(self: fused_unet.Up, s: fused_unet.Pending, size=None) -> fused_unet.Pending:
-    """`fused_unet.Up.forward` as it reads: nearest-neighbour doubling, then a 3x3 convolution."""
+    """`fused_unet.Up.forward` unfused: nearest-neighbour doubling, then a 3x3 convolution."""
     x, phases = fused_unet.add_up(*s), self.phases.weight
     if not hasattr(self, "taken_apart"):
         undo = phases.new_tensor([[0, 0, 0, 1], [-1, 1, 0, 0], [1, 0, 0, 0]])  # PHASES undone
@@ -89,7 +90,7 @@ CHANGES = [
 
 
 def try_all(contest: Contest, late: Callable[[], bool], changes: list[Change] = CHANGES) -> None:
-    """A row for the step with each change, and for the decoding where it may matter."""
+    """A row for the step with each change, and for the decoding where it changes too."""
     ours = contest.entered[FUSED].contender
     for change in changes:
         for what in ("step", "decode")[: 1 + change.decodes]:
@@ -114,7 +115,7 @@ def try_all(contest: Contest, late: Callable[[], bool], changes: list[Change] = 
 
 
 def profile(contest: Contest, path: Path, most: int = 70) -> None:
-    """Which kernels everyone's step and decoding are made of, added to a text file."""
+    """The kernels of every provider's step and decoding, added to a text file."""
     activities = [torch.profiler.ProfilerActivity.CUDA if contest.device.type == "cuda"
                   else torch.profiler.ProfilerActivity.CPU]
     for name, entrant in contest.entered.items():

@@ -1,16 +1,16 @@
-"""The Triton kernels on every size of Stable Diffusion: checked, then timed beside their peers.
+"""The Triton kernels at every size of Stable Diffusion: checked, then timed beside their peers.
 
     python -m bench.kernels                      # everything, on the GPU if there is one
     python -m bench.kernels --only "SD1.5 2x8"   # the rows whose name has this in it
     python -m bench.kernels --tune --workers 14  # every listed launch setting (bench/tune.py)
 
-Prints a table, and adds rows to three files in bench/results, which are only ever added to:
-equality.csv, every size in float16, bfloat16 and float32 against float64; kernels.csv, the times;
-tune.csv. Draws the share of the limit that everyone reaches, if matplotlib is installed.
+Prints a table, and appends rows to three files in bench/results: equality.csv, every size in
+float16, bfloat16 and float32 against float64; kernels.csv, the times; tune.csv. If matplotlib is
+installed, plots the share of the limit that every provider reaches.
 
-Without a GPU a few small sizes are timed on the CPU, where the kernels say why they do not run.
-With TRITON_INTERPRET=1 they do, on tiny sizes, to prove this command: those rows are no
-measurements, and are kept only with --out. Ends with 1 if a kernel was wrong. Needs triton.
+Without a GPU a few small sizes are timed on the CPU, where the kernels do not run and the rows say
+why. With TRITON_INTERPRET=1 they run, on tiny sizes, to test this command: those rows are no
+measurements, and are kept only with --out. Exit code 1 if a kernel was wrong. Needs triton.
 """
 
 import argparse
@@ -39,24 +39,24 @@ def parse() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="of the times (default: float16; float32 on a CPU)")
     add("--rounds", type=int, default=15, help="samples of each provider (default: %(default)s)")
     add("--minutes", type=float, default=6.0,
-        help="of all, of which checking takes a third at most (default: %(default)s)")
+        help="in all; checking takes at most a third of them (default: %(default)s)")
     add("--compile-minutes", type=float, help="for torch.compile (default: 2; 0 on a CPU)")
     add("--tune", action="store_true", help="time every listed launch setting instead")
     add("--workers", type=int, default=0, help="processes that compile and check")
     add("--out", type=Path, help="folder of the files (default: bench/results)")
-    add("--commit", default="", help="what is measured, where git cannot tell")
+    add("--commit", default="", help="what is measured, for where there is no git")
     return parser.parse_args()
 
 
 def dtypes() -> list[torch.dtype]:
-    """Those that are checked here: the interpreter multiplies the bits of bfloat16 as integers."""
+    """The dtypes to check: the interpreter multiplies the bits of bfloat16 as integers."""
     interpreted = launch.interpreted(_kernel)
     return [d for d in launch.DTYPES if not (interpreted and d == torch.bfloat16)]
 
 
 def time_all(cases: list, device: torch.device, dtype: torch.dtype, compiler: Compiler,
              rounds: int, deadline: float, add: Callable[..., None]) -> list[dict]:
-    """The rows of every case, until the time is up; those that are left get one that says so."""
+    """The rows of every case; cases left when the time is up get a row that says so."""
     limits, found = timing.limits(device), []
     print(f"\nmeasured here: {limits.flops / 1e12:.3g} TFLOP/s, {limits.bytes / 1e9:.4g} GB/s; "
           f"computed: {limits.exponentials / 1e12:.3g} T exponentials/s")
@@ -65,7 +65,7 @@ def time_all(cases: list, device: torch.device, dtype: torch.dtype, compiler: Co
             if time.monotonic() > deadline:
                 raise TimeoutError("the time was up (--minutes)")
             measured = measure(case, device, dtype, compiler, rounds)
-        except Exception as failure:  # out of memory, say: the other sizes go on
+        except Exception as failure:  # out of memory, for example: the other sizes go on
             lost = {"kernel": case.kernel, "shape": case.label, "metric": "not timed",
                     "provider": "" if isinstance(failure, TimeoutError) else OURS,
                     "note": one_line(failure)}
@@ -83,7 +83,7 @@ def time_all(cases: list, device: torch.device, dtype: torch.dtype, compiler: Co
 
 
 def ours_timed(found: list[dict]) -> bool:
-    """Whether minisd ran at every size that had its turn."""
+    """Whether minisd ran at every size that was timed."""
     return not any(row["provider"] == OURS and row["metric"] == "not timed" for row in found)
 
 

@@ -1,11 +1,12 @@
-"""Loading a full-size Stable Diffusion 1.5 file, beside what safetensors alone would take.
+"""Loading a full-size Stable Diffusion 1.5 file, compared with safetensors alone.
 
     python -m bench.load --folder /tmp --rounds 5
 
 Writes random weights under the official names (2.1 GB in float16, 4.3 GB in float32) and loads
-them in turns, each time in a fresh process: minisd.load, and safetensors' load_file plus a copy of
-every tensor. Prints the median seconds and the peak of anonymous memory (RssAnon: the mapped pages
-of the file aside) beyond that of a process that has imported torch, as a multiple of the weights.
+them in turns, each time in a new process: minisd.load, and safetensors' load_file plus a copy of
+every tensor. Prints the median seconds, and the peak of anonymous memory (RssAnon, which excludes
+the mapped pages of the file) beyond that of a process that has imported torch, as a multiple of the
+weights.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""One size, everyone who can compute it: checked on one set of inputs, timed in turns, as rows."""
+"""One size and every provider that can compute it: checked on one set of inputs, timed in turns."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ OURS = "minisd"
 
 
 class Measured(NamedTuple):
-    """Seconds of each sample and the largest error, by provider; and why others have none."""
+    """By provider: the seconds of each sample, and the largest error; or the reason for none."""
 
     case: NamedTuple
     dtype: torch.dtype
@@ -32,7 +32,7 @@ class Measured(NamedTuple):
 
 def measure(case, device: torch.device, dtype: torch.dtype, compiler: Compiler,
             rounds: int) -> Measured:
-    """A kernel that is wrong is not timed; a peer's error is written down beside its time."""
+    """A kernel that is wrong is not timed; a peer that is wrong is timed, and its error noted."""
     sets = timing.input_sets(device, case.cost(dtype.itemsize).bytes)
     inputs = [case.inputs(device, dtype) for _ in range(sets)]
     exact = case.exact(*inputs[0])
@@ -41,7 +41,7 @@ def measure(case, device: torch.device, dtype: torch.dtype, compiler: Compiler,
         if isinstance(call, str):
             reasons[name] = call
             continue
-        # scaled_dot_product_attention says in warnings why a backend does not take a call.
+        # scaled_dot_product_attention warns of the reason for which a backend rejects a call.
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
@@ -58,7 +58,7 @@ def measure(case, device: torch.device, dtype: torch.dtype, compiler: Compiler,
 
 
 def checked(case, inputs: tuple, exact: Sequence[torch.Tensor], dtype: torch.dtype) -> float:
-    """The kernel's error. Raises ArithmeticError where it is more than it may be."""
+    """The kernel's error. Raises ArithmeticError if it exceeds the bound."""
     found = verdict(case, inputs, exact, dtype)
     if not found.ok:
         raise ArithmeticError(f"wrong by {found.ours:.3g}; {found.bound:.3g} is allowed")
@@ -89,7 +89,7 @@ def rows(measured: Measured, limits: timing.Limits) -> list[dict]:
 
 
 def show(measured: Measured, limits: timing.Limits) -> None:
-    """The same for people."""
+    """Print them."""
     case, dtype, times, errors, reasons = measured
     least, waits_for = limits.floor(case.cost(dtype.itemsize))
     print(f"\n{case.kernel}, {case.label}, {dtype}: at least {1e6 * least:.1f} us ({waits_for}); "

@@ -1,9 +1,9 @@
-"""The models whose pictures are timed, and minisd as it draws them.
+"""The models that are timed, and minisd as a provider.
 
-Full sizes have random weights: time and memory do not depend on their values, and none need be
-downloaded. All who are timed get copies of the same weights.
+Full sizes have random weights, so that nothing is downloaded: time and memory do not depend on the
+values. All providers get copies of the same weights.
 
-B pictures, H W height and width in pixels, h w of the latent, D width of the context
+B images, H W height and width in pixels, h w of the latent, D width of the context
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ PROMPT = "a red heart on a blue background"
 GUIDANCE = 7.5
 Weights = dict[str, dict[str, Tensor]]  # by part, then by parameter
 
-# Stable Diffusion 1 at a quarter of its widths, with heads as wide as there: for a CPU's patience.
+# Stable Diffusion 1 at a quarter of its widths, with heads of the same width: for a CPU.
 QUARTER = replace(
     SD1, name="quarter", sample_size=192,
     text=replace(SD1.text, hidden_size=192, intermediate_size=768, num_attention_heads=4),
@@ -40,7 +40,7 @@ QUARTER = replace(
 
 @dataclass(frozen=True)
 class Model:
-    """What is drawn, in how many ``steps``; of random weights unless it is the ``shipped`` one."""
+    """A config and the number of ``steps``; its weights are random unless it is ``shipped``."""
 
     name: str
     config: Config
@@ -54,7 +54,7 @@ class Model:
         return self.config.sample_size // self.config.vae.downscale
 
     def weights(self, device: torch.device, dtype: torch.dtype) -> Weights:
-        """Those of the shipped model; or random ones, by which nothing grows or shrinks."""
+        """Those of the shipped model; or random ones that keep the scale of activations."""
         if self.shipped:
             return {part: {name: p.to(device, dtype) for name, p in module.state_dict().items()}
                     for part, module in parts_of(self.shipped).items()}
@@ -80,7 +80,7 @@ def full(name: str, config: Config, steps: int) -> Model:
 
 
 def standard(quick: bool) -> dict[str, Callable[[], Model]]:
-    """By name, what matters most first."""
+    """By name, the most important first."""
     if quick:
         return {"tiny": lambda: shipped(20), "quarter": lambda: full("quarter", QUARTER, 2)}
     return {"SD1.5-512": lambda: full("SD1.5-512", SD1, 50), "tiny": lambda: shipped(20),
@@ -107,14 +107,14 @@ def parts_of(sd: StableDiffusion) -> dict[str, nn.Module]:
 
 
 def with_copies(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """The module, empty so far, with copies of the weights of its own."""
+    """The module, on the meta device so far, with its own copies of the weights."""
     copies = {name: p.clone() for name, p in weights.items()}
     module.load_state_dict(copies, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
 class Ours:
-    """minisd with the ops of that name. Raises ValueError where the device has none."""
+    """minisd with the ops of that name. Raises ValueError if they do not run on the device."""
 
     def __init__(self, model: Model, weights: Weights, name: str, device: torch.device):
         self.model, self.device = model, device
@@ -125,8 +125,8 @@ class Ours:
             parts["unet"] = fuse(parts["unet"], parts["vae"], body)
         self.sd = StableDiffusion(model.config, model.tokenizer, **parts)
 
-    def picture(self, batch: int, steps: int) -> Tensor:
-        """(B, 3, H, W) in [0, 1]: text, all the steps, decoding."""
+    def image(self, batch: int, steps: int) -> Tensor:
+        """(B, 3, H, W) in [0, 1]: text encoder, all the steps, decoder."""
         size = self.model.config.sample_size
         return self.sd(PROMPT, num_images_per_prompt=batch, num_inference_steps=steps,
                        latents=self.model.noise(batch), guidance_scale=GUIDANCE, height=size,
@@ -137,7 +137,7 @@ class Ours:
         context = self.sd._context(["", PROMPT], None)                      # (2, 77, D)
         x = self.model.noise(1).to(self.device, torch.promote_types(context.dtype, torch.float32))
         if isinstance(self.sd.unet, FusedUNet):
-            # The weights of guidance alone: nothing of x.
+            # uncond + GUIDANCE (cond - uncond), and no x: the prediction itself.
             steps = Steps(self.sd.unet, context, [500], [[0.0, 1.0 - GUIDANCE, GUIDANCE]])
             return lambda: steps(x, 0)
         return lambda: self.sd._predict(x, 500, context, GUIDANCE)
@@ -148,5 +148,5 @@ class Ours:
         return lambda: self.sd.vae.decode(latent)
 
     def release(self) -> None:
-        """Give back what was recorded for a size."""
+        """Free the CUDA graphs."""
         getattr(self.sd.unet, "graphs", {}).clear()

@@ -1,7 +1,6 @@
-"""The official models, built from minisd's configs: ours are timed beside them and tested by them.
+"""The official models, built from minisd's configs, to test minisd and to time it beside them.
 
-Parameters have the same names on both sides, so that weights pass from one to the other by a strict
-load_state_dict.
+Parameters have the same names in both, so that a strict load_state_dict copies the weights.
 """
 
 import diffusers
@@ -13,7 +12,7 @@ from minisd.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 
 
 def official_unet(config: UNetConfig, side: int = 8) -> UNet2DConditionModel:
-    """``side`` of the latent that it is asked for by default."""
+    """``side``: of the latent, by default."""
     kinds = ["CrossAttn" if on else "" for on in config.has_attention]
     return UNet2DConditionModel(
         sample_size=side, in_channels=config.in_channels, out_channels=config.out_channels,
@@ -59,6 +58,6 @@ def official_scheduler(config: ScheduleConfig) -> DDIMScheduler:
 
 
 def quiet() -> None:
-    """What they say of their own progress would break the tables."""
+    """No log messages and progress bars between the tables."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()

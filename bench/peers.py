@@ -1,4 +1,4 @@
-"""diffusers' Stable Diffusion as it draws: the peer that minisd is timed beside."""
+"""diffusers' Stable Diffusion: the peer that minisd is timed beside."""
 
 from collections.abc import Callable
 
@@ -17,8 +17,8 @@ from bench.official import (
 
 
 class Theirs:
-    """diffusers' pipeline. ``compiled`` as its documentation advises: torch.compile without graph
-    breaks, channels_last, projections of q, k and v joined."""
+    """diffusers' pipeline; ``compiled`` is a mode of torch.compile, or empty. Compiled as its
+    documentation advises: no graph breaks, channels_last, q, k and v in one projection."""
 
     def __init__(self, model: Model, weights: Weights, compiled: str, device: torch.device):
         quiet()
@@ -29,7 +29,7 @@ class Theirs:
                      "vae": official_vae(config.vae)}
         parts = {part: with_copies(module, weights[part]) for part, module in parts.items()}
         for module in parts["text_encoder"].modules():
-            if hasattr(module, "position_ids"):  # in no checkpoint, and so still without values
+            if hasattr(module, "position_ids"):  # in no checkpoint: still on meta
                 ids = torch.arange(config.text.max_position_embeddings, device=device)
                 module.position_ids = ids[None]                              # (1, 77)
         self.pipe = StableDiffusionPipeline(
@@ -43,12 +43,12 @@ class Theirs:
             self.pipe.unet.compile(mode=compiled, fullgraph=True)
 
     def _embeds(self, text: str) -> Tensor:
-        """(1, 77, D). The ids are minisd's, so that no tokenizer need be built: they are equal."""
+        """(1, 77, D), from minisd's ids, which are equal to those of transformers' tokenizer."""
         return self.pipe.text_encoder(self.model.tokenizer([text]).to(self.device))[0]
 
     @torch.no_grad()
-    def picture(self, batch: int, steps: int) -> Tensor:
-        """(B, 3, H, W) in [0, 1]: text, all the steps, decoding."""
+    def image(self, batch: int, steps: int) -> Tensor:
+        """(B, 3, H, W) in [0, 1]: text encoder, all the steps, decoder."""
         size = self.model.config.sample_size
         return self.pipe(
             prompt_embeds=self._embeds(PROMPT), negative_prompt_embeds=self._embeds(""),
@@ -59,7 +59,7 @@ class Theirs:
 
     @torch.no_grad()
     def step(self) -> Callable[[], Tensor]:
-        """One prediction with guidance (1, 4, h, w), asked for as the pipeline asks."""
+        """One prediction with guidance (1, 4, h, w), by the call that the pipeline makes."""
         context = torch.cat([self._embeds(""), self._embeds(PROMPT)])        # (2, 77, D)
         x, t = self.model.noise(1).to(self.device, self.dtype), torch.tensor(500).to(self.device)
 
@@ -68,8 +68,8 @@ class Theirs:
             prediction = self.pipe.unet(
                 torch.cat([x, x]), t, encoder_hidden_states=context, timestep_cond=None,
                 cross_attention_kwargs=None, added_cond_kwargs=None, return_dict=False)[0]
-            without, with_prompt = prediction.chunk(2)                       # (1, 4, h, w)
-            return without + GUIDANCE * (with_prompt - without)
+            uncond, cond = prediction.chunk(2)                               # (1, 4, h, w)
+            return uncond + GUIDANCE * (cond - uncond)
         return predict
 
     @torch.no_grad()
@@ -80,4 +80,4 @@ class Theirs:
         return torch.no_grad()(lambda: self.pipe.vae.decode(latent, return_dict=False)[0])
 
     def release(self) -> None:
-        """Nothing is kept for a size."""
+        """Nothing to free."""

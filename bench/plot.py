@@ -1,10 +1,10 @@
-"""The share of the limit that every provider reaches, a picture for each kernel."""
+"""The share of the limit that every provider reaches: a plot for each kernel."""
 
 from pathlib import Path
 
 
 def plot(rows: list[dict], folder: Path, machine: dict[str, str]) -> str:
-    """Draw the rows of kernels.csv into ``folder``; returns a sentence on what was drawn."""
+    """Plot the rows of kernels.csv into ``folder``; returns a sentence that names the files."""
     try:
         import matplotlib
     except ModuleNotFoundError:

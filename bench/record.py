@@ -1,4 +1,4 @@
-"""Rows of results: which machine, which versions, which commit, and the files they are added to."""
+"""Rows of results: their columns for the machine, the versions and the commit; and their files."""
 
 import csv
 import platform
@@ -20,8 +20,8 @@ EQUALITY = ["kernel", "shape", "dtype", "max_err", "torch_err", "bound", "ok", *
 
 
 def refuse_two_trees() -> None:
-    """End unless bench, minisd and minisd_kernels are of one tree: else one would be measured and
-    another named."""
+    """Exit unless bench, minisd and minisd_kernels are of one tree: else the rows would name
+    another commit than the one measured."""
     files = (__file__, minisd.__file__, minisd_kernels.launch.__file__)
     trees = {str(Path(file).resolve().parents[1]) for file in files}
     if len(trees) > 1:
@@ -35,8 +35,8 @@ def now() -> str:
 
 def machine(device: torch.device, interpreted: bool, commit: str = "",
             date: str = "") -> dict[str, str]:
-    """The columns of MACHINE. A CPU has no compute capability, and no driver. Rows of one ``date``
-    are of one run, whichever process wrote them."""
+    """The columns of MACHINE. A CPU has no compute capability and no driver. Rows of one ``date``
+    are of one run, even if several processes wrote them."""
     if device.type == "cuda":
         name, driver = torch.cuda.get_device_name(device), _driver()
         capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
@@ -54,7 +54,7 @@ def machine(device: torch.device, interpreted: bool, commit: str = "",
 
 
 def _processor() -> str:
-    """The CPU by name where Linux tells it."""
+    """The name of the CPU, where Linux reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -64,7 +64,7 @@ def _processor() -> str:
 
 
 def _said(*command: str) -> str:
-    """The first line a command prints; "unknown" if it cannot be had."""
+    """The first line that a command prints; "unknown" if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     except (OSError, subprocess.CalledProcessError):
@@ -81,7 +81,7 @@ def _commit() -> str:
 
 
 def append(path: Path, columns: list[str], rows: list[dict]) -> None:
-    """Add rows to a CSV file, which is only ever added to. Raises SystemExit at other columns."""
+    """Append rows to a CSV file. Raises SystemExit if its columns are others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", newline="") as file:
         file.seek(0)

@@ -1,16 +1,16 @@
-"""The page of results, bench/RESULTS.md, from the files that the other commands wrote.
+"""Write bench/RESULTS.md from the files that the other commands wrote.
 
-    python -m bench.report                 # of bench/results and of the folders inside it
-    python -m bench.report DIR --print     # of that folder, only to look at
-    python -m bench.report --prove         # and write down on which GPUs the kernels are right
+    python -m bench.report                 # from bench/results and the folders inside it
+    python -m bench.report DIR --print     # from that folder; print it, write nothing
+    python -m bench.report --prove         # and record on which GPUs the kernels are right
 
-Reads equality.csv, kernels.csv, image.csv, tune.csv and launches.csv, whichever there are. A folder
-makes a section for each device, newest first. bench/results itself is only ever added to: of its
-image.csv the latest run of each device and model is shown.
+Reads equality.csv, kernels.csv, image.csv, tune.csv and launches.csv, where they exist. A folder
+makes a section for each device, newest first. The files of bench/results itself grow by every run:
+of its image.csv the latest run of each device and model is shown.
 
-Says of each GPU that was checked whether the latest run proves the kernels there: every size in
-every dtype right, and today's kernels those of that commit. Only --prove writes that down, in
-kernels/proven.json, and ends with 1 if something was not proven.
+Prints for each GPU that was checked whether its latest run proves the kernels: every size in every
+dtype is right, and the kernels have not changed since that commit. Only --prove records that, in
+kernels/proven.json; its exit code is 1 if something was not proven.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from minisd_kernels import launch, proof
 
 from bench import shapes, tables
 from bench.check import to_check
-from bench.tables import groups, latest, told
+from bench.tables import distinct, groups, latest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -50,8 +50,8 @@ def read(path: Path) -> list[dict]:
 
 
 def with_peers(rows: list[dict]) -> list[dict]:
-    """The rows of the runs in which diffusers drew, of each device and model where there are any:
-    a run of minisd alone is to hide no comparison."""
+    """Drop the runs of minisd alone, for each device and model that has a run with diffusers, so
+    that a later run of minisd alone hides no comparison."""
     key = ("device", "model", "date")
     beside = {run for run, mine in groups(rows, *key).items() if any(
         row["what"] == "picture" and row["provider"].startswith("diffusers") for row in mine)}
@@ -61,7 +61,7 @@ def with_peers(rows: list[dict]) -> list[dict]:
 
 
 def section(files: dict[str, list[dict]], folder: Path) -> list[str]:
-    """All that one device has to tell in one folder."""
+    """The results of one device in one folder."""
     top = folder.resolve() == RESULTS.resolve()
     shown = {name: latest(files[name], *columns) for name, columns in LATEST.items()}
     shown["image"] = latest(with_peers(files["image"]), "model") if top else files["image"]
@@ -70,7 +70,7 @@ def section(files: dict[str, list[dict]], folder: Path) -> list[str]:
     if len(commands) > 1 and not top:
         commands = ["bench.everything"]
     days = ", ".join(sorted({row["date"][:10] for row in every}))
-    versions = (f"{column} {told(every, column)}" for column in
+    versions = (f"{column} {distinct(every, column)}" for column in
                 ("driver", "torch", "triton", "commit"))
     lines = [f"## {every[0]['device']}, {days}{'' if top else f' ({folder.name})'}", "",
              f"{' and '.join(f'`python -m {name}`' for name in commands)}; {', '.join(versions)}.",
@@ -81,7 +81,7 @@ def section(files: dict[str, list[dict]], folder: Path) -> list[str]:
 
 
 def page(folders: list[Path]) -> str:
-    """Everything that the results have to tell, as Markdown."""
+    """All results, as Markdown."""
     sections, counts = [], []
     for folder in folders:
         counts += read(folder / "launches.csv")
@@ -100,7 +100,7 @@ def page(folders: list[Path]) -> str:
 
 
 def unproven(rows: list[dict]) -> str:
-    """Why the checks of one run prove nothing; empty if they prove today's kernels."""
+    """Why the checks of one run prove nothing; empty if they prove the present kernels."""
     if wrong := [row for row in rows if row["ok"] != "True"]:
         return f"{len(wrong)} of {len(rows)} checks went wrong"
     wanted = {(case.kernel, case.label, str(dtype).removeprefix("torch."))
@@ -110,7 +110,7 @@ def unproven(rows: list[dict]) -> str:
     written = json.loads(proof.FILE.read_text()) if proof.FILE.exists() else {}
     row = written.get(rows[0]["capability"], {})
     if row.get("date") == rows[0]["date"] and row.get("kernels") == proof.fingerprint():
-        return ""  # written down already, and only comments may have changed since
+        return ""  # recorded already, and only comments may have changed since
     for (commit,) in groups(rows, "commit"):
         files = [f"kernels/{Path(family.__file__).name}" for family in (*proof.FAMILIES, launch)]
         command = ["git", "diff", "--quiet", commit.removesuffix("-dirty"), "--", *files]
@@ -121,8 +121,8 @@ def unproven(rows: list[dict]) -> str:
 
 
 def prove(rows: list[dict], write: bool) -> bool:
-    """Say of each GPU's capability whether its latest run proves the kernels there, and ``write``
-    down those that it does; whether all were."""
+    """Print for each compute capability whether its latest run proves the kernels; with ``write``,
+    record those that are proven. Returns whether all are."""
     rows = [row for row in rows if row["capability"] != "none"
             and "interpreter" not in row["device"]]
     right = bool(rows)

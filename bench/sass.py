@@ -1,9 +1,9 @@
-"""NVIDIA's machine code, read: what it takes, and whether it reads what nothing wrote.
+"""Reads NVIDIA's machine code: its resources, and whether it reads registers that nothing wrote.
 
-ptxas is a compiler too, and has faults. Release 12.8 drops a copy where two tiles of different
-widths follow each other at one place in shared memory: the second product then reads its tile at an
-address that nobody computed. A GPU shows it as wrong numbers or as an illegal access, now and then;
-the machine code shows it always.
+ptxas, NVIDIA's assembler, has bugs. Release 12.8 drops a copy where two tiles of different widths
+use the same shared memory one after the other: the second product then reads its tile from an
+uninitialised address. On a GPU the result is wrong numbers or an illegal access, only at times; the
+machine code always shows it.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 #     /*0a30*/              @!P0 HGMMA.64x64x16.F32 R24, gdesc[UR8], R24 ;
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?\S+\s+)?([A-Z]\w*\S*)\s*(.*?)\s*;", re.M)
-NO_RESULT = ("ST", "RED", "BRA", "EXIT")  # a first operand of these is read
+NO_RESULT = ("ST", "RED", "BRA", "EXIT")  # the first operand of these is read
 
 
 class Instruction(NamedTuple):
@@ -36,7 +36,7 @@ class Instruction(NamedTuple):
         for text in self.operands[len(self.writes()) > 0:]:
             for kind, first in re.findall(r"(g?desc\[)?UR(\d+)", text):
                 if kind == "gdesc[" and self.name.startswith("HGMMA"):
-                    # Of A and of B; of B alone where A lies in registers.
+                    # The descriptors of A and B; of B alone if A is in registers.
                     of_a = re.match(r"R\d", self.operands[1]) is None
                     found |= set(range(int(first) + 2 * (not of_a), int(first) + 4))
                 else:
@@ -56,10 +56,10 @@ def instructions(text: str) -> list[Instruction]:
 
 
 def unwritten(code: list[Instruction]) -> list[str]:
-    """The uniform registers that are read where, on some way from the beginning, nothing has
-    written them, each with the address of such a place."""
+    """Data flow analysis: the uniform registers that are read although, on some path from the
+    entry, nothing has written them; each with the address of such a read."""
     places = {x.address: i for i, x in enumerate(code)}
-    written: dict[int, set[int]] = {0: set()}  # on every way that leads to an instruction
+    written: dict[int, set[int]] = {0: set()}  # on every path to an instruction
     waiting = [0]
     while waiting:
         i = waiting.pop()
@@ -74,7 +74,7 @@ def unwritten(code: list[Instruction]) -> list[str]:
 
 
 def _next(i: int, code: list[Instruction], places: dict[int, int]) -> list[int]:
-    """Where an instruction may lead."""
+    """The successors of an instruction."""
     name, follows = code[i].name.split(".")[0], []
     if name == "BRA":
         target = re.search(r"0x([0-9a-f]+)", ",".join(code[i].operands))

@@ -1,7 +1,7 @@
-"""Every attention and norm of Stable Diffusion, as data: sizes, and how often a forward calls.
+"""Every attention and norm of Stable Diffusion: sizes, and the number of calls in a forward.
 
-SD1.5 at 512x512 and SD2.1 at 768x768, batch 2 (one picture with guidance); the VAE decodes one
-picture of 512x512. A test counts them in the models.
+SD1.5 at 512x512 and SD2.1 at 768x768, batch 2 (one image with guidance: uncond and cond); the VAE
+decodes one image of 512x512. A test counts them in the models.
 """
 
 from bench.attention import Attention
@@ -24,8 +24,8 @@ CROSS_ATTENTION = [shape._replace(keys=CONTEXT) for shape in SELF_ATTENTION]
 VAE_ATTENTION = [Attention("VAE", 1, 1, 4096, 4096, 512, calls=1)]
 
 BLOCKS = [(shape.model, shape.batch, shape.queries, shape.heads * shape.d, shape.calls)
-          for shape in SELF_ATTENTION]  # transformer blocks: L, C, and how many of these sizes
-# Of a block's three norms two have a sum in front: what an attention gave, and what it was given.
+          for shape in SELF_ATTENTION]  # transformer blocks: L, C, and their number
+# Two of a block's three norms follow a residual sum: x + attention(x).
 LAYER_NORMS = [LayerNorm(*sizes, calls * (1 + residual), residual)
                for *sizes, calls in BLOCKS for residual in (False, True)]
 GEGLUS = [Geglu(*sizes, 4 * channels, calls) for *sizes, channels, calls in BLOCKS]
@@ -42,7 +42,7 @@ VAE_NORMS = [  # channels, side, calls with SiLU, calls without
     (128, 512, 6, 0),
 ]
 
-# For Triton's interpreter: every kernel and every way through it, at sizes that take seconds.
+# For Triton's interpreter: every kernel and every branch of it, at sizes that take seconds.
 TINY_ATTENTION = [
     Attention("tiny", 2, 2, 37, 37, 40, calls=2, packed=True),  # one tile, two pieces
     Attention("tiny", 1, 2, 20, 131, 40, calls=1),  # more than one tile, ragged
@@ -68,17 +68,17 @@ def group_norms(model: str) -> list[GroupNorm]:
 
 
 def layouts(norms: list[GroupNorm]) -> list[GroupNorm]:
-    """The same in channels_last, which the fused model has alone, and in NCHW."""
+    """In channels_last, the only layout of the fused model, and in NCHW."""
     return [norm._replace(channels_last=last) for last in (True, False) for norm in norms]
 
 
 def attentions(shapes: list[Attention]) -> list[Attention]:
-    """The same with q, k and v apart, then in one projection."""
+    """With q, k and v apart, then in one projection."""
     return [shape._replace(packed=packed) for shape in shapes for packed in (False, True)]
 
 
 def full() -> list:
-    """Everything, what matters most first: time may run out."""
+    """All, the most important first: time may run out."""
     return [
         *attentions(SELF_ATTENTION[:1]), *attentions(CROSS_ATTENTION[:1]),
         *layouts(group_norms("SD1.5")), *LAYER_NORMS[:2], *GEGLUS[:1],
@@ -88,12 +88,12 @@ def full() -> list:
 
 
 def sd1() -> list:
-    """Those of a picture by SD1.5."""
+    """Those of an image by SD1.5."""
     return [case for case in full() if case.model in ("SD1.5", "VAE")]
 
 
 def small() -> list:
-    """What a CPU has the patience for: SD1.5 at 16x16 and 8x8."""
+    """Small enough for a CPU: SD1.5 at 16x16 and 8x8."""
     return [case for case in full() if case.model == "SD1.5" and case.pixels <= 256]
 
 

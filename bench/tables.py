@@ -1,6 +1,6 @@
-"""The tables of the page of results: rows of one kind in, lines of Markdown out.
+"""The tables of the results: from rows of one kind to lines of Markdown; from no rows, no lines.
 
-Every function returns nothing for no rows. bench/report.py puts the tables together.
+bench/report.py puts the tables together.
 """
 
 import re
@@ -11,7 +11,7 @@ from bench import shapes
 from bench.measure import OURS
 
 SHARE = "share of the limit"
-DECODING = ", decoding"  # ends a model's name in launches.csv where the decoder was counted
+DECODING = ", decoding"  # suffix of a model's name in launches.csv where the decoder was counted
 
 
 def groups(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
@@ -23,23 +23,23 @@ def groups(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
 
 
 def latest(rows: list[dict], *columns: str) -> list[dict]:
-    """Of each combination the rows of its last run: comparable, since one run has one date."""
+    """The rows of the last run of each combination; a run has one date."""
     return [row for group in groups(rows, *columns).values() for row in group
             if row["date"] == max(r["date"] for r in group)]
 
 
-def told(rows: list[dict], column: str) -> str:
+def distinct(rows: list[dict], column: str) -> str:
     return ", ".join(dict.fromkeys(row[column] for row in rows))
 
 
 def markdown(head: list[str], body: list[list[str]]) -> list[str]:
-    """A table and an empty line; nothing where there is no line to show."""
+    """A table and an empty line; nothing for an empty body."""
     lines = [head, ["---"] * len(head), *body]
     return [*("| " + " | ".join(line) + " |" for line in lines), ""] if body else []
 
 
 def missing(title: str, rows: list[dict], *columns: str) -> list[str]:
-    """Who or what is missing, by these columns, and why: each reason once."""
+    """What is missing, by these columns, and why; each reason once."""
     said = dict.fromkeys(
         f"{' '.join(row[c] for c in columns if row[c]) or 'everyone'} "
         f"({textwrap.shorten(row['note'], 120, placeholder=' ...')})" for row in rows)
@@ -47,7 +47,7 @@ def missing(title: str, rows: list[dict], *columns: str) -> list[str]:
 
 
 def number(text: str, digits: int = 3) -> str:
-    """So many digits, or all those before the point."""
+    """``digits`` significant digits, or all those before the point."""
     value = float(text)
     return f"{value:.0f}" if abs(value) >= 10**digits - 0.5 else f"{value:.{digits}g}"
 
@@ -77,12 +77,12 @@ def decibels(row: dict) -> str:
 
 
 def cell(rows: list[dict], what: str, show: Callable[[dict], str] = spread) -> str:
-    """What is said of the last row of that kind; nothing if there is none."""
+    """``show`` of the last row of that kind; empty if there is none."""
     return "".join([show(row) for row in rows if row["what"] == what and row["p50"]][-1:])
 
 
 def correctness(rows: list[dict]) -> list[str]:
-    """The checks against float64, in one line; and those that went wrong."""
+    """The checks against float64 in one line; then those that went wrong."""
     wrong = [row | {"note": row["note"] or "error {max_err}, {bound} allowed".format(**row)}
              for row in rows if row["ok"] != "True"]
     worst = {kernel: max(float(row["max_err"]) / float(row["bound"]) for row in mine)
@@ -96,7 +96,7 @@ def correctness(rows: list[dict]) -> list[str]:
 
 
 def kernels(rows: list[dict]) -> list[str]:
-    """A table a kernel, a line a size, then the sums; under it those who could not run."""
+    """A table for each kernel: a line for each size, then the sums; below it what could not run."""
     parts = []
     for (kernel,), mine in groups(rows, "kernel").items():
         timed = [row for row in mine if row["p50"]]
@@ -111,8 +111,8 @@ def kernels(rows: list[dict]) -> list[str]:
 
 
 def sums(rows: list[dict]) -> list[dict]:
-    """All GroupNorms of a forward, as rows like those of one size: who timed them all in one run
-    is given the sum of time x calls."""
+    """All GroupNorms of a forward, as rows like those of one size: the sum of time x calls, for
+    providers that timed all of them in one run."""
     forwards: dict[tuple, dict] = {}
     for case in shapes.full():
         if case.kernel == "group_norm_silu":
@@ -123,7 +123,7 @@ def sums(rows: list[dict]) -> list[dict]:
 
 
 def forward(name: str, calls: dict[str, int], rows: list[dict]) -> list[dict]:
-    """One run's sum over these sizes, by how often each is called."""
+    """One run's sum over these sizes, weighted by their calls."""
     found, ours = [], 0.0
     for mine in groups(rows, "provider").values():
         times = {row["shape"]: row for row in mine if row["metric"] == "time"}
@@ -146,8 +146,8 @@ def forward(name: str, calls: dict[str, int], rows: list[dict]) -> list[dict]:
 
 
 def kernel_line(rows: list[dict], peers: list[str]) -> list[str]:
-    """One size. The limit is what a time and its share of the limit come to; of an even number of
-    samples, whose medians are no sample, that is too much, and least so where they agree."""
+    """One size. The limit is the least of time x share over the providers: of an even number of
+    samples a median is the mean of two, which makes that product too large."""
     found = {(row["provider"], row["metric"].partition(" (")[0]): row for row in rows}
     shares = [(name, row) for (name, metric), row in found.items() if metric == SHARE]
     limit = min(float(found[name, "time"]["p50"]) * float(row["p50"]) for name, row in shares)
@@ -162,7 +162,7 @@ def kernel_line(rows: list[dict], peers: list[str]) -> list[str]:
     return line
 
 
-PICTURE = [  # column, the rows that it is from, what it says of them
+IMAGE = [  # column, the rows that it is from, what it says of them
     ("picture, s", "picture", spread), ("over fused", "picture over fused", ratio),
     ("PSNR", "picture", decibels), ("step, ms", "step", spread),
     ("over fused", "step over fused", ratio), ("error", "step", error),
@@ -172,33 +172,32 @@ PICTURE = [  # column, the rows that it is from, what it says of them
 ]
 
 
-def pictures(rows: list[dict]) -> list[str]:
-    """One model in one run: a line a provider. Whoever raced twice shows the last race; a ratio is
-    always of one race."""
+def images(rows: list[dict]) -> list[str]:
+    """One model in one run: a line for each provider, of its last race. A ratio is of one race."""
     drawn = [row for row in rows if row["what"] == "picture"]
     kind = next((row for row in drawn if row["p50"]), None)
     if kind is None:
         return []
     single = [row for row in rows if row["p50"] and row["dtype"] == kind["dtype"]
               and row["batch"] in ("", "1") and row["steps"] in ("", kind["steps"])]
-    body = [[provider, *(cell(mine, what, show) for _, what, show in PICTURE)]
+    body = [[provider, *(cell(mine, what, show) for _, what, show in IMAGE)]
             for (provider,), mine in groups(single, "provider").items()]
     untimed = [f"{row['provider']} in {row['dtype']}: the picture is {decibels(row)} from the "
                "exact one.\n" for row in drawn if not row["p50"]]
     return [f"**{kind['model']}**, {kind['steps']} steps, {kind['dtype']}, {kind['date'][:16]}:",
-            "", *markdown(["", *(head for head, *_ in PICTURE)], body), *untimed]
+            "", *markdown(["", *(head for head, *_ in IMAGE)], body), *untimed]
 
 
 def model(rows: list[dict]) -> list[str]:
     """One model in one run."""
     lost = [row | {"batch": row["batch"] and f"in batches of {row['batch']}"} for row in rows
             if row["what"] == "not run"]
-    return [*pictures(rows), *missing(f"{rows[0]['model']}, not run", lost, "provider", "batch"),
+    return [*images(rows), *missing(f"{rows[0]['model']}, not run", lost, "provider", "batch"),
             *throughput(rows), *changes(rows)]
 
 
 def throughput(rows: list[dict]) -> list[str]:
-    """Pictures a second by batch, and the memory."""
+    """Images a second by batch, and the memory."""
     rates = [row for row in rows if row["what"] == "pictures/s"]
     batches, body = groups(rates, "batch"), []
     for provider, steps in groups(rates, "provider", "steps"):
@@ -212,7 +211,7 @@ def throughput(rows: list[dict]) -> list[str]:
 
 
 def changes(rows: list[dict]) -> list[str]:
-    """The fused step with one thing changed at a time, beside itself."""
+    """The fused step with one change at a time, compared with itself."""
     note = re.compile("(?P<label>.*?); predicted (?P<gain>[^:]*)(: )?(?P<note>.*)")
     tried = [row | note.fullmatch(row["note"]).groupdict() for row in rows
              if row["what"].startswith("A/B ")]
@@ -232,7 +231,7 @@ def changes(rows: list[dict]) -> list[str]:
 
 
 def tune(rows: list[dict]) -> list[str]:
-    """The launch settings of each kernel, fastest first; today's, which is timed first, is bold."""
+    """The launch settings of each kernel, fastest first; the present one, timed first, is bold."""
     rows, body = [row | {"provider": re.sub(r"\w+=", "", row["provider"])} for row in rows], []
     for (kernel,), mine in groups([row for row in rows if row["p50"]], "kernel").items():
         cells = [f"{row['provider']} {number(row['p50'], 4)}" for row in
@@ -245,7 +244,7 @@ def tune(rows: list[dict]) -> list[str]:
 
 
 def launches(rows: list[dict]) -> list[str]:
-    """The counts, all models side by side: those of a step, then those of a decoding."""
+    """The counts of a step, then of a decoding; all models side by side."""
     parts = []
     for what, decodes in (("One denoise step with guidance", False), ("One decoding", True)):
         chosen = [row for row in rows if row["model"].endswith(DECODING) == decodes]

@@ -1,8 +1,8 @@
-"""How long a call takes, and how short it could be.
+"""How long a call takes, and the least time that the device allows.
 
 On a GPU a sample is the replay of a CUDA graph, timed by events: many calls, one after another on
 different inputs, so that no call finds its inputs in the cache and no launch waits for Python.
-Providers take turns, so that a clock that drifts drifts for all of them.
+Providers take turns, so that a drift of the GPU's clock affects all of them.
 """
 
 import math
@@ -15,19 +15,19 @@ import torch
 import triton
 from minisd_kernels.launch import Cost
 
-SAMPLE = {"cuda": 0.004, "cpu": 0.01}  # seconds, next to which reading the clock takes nothing
+SAMPLE = {"cuda": 0.004, "cpu": 0.01}  # seconds: reading the clock takes far less
 EXPONENTIALS = 16  # per multiprocessor and clock (CUDA C++ Programming Guide, throughput, 5.x-9.0)
 
 
 class Limits(NamedTuple):
-    """What the device can do in a second; ``exponentials`` is infinite where it is not known."""
+    """What the device can do in a second; ``exponentials`` is infinite if unknown."""
 
     flops: float
     bytes: float
     exponentials: float
 
     def floor(self, cost: Cost) -> tuple[float, str]:
-        """The seconds below which no version of a call can come, and what it waits for."""
+        """The least seconds of any version of a call (roofline), and which limit sets them."""
         times = {name: getattr(cost, name) / getattr(self, name) for name in self._fields}
         slowest = max(times, key=times.get)
         return times[slowest], slowest
@@ -45,7 +45,7 @@ class Spread(NamedTuple):
 
 
 def input_sets(device: torch.device, size: int) -> int:
-    """How many sets of inputs of ``size`` bytes in all outgrow the cache three times."""
+    """The number of input sets, of ``size`` bytes each, that fill the cache three times."""
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -53,9 +53,9 @@ def input_sets(device: torch.device, size: int) -> int:
 
 
 def sampler(calls: list[Callable], device: torch.device) -> Callable[[], float]:
-    """A function that runs all calls, often enough, and says the seconds of one.
+    """A function that runs all calls, often enough, and returns the seconds of one.
 
-    The calls should have been made before: compiled, and warm. Raises whatever they do.
+    The calls must be warm: compiled. Raises what they raise.
     """
     once = _graph(calls) if device.type == "cuda" else lambda: [call() for call in calls]
     clock = _events if device.type == "cuda" else _wall
@@ -65,7 +65,7 @@ def sampler(calls: list[Callable], device: torch.device) -> Callable[[], float]:
 
 def _graph(calls: list[Callable]) -> Callable[[], None]:
     """All calls as one CUDA graph."""
-    side = torch.cuda.Stream()  # as torch asks for: what a first call sets up is not captured
+    side = torch.cuda.Stream()  # as torch requires: the set-up of a first call is not captured
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls:
@@ -74,9 +74,9 @@ def _graph(calls: list[Callable]) -> Callable[[], None]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = [call() for call in calls]  # all at once, or every result would be in one place
+        kept = [call() for call in calls]  # all kept, or every result would have the same address
     del kept
-    graph.replay()  # the first one carries the graph to the device
+    graph.replay()  # the first replay uploads the graph
     return graph.replay
 
 
@@ -98,7 +98,7 @@ def _wall(once: Callable, repeat: int) -> float:
 
 
 def interleave(samplers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """``rounds`` samples of each, in turns; every other round backwards."""
+    """``rounds`` samples of each, in turns; every second round in reverse order."""
     times: dict[str, list[float]] = {name: [] for name in samplers}
     for i in range(rounds):
         for name in list(samplers)[:: -1 if i % 2 else 1]:
@@ -116,7 +116,7 @@ def limits(device: torch.device) -> Limits:
     y = torch.empty_like(x)
     product, copy = (
         Spread.of([sample() for _ in range(10)]).p50
-        # Not copy_: in a graph that is left to the copy engine, which is slower than a kernel.
+        # Not copy_: in a graph the copy engine does it, which is slower than a kernel.
         for sample in (sampler([lambda: a @ b], device),
                        sampler([lambda: torch.neg(x, out=y)], device))
     )

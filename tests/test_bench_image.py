@@ -31,7 +31,7 @@ def meta(*shape: int) -> torch.Tensor:
 
 
 A, B = meta(4, 8), meta(8, 3)
-BY_HAND = {  # what is done, launches, elements moved, FLOPs
+BY_HAND = {  # the operation, launches, elements moved, FLOPs
     "a product": (lambda: A @ B, 1, 32 + 24 + 12, 2 * 4 * 8 * 3),
     "views and allocations": (lambda: A.T[1:].chunk(2)[0].unsqueeze(1).new_empty(9), 0, 0, 0),
     "a view counts what it shows": (lambda: A[:, :2] * 2, 1, 8 + 8, 0),
@@ -74,7 +74,7 @@ def test_attention_counts_as_its_flash_form():
     assert seen.total.flops == 4 * 2 * 3 * 5 * 7 * 8
 
 
-def test_what_has_memory_is_not_counted():
+def test_tensors_with_memory_are_not_counted():
     from minisd_kernels.launch import Call
 
     with Launches() as seen, pytest.raises(ValueError, match="meta"):
@@ -101,11 +101,11 @@ def test_readable_step(step):
 
 def test_what_is_made_once_is_not_counted(step):
     fused = FusedUNet(step.unet(TORCH), PLAIN)
-    anew, once = step.count(step.anew(fused)), step.count(step.once(fused))
-    for name in anew.names | once.names:
-        assert anew.names[name] >= once.names[name], name
-    assert anew.names["mm"] - once.names["mm"] == len(fused.attentions)
-    assert (anew.names["cos"], once.names["cos"]) == (1, 0)
+    every, once = step.count(step.anew(fused)), step.count(step.once(fused))
+    for name in every.names | once.names:
+        assert every.names[name] >= once.names[name], name
+    assert every.names["mm"] - once.names["mm"] == len(fused.attentions)
+    assert (every.names["cos"], once.names["cos"]) == (1, 0)
     around, graph = step.replay(fused)
     around = step.count(around).total
     assert graph.launches == 1 and graph.bytes == once.total.bytes and around.launches == 4
@@ -150,12 +150,12 @@ def test_every_call_has_a_time_and_an_error(run):
         assert mine["pictures/s", "2"]["steps"] == "1"
 
 
-def test_who_cannot_run_is_named_with_a_reason(run):
+def test_providers_that_cannot_run_have_a_reason(run):
     reasons = {r["provider"]: r["note"] for r in run if r["what"] == "not run"}
     assert "GPU" in reasons["minisd triton"] and "--compile" in reasons["diffusers compiled"]
 
 
-def test_a_wrong_picture_shows():
+def test_a_wrong_image_shows():
     contest = Contest(models.full("small", SMALL, 1), CPU, torch.float32, lambda row: None)
     near = contest.errors("picture", contest.exact["picture"] + 0.1)
     assert near == {"max_err": "0.1", "psnr": "20.0"}
@@ -178,7 +178,7 @@ def test_a_failure_becomes_a_row():
         ("broken", "not run", "RuntimeError: no luck")]
 
 
-def test_a_limit_passes_through_whatever_catches_exceptions():
+def test_a_time_limit_is_not_caught_as_an_exception():
     with pytest.raises(OutOfTime, match="up"), limited(0.05, "up"):
         while True:
             try:
@@ -196,7 +196,7 @@ def test_clock_and_memory():
     assert sample() >= 0.001 and len(calls) > before
     memory = Memory(CPU)
     if not memory.base:
-        pytest.skip("this system does not tell how large a process is")
+        pytest.skip("this system does not report the size of a process")
     kept = torch.ones(2**24)
     grown = memory.growth()["memory"]
     assert grown >= 0.9 * kept.nbytes

@@ -1,4 +1,4 @@
-"""bench.kernels as far as it goes without a GPU: the command interpreted, its sizes, its check."""
+"""bench.kernels without a GPU: the command in Triton's interpreter, its sizes, its check."""
 
 import csv
 import math
@@ -41,7 +41,7 @@ def read(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """Both ways to run it at once, each in a process with the flag: the files they left."""
+    """Run it in both ways at once, each in a process with the flag: their files and output."""
     ways = {"bench": ["--compile-minutes", "0"],
             "tune": ["--tune", "--only", "tiny 1x6x5x5"]}
     folders = {way: tmp_path_factory.mktemp(way) for way in ways}
@@ -85,7 +85,7 @@ def test_every_provider_has_a_row_or_a_reason(interpreted):
 
 
 def test_the_padded_variant_is_the_same_function(interpreted):
-    """It is timed as a peer, so it has to be right: one piece, d and more wide."""
+    """It is timed as a peer, so it must be right: one piece, at least d wide."""
     rows = read(interpreted[0]["bench"] / "kernels.csv")
     padded = [r for r in rows if r["provider"] == "minisd padded" and r["metric"] == "time"]
     assert len(padded) == 2 and all(float(row["max_err"]) < 0.002 for row in padded)
@@ -136,7 +136,7 @@ def counted(calls: list[Call]) -> Counter:
 
 
 def as_calls(cases: list) -> Counter:
-    """The same from the table."""
+    """The calls in the table."""
     found = Counter()
     for case in cases:
         if case.kernel == "attention":
@@ -160,8 +160,7 @@ def test_sizes_are_those_of_the_unet(model, config):
 
 @pytest.mark.parametrize("model, config", [("SD1.5", SD1), ("SD2.1", SD2_V)])
 def test_rows_are_those_of_the_fused_unet(model, config, monkeypatch):
-    """Before the first cross-attention guidance is one half: there the batch is 1, and nowhere
-    else."""
+    """Before the first cross-attention uncond and cond are equal: the batch is 1 there only."""
     norms, geglus = Counter(), Counter()
     monkeypatch.setattr(launch, "run", lambda calls: [count(call) for call in calls])
 
@@ -222,7 +221,7 @@ def test_compiling_stops_when_its_budget_is_spent():
 # --- the check
 
 
-def test_what_is_not_written_is_seen():
+def test_unwritten_elements_are_nan():
     with poisoned():
         assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(2, 2).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
@@ -245,9 +244,9 @@ def test_nan_and_infinity_never_pass():
 
 
 def test_equality_in_processes_ends_with_its_time():
-    """Every size is a row, from whichever process; what is cut off is not right."""
+    """Every size is a row, from any process; checks that are cut off count as wrong."""
     rows, cases = [], [SMALL, NORM, SMALL._replace(keys=5)]
-    assert not equality(cases, CPU, [torch.float32], rows.append, workers=2)  # no GPU: refused
+    assert not equality(cases, CPU, [torch.float32], rows.append, workers=2)  # no GPU: ValueError
     assert sorted(row["shape"] for row in rows) == sorted(case.label for case in cases)
     assert all("run on a GPU" in row["note"] and row["ok"] is False for row in rows)
     for workers in (0, 1):

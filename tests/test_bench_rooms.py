@@ -1,4 +1,4 @@
-"""The rooms of bench.kernels one by one: times and rows, the files, the plot, tuning."""
+"""The parts of bench.kernels: times and rows, the files, the plot, tuning."""
 
 import contextlib
 import csv
@@ -58,7 +58,7 @@ def test_providers_take_turns():
 
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_a_sample_is_the_seconds_of_one_call(device, monkeypatch):
-    """torch.cuda is a stand-in here: it proves that the lines run, and the arithmetic."""
+    """torch.cuda is a mock here: the lines run, and the arithmetic is right."""
     done, replays = [], []
     if device == GPU:
         stream = SimpleNamespace(wait_stream=lambda other: None)
@@ -71,8 +71,8 @@ def test_a_sample_is_the_seconds_of_one_call(device, monkeypatch):
             "CUDAGraph": lambda: SimpleNamespace(replay=lambda: replays.append(1)),
             "Event": lambda enable_timing: replays.clear() or event,
         }
-        for name, stand_in in cuda.items():
-            monkeypatch.setattr(f"torch.cuda.{name}", stand_in)
+        for name, mock in cuda.items():
+            monkeypatch.setattr(f"torch.cuda.{name}", mock)
     sample = timing.sampler([lambda: done.append(0), lambda: done.append(1)], device)
     assert done == [0, 1] * (2 if device == GPU else 1)  # a warm-up and the capture; a first run
     seconds = sample()
@@ -102,7 +102,7 @@ def test_exponentials_are_counted_by_multiprocessor_and_clock(monkeypatch):
 # --- the files
 
 
-def test_files_are_only_ever_added_to(tmp_path):
+def test_rows_are_appended_to_files(tmp_path):
     path = tmp_path / "results" / "a.csv"
     record.append(path, ["x", "y"], [{"x": 1, "y": "two, three"}])
     before = path.read_text()
@@ -116,7 +116,7 @@ def test_files_are_only_ever_added_to(tmp_path):
         record.append(path, ["x", "y"], [{"w": 1}])
 
 
-def test_two_trees_are_refused(tmp_path, monkeypatch):
+def test_two_trees_are_rejected(tmp_path, monkeypatch):
     record.refuse_two_trees()
     monkeypatch.setattr(record.minisd, "__file__", str(tmp_path / "minisd" / "__init__.py"))
     with pytest.raises(SystemExit, match="not from one tree but from"):
@@ -146,15 +146,15 @@ def test_the_plot(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     pytest.importorskip("matplotlib")
     assert plot.plot([], tmp_path, machine) == "no plot: nothing was timed"
-    picture = tmp_path / "attention-2026-01-02T030405Z.png"
-    assert plot.plot(rows, tmp_path, machine) == f"drawn: {picture}"
-    assert picture.read_bytes()[1:4] == b"PNG"
+    path = tmp_path / "attention-2026-01-02T030405Z.png"
+    assert plot.plot(rows, tmp_path, machine) == f"drawn: {path}"
+    assert path.read_bytes()[1:4] == b"PNG"
 
 
 # --- tuning
 
 
-def test_what_is_listed_is_whole_and_for_a_setting_of_today():
+def test_listed_settings_are_complete_and_new():
     for name, settings in tune.SETTINGS.items():
         kernel, size = name.rsplit(" ", 1)
         today = launch.DEFAULT[kernel, int(size)]
@@ -180,8 +180,8 @@ def test_every_setting_of_half_precision_is_tuned():
     assert {" ".join(map(str, key)) for key in served} == set(tune.SETTINGS)
 
 
-def test_a_candidate_that_fails_is_written_down_and_passed_over(monkeypatch, capsys):
-    """Out of resources, a compiler's error, a wrong result: none ends the rest."""
+def test_a_candidate_that_fails_is_recorded_and_skipped(monkeypatch, capsys):
+    """Out of resources, a compiler's error, a wrong result: the others are still timed."""
     first, good, bad = (launch.Tile(*t) for t in ((64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 4, 2)))
     monkeypatch.setattr(tune, "candidates", lambda key, device: [first, bad, good])
     monkeypatch.setattr(tune, "wrong", lambda key, setting, cases, setup: (
@@ -201,7 +201,7 @@ def test_a_candidate_that_fails_is_written_down_and_passed_over(monkeypatch, cap
 
 
 def test_why_a_candidate_is_wrong():
-    """On a CPU the kernel refuses, and that is the reason."""
+    """On a CPU the kernel raises ValueError, and that is the reason."""
     setup = tune.Setup(CPU, torch.float16, 2)
     *_, why = tune.wrong(("one tile", 16), launch.Tile(16, 16, 1, 1), [SMALL], setup)
     assert why.startswith("ValueError: flash_attention: the tensors are on cpu")

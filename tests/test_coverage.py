@@ -10,7 +10,7 @@ from minisd.clip import TextEncoder
 from minisd.config import SD1, Config
 from minisd.coverage import coverage
 from minisd.ops import REFERENCE, choose, watch
-from minisd.unet import Attention
+from minisd.transformer import Attention
 from minisd.vae import VAE
 
 META = torch.device("meta")  # the kernels' checks are those of a GPU there; nothing is launched

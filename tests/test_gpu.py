@@ -187,7 +187,7 @@ def test_fused_decoder(dtype):
 
 
 @pytest.mark.parametrize("ops", ["triton", "fused"])
-def test_picture_in_float16(ops):
+def test_image_in_float16(ops):
     """The shipped model's."""
     with torch.device("cpu"):  # where noise is drawn
         ask = dict(prompt="a red heart", seed=0, num_inference_steps=20, output_type="pt")
@@ -211,7 +211,7 @@ def test_a_graph_outlives_the_workspaces_of_others():
     assert torch.equal(first, again) and not room.any()
 
 
-def test_threads_draw_their_own_pictures():
+def test_threads_draw_their_own_images():
     with torch.device("cpu"):
         sd = minisd.load(device="cuda", dtype="float16", ops="fused")
 

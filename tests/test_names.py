@@ -169,4 +169,4 @@ def test_nothing_else_is_dropped(name):
 def test_no_official_tensor_looks_like_another_model():
     for config in (SD1, SD2):
         for part in official_shapes(config).values():
-            assert names.refused(list(part)) is None
+            assert names.rejected(list(part)) is None

@@ -184,7 +184,7 @@ LINES = [
     (["x", "--size", "1000000x64"], 2, "from 4 to 8192 pixels"),
     (["x", "--size", f"{10**20}x64"], 2, "nearest valid: 8192"),
     (["x", "--image", "start.png", "--strength", "0.01"], 2, "must be at least 1"),
-    (["x", "--image", "text.png"], 2, "text.png is not a picture"),
+    (["x", "--image", "text.png"], 2, "text.png is not an image"),
     (["x", "--image", "start.png", "--mask", "https://example.com/a.png"], 2, "is an address"),
     (["x", "--image", "none.png"], 3, "none.png"),
     (["x", "--image", "."], 5, "."),

@@ -1,4 +1,4 @@
-"""bench.report: what the page shows of rows as the other commands write them; what is proven."""
+"""bench.report: the page that it makes from the other commands' rows, and what it calls proven."""
 
 import json
 import shutil
@@ -49,12 +49,12 @@ def drawn() -> list[dict]:
         del contest.entered[COMPILED]
         contest.batches([2], 1, 2, lambda: False)
 
-        def refuse(model):
+        def fail(model):
             raise RuntimeError("no luck: none")
 
         inside.try_all(contest, lambda: False, [
             inside.CHANGES[0], inside.Change("another way", "0.5 to 1", lambda m: nullcontext()),
-            inside.Change("a bad one", "2", refuse)])
+            inside.Change("a bad one", "2", fail)])
     return rows
 
 
@@ -69,7 +69,7 @@ def test_a_model_is_a_table_a_line_a_provider(drawn, tmp_path):
         cells = line(text, provider)
         for at, what in ((1, "picture over fused"), (4, "step over fused")):
             assert float(cells[at]) == pytest.approx(float(last[provider, what]["p50"]), rel=0.03)
-    # Fused raced twice, and held memory in batches too: shown are its last race, and one picture's.
+    # Fused raced twice, and held memory in batches too: its last race and one image's memory show.
     assert line(text, FUSED)[3].startswith(report.tables.middle(last[FUSED, "step"]))
     held, = (row for row in drawn if (row["provider"], row["what"], row.get("batch")) ==
              (FUSED, "memory", 1))
@@ -104,7 +104,7 @@ def test_kernels_stand_beside_their_peers(tmp_path):
 
 
 def test_the_group_norms_of_a_forward_are_summed(tmp_path):
-    """By their calls; of those alone who were timed at every size of one run."""
+    """Weighted by their calls; only of providers that were timed at every size of one run."""
     limits = timing.Limits(1e30, 1e12, 1e30)
     norms = [norm for norm in shapes.layouts(shapes.group_norms("VAE")) if norm.channels_last]
     for i, norm in enumerate(norms):
@@ -123,7 +123,7 @@ def test_the_group_norms_of_a_forward_are_summed(tmp_path):
 
 
 def test_kernels_that_do_not_run_leave_their_peers(tmp_path):
-    """A real one, on the CPU."""
+    """A real run, on the CPU."""
     case = shapes.TINY_ROWS[0]
     measured = measure.measure(case, CPU, torch.float32, Compiler(0), 2)
     write(tmp_path, "kernels", record.COLUMNS, measure.rows(measured, timing.Limits(1e9, 1e9, 1e9)))
@@ -131,7 +131,7 @@ def test_kernels_that_do_not_run_leave_their_peers(tmp_path):
     assert cells[1:4] == ["", "", ""] and "x" not in cells[4]
 
 
-def test_settings_are_sorted_and_todays_is_bold(tmp_path):
+def test_settings_are_sorted_and_the_present_one_is_bold(tmp_path):
     times = {str(launch.Norm(2048, 1, 4)): "12345", str(launch.Norm(64, 1, 4)): "900"}
     rows = [{"kernel": "geglu 0", "provider": "Norm(groups=9)", "metric": "not timed", "note": "w"}]
     rows += [{"kernel": "geglu 0", "provider": setting, "p50": time, "unit": "us"}
@@ -178,7 +178,7 @@ def test_of_the_results_themselves_the_latest_comparison_is_shown(drawn, tmp_pat
 
 
 def checks(**changed) -> list[dict]:
-    """The rows of equality.csv when all is right; the first one changed."""
+    """The rows of equality.csv when all is right, with the first one changed."""
     rows = [{"kernel": case.kernel, "shape": case.label, "dtype": str(dtype)[6:], "max_err": "0.5",
              "torch_err": "0.4", "bound": "1", "ok": True}
             for case, dtype in to_check(shapes.full(), launch.DTYPES)]
@@ -224,7 +224,7 @@ def test_a_run_without_a_fault_proves(tree, capsys, monkeypatch):
     write(tree[0] / "r", "equality", record.EQUALITY, checks(), tree[1])
     assert prove(tree) == 0 and not proof.FILE.exists()
     assert f"9.0, {MACHINE['date']}: proven by 429 checks" in capsys.readouterr().out
-    for _ in range(2):  # the file that is written is no change of the kernels
+    for _ in range(2):  # writing the file does not change the kernels
         assert prove(tree, "--prove") == 0
     row = {key: tree[1][key] for key in ("device", "torch", "triton", "commit", "date")}
     assert json.loads(proof.FILE.read_text()) == {
@@ -259,7 +259,7 @@ def test_other_kernels_are_not_proven(tree, capsys, commit):
     assert f"the kernels have changed since commit {commit or tree[1]['commit']}" in said
 
 
-def test_a_dirty_tree_is_known_by_its_commit(tree):
+def test_a_dirty_tree_is_compared_with_its_commit(tree):
     write(tree[0] / "r", "equality", record.EQUALITY, checks(),
           tree[1] | {"commit": tree[1]["commit"] + "-dirty"})
     assert prove(tree, "--prove") == 0
@@ -273,6 +273,6 @@ def test_only_a_gpu_is_proven(tree, changed):
 
 
 def test_the_page_is_of_the_results_at_hand():
-    """Whoever adds results runs the command again."""
+    """To add results, run the command again."""
     folders = [report.RESULTS, *sorted(report.RESULTS.glob("*/"))]
     assert report.page(folders) == (report.ROOT / "bench" / "RESULTS.md").read_text()

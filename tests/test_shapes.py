@@ -153,6 +153,7 @@ def test_the_loop():
     def run():
         model("a heart", **call, **grey)
         inpaint("a heart", **call, **grey)
+        model("a heart", image=grey["image"], **call)
         model(["a heart", "a boat"], output_type="np", guidance_scale=1.0, **call)
         with pytest.raises(ArithmeticError):
             broken("a heart", **call)
