@@ -31,16 +31,8 @@ from minisd_kernels.packed import Conv, Linear
 from torch import Tensor, nn
 
 from minisd import vae
-from minisd.unet import (
-    GEGLU,
-    Downsample,
-    ResBlock,
-    Transformer,
-    TransformerBlock,
-    UNet,
-    Upsample,
-    timestep_embedding,
-)
+from minisd.transformer import GEGLU, SpatialTransformer, TransformerBlock
+from minisd.unet import Downsample, ResBlock, UNet, Upsample, timestep_embedding
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -117,9 +109,9 @@ class Res(nn.Module):
 
 
 class Attn(nn.Module):
-    """Transformer: self-attention, cross-attention, feed-forward, each added to its input."""
+    """SpatialTransformer: self-attention, cross-attention and feed-forward, each with its sum."""
 
-    def __init__(self, module: Transformer, bodies: Bodies):
+    def __init__(self, module: SpatialTransformer, bodies: Bodies):
         super().__init__()
         (block,) = of_kind(TransformerBlock, module.transformer_blocks)
         self.bodies, self.heads = bodies, block.attn1.heads
@@ -215,7 +207,7 @@ class FusedUNet:
         self.graphs = Graphs()  # recorded steps, by size; clear it to free their memory
         blocks = of_kind(ResBlock, unet.modules())
         res = {m: Res(m, bodies) for m in blocks}
-        attn = {m: Attn(m, bodies) for m in of_kind(Transformer, unet.modules())}
+        attn = {m: Attn(m, bodies) for m in of_kind(SpatialTransformer, unet.modules())}
         self.attentions = [*attn.values()]
 
         self.time_embedding = unet.time_embedding
@@ -231,7 +223,7 @@ class FusedUNet:
         def layers(level: nn.Module) -> list[Pair]:
             """The res blocks of a level, and of the middle, each with the attention after it."""
             resnets = of_kind(ResBlock, level.modules())
-            attentions = of_kind(Transformer, level.modules())
+            attentions = of_kind(SpatialTransformer, level.modules())
             return [(res[r], attn.get(a)) for r, a in zip_longest(resnets, attentions)]
 
         # The way down to the middle's first block: each of these writes what it is given as a skip.

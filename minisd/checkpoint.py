@@ -1,8 +1,8 @@
-"""Weights from a file or folder into a model: recognised, checked to the last name, then copied.
+"""Weights from a file or folder into a model: recognised, checked name by name, then copied.
 
 ``open_checkpoint`` reads headers and configs and says what the weights are; ``check`` compares
-them with a model; ``fill`` moves them in. Nothing that a file holds is ever executed, and no
-tensor is passed over: each is used, dropped by a rule in names.py, or an error.
+them with a model; ``fill`` copies them into it. Nothing in a file is ever executed. Every tensor is
+used, or dropped by a rule in names.py, or an error.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from minisd import hub, names
 from minisd.config import PREDICTION_TYPES, Config
 from minisd.diffusers_config import SCHEDULER, JsonFile, read_config, read_schedule, read_vae
 from minisd.errors import WeightError
-from minisd.recognise import find_prediction, recognise, refuse, settle
+from minisd.recognise import find_prediction, recognise, reject, resolve
 from minisd.safetensors_file import (
     DTYPES,
     TO_CONVERT,
@@ -32,7 +32,7 @@ from minisd.safetensors_file import (
     read_tensor,
 )
 
-READERS = 2  # threads that copy, as much as one disk or one memory bus has use for
+READERS = 2  # threads that copy; more are no faster with one disk or one memory bus
 SHOWN = 5  # how many names an error lists
 
 # What a folder's model_index.json may say, and the stem of each part's weight file.
@@ -162,7 +162,7 @@ def _open_file(
     path: Path, config: Config | str | PathLike | None, prediction_type: str | None
 ) -> Checkpoint:
     tensors, folder, source = read_header(path), None, "given by the caller"
-    refuse(path, tensors)
+    reject(path, tensors)
     if isinstance(config, Config):
         prediction_type = prediction_type or config.schedule.prediction_type
     elif config is not None:
@@ -172,7 +172,7 @@ def _open_file(
         config = recognise(path, tensors)
     if prediction_type is None:
         prediction_type, source = find_prediction(path, folder, config, tensors)
-    config = settle(config, prediction_type)
+    config = resolve(config, prediction_type)
     parts = _assign(tensors, names.single_file(config), names.SINGLE_FILE_PREFIXES, config)
     return Checkpoint(path, "single file", config, source, _tokenizer(folder), parts)
 
@@ -203,7 +203,7 @@ def _open_folder(folder: Path, prediction_type: str | None) -> Checkpoint:
     for part, rows in names.folder(config).items():
         tensors = _folder_tensors(folder / part, STEMS[part])
         parts |= _assign(tensors, {part: rows}, {"": part}, config)
-    config = settle(config, prediction_type)
+    config = resolve(config, prediction_type)
     return Checkpoint(folder, "folder", config, source, _tokenizer(folder), parts)
 
 

@@ -1,6 +1,6 @@
 """Which of a UNet's attentions and GroupNorms a kernel takes, and why not the others.
 
-The UNet is built and run without memory (torch's "meta" device), so this costs milliseconds for a
+The UNet is built and run without memory (torch's "meta" device), so this takes milliseconds for a
 model of any size and needs no GPU.
 """
 
@@ -17,7 +17,7 @@ def coverage(
 ) -> list[Call]:
     """Every call that one forward makes of ``ops``, in order.
 
-    ``height`` and ``width`` are those of the latent; ``batch`` is 2 for one picture with guidance.
+    ``height`` and ``width`` are those of the latent; ``batch`` is 2 for one image with guidance.
     """
     calls: list[Call] = []
     with torch.device("meta"):

@@ -1,9 +1,9 @@
 """A folder of diffusers JSON files, read as a Config: known fields, in known ranges.
 
 An absent field has the default of the class that the file configures (UNet2DConditionModel,
-AutoencoderKL, CLIPTextModel, DDIMScheduler). A field that would make another function of the model
-is refused unless it has the value that minisd computes. All others are ignored: training tools
-leave much behind, and how to sample is the caller's choice.
+AutoencoderKL, CLIPTextModel, DDIMScheduler). A field that changes the function of the model is
+rejected unless it has the value that minisd computes. All others are ignored: training tools leave
+many in the files, and how to sample is the caller's choice.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from minisd.config import (
     VAEConfig,
 )
 from minisd.errors import WeightError
-from minisd.names import REFUSED_INPUTS
+from minisd.names import REJECTED_INPUTS
 from minisd.safetensors_file import parse_json
 
 SCHEDULER = Path("scheduler", "scheduler_config.json")
@@ -91,7 +91,7 @@ class JsonFile:
         return tuple(values)
 
     def fixed(self, table: dict) -> None:
-        """Refuse any field of the table that has another value; a list must repeat the value."""
+        """Reject any field of the table that has another value; a list must repeat the value."""
         for name, want in table.items():
             value = self.fields.get(name, want)
             values = value if isinstance(value, list) else [value]
@@ -161,8 +161,8 @@ def _text(folder: Path) -> TextConfig:
 def _unet(folder: Path) -> UNetConfig:
     file = JsonFile(folder / "unet" / "config.json")
     inputs = file.whole("in_channels", 4, 1, 1024)
-    if inputs in REFUSED_INPUTS:
-        raise WeightError(f"{folder} is {REFUSED_INPUTS[inputs]}")
+    if inputs in REJECTED_INPUTS:
+        raise WeightError(f"{folder} is {REJECTED_INPUTS[inputs]}")
     file.fixed(UNET_FIXED)
     widths = file.levels("block_out_channels", (320, 640, 1280, 1280))
     default = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -187,7 +187,7 @@ def _unet(folder: Path) -> UNetConfig:
 def _heads(
     file: JsonFile, widths: tuple[int, ...], attends: tuple[bool, ...]
 ) -> tuple[int, ...]:
-    # Despite its name the field is the number of heads: an old slip that every folder repeats.
+    # Despite its name the field is the number of heads: an old mistake that every folder repeats.
     value = file.fields.get("attention_head_dim", 8)
     heads = tuple(value) if isinstance(value, list) else (value,) * len(widths)
     fits = len(heads) == len(widths) and all(map(_is_width, heads))

@@ -1,6 +1,6 @@
-"""Where pictures meet the disk: files become tensors; tensors become PNGs that know their origin.
+"""Images between disk and model: files to tensors, and tensors to PNGs that hold their settings.
 
-A picture is read once, as RGB, and refused with one sentence when it cannot be. A picture is
+An image is read once, as RGB; one that cannot be read is rejected with one sentence. An image is
 written whole or not at all, and carries the settings that made it.
 """
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Source = str | os.PathLike | Image.Image
-# Named, because Pillow would otherwise try all it knows, and for EPS it runs Ghostscript.
+# Listed, because otherwise Pillow tries all the formats it knows, and for EPS it runs Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def open_image(source: Source) -> Image.Image:
     """A path or a PIL image -> a PIL image in RGB: the first frame, turned upright, over white.
 
-    Raises ImageError for what is no picture, is damaged, or has too many pixels (Pillow's limit,
+    Raises ImageError for what is no image, is damaged, or has too many pixels (Pillow's limit,
     ``PIL.Image.MAX_IMAGE_PIXELS``); FileNotFoundError for no file; TypeError for anything else.
     """
     if isinstance(source, Image.Image):
-        with _decoding("the picture", FORMATS):
-            return _to_rgb(source, "the picture")
+        with _decoding("the image", FORMATS):
+            return _to_rgb(source, "the image")
     if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"a picture is a path or a PIL image, not {type(source).__name__}")
+        raise TypeError(f"an image is a path or a PIL image, not {type(source).__name__}")
     if str(source).startswith("data:") or "://" in str(source):
-        raise ImageError(f"{str(source)[:80]} is an address: download the picture, pass its path")
+        raise ImageError(f"{str(source)[:80]} is an address: download the image, pass its path")
     with open(source, "rb") as file, _decoding(source, FORMATS):
         return _to_rgb(Image.open(file, formats=FORMATS), source)
 
@@ -59,7 +59,7 @@ def _decoding(name: str | os.PathLike, formats: tuple[str, ...]) -> Iterator[Non
             raise ImageError(f"{name} has more than {limit}: make it smaller first") from None
         except UnidentifiedImageError:
             kinds = " or ".join(formats)
-            raise ImageError(f"{name} is not a picture in {kinds}: convert it first") from None
+            raise ImageError(f"{name} is not an image in {kinds}: convert it first") from None
         except Exception as error:  # Pillow's decoders raise a dozen types, down to struct.error
             raise ImageError(f"{name} is damaged or cut short ({error})") from error
 
@@ -71,7 +71,7 @@ def _to_rgb(image: Image.Image, name: str | os.PathLike) -> Image.Image:
     if image.mode == "F":
         raise ImageError(f"{name} has float pixels, of unknown range: save it with 8 bits")
     if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16 bits to 8, which turns a grey picture white.
+        # Pillow's own conversion clips 16 bits to 8, which turns a grey image white.
         grey = np.asarray(image).clip(0, 65535) / 257
         image = Image.fromarray(grey.round().astype(np.uint8))
     if image.has_transparency_data:
@@ -91,8 +91,8 @@ def mask_to_tensor(source: Source, width: int, height: int) -> "Tensor":
 
 
 def _grid(source: Source, mode: str, width: int, height: int) -> "Tensor":
-    """(1, C, height, width) in [0, 1]; resized before it turns grey, as in diffusers."""
-    import torch  # here, so that looking at a PNG's settings need not wait for it
+    """(1, C, height, width) in [0, 1]; resized before it is turned grey, as in diffusers."""
+    import torch  # not above: `minisd info` need not wait for it
 
     resized = open_image(source).resize((width, height), Image.Resampling.LANCZOS)
     pixels = np.array(resized.convert(mode))

@@ -79,7 +79,9 @@ def start(
         return Start(noise.draw() if r.latents is None else r.latents.to(noise.like))
     knows_masks = r.config.unet.in_channels != r.config.vae.latent_channels
     pure_noise = mask is not None and r.strength == 1.0
-    x0 = None if pure_noise and knows_masks else encode(image, noise.draw())  # (B, 4, h, w)
+    x0 = None
+    if not pure_noise or not knows_masks:
+        x0 = encode(image, noise.draw())                                     # (B, 4, h, w)
     x = eps = noise.draw() if r.latents is None else r.latents.to(noise.like)
     if x0 is not None and not pure_noise:
         # Image to image is SDEdit (Meng et al. 2021, https://arxiv.org/abs/2108.01073): add noise
@@ -93,4 +95,5 @@ def start(
     # An inpainting UNet sees the mask and the latent of the masked image at every step.
     masked_image = encode(image * (1 - mask), noise.draw())                  # (B, 4, h, w)
     small = F.interpolate(mask, size=x.shape[-2:]).expand(len(x), -1, -1, -1)
-    return Start(x, extra=torch.cat([small, masked_image], dim=1))           # (B, 5, h, w)
+    extra = torch.cat([small, masked_image], dim=1)                          # (B, 5, h, w)
+    return Start(x, extra)

@@ -1,10 +1,10 @@
 """Where every tensor of an official checkpoint belongs: tensor name -> parameter name, as data.
 
-Our parameters carry the names of the diffusers layout, so a folder needs the identity and a few
-older spellings. A single file carries the names of CompVis/latent-diffusion ("LDM"), which counts
-the UNet's blocks straight through: ``input_blocks.4.0.in_layers.2.weight`` is our
+Our parameters have the names of the diffusers layout, so a folder needs only a few older spellings
+beside the identity. A single file has the names of CompVis/latent-diffusion ("LDM"), which numbers
+the UNet's blocks from first to last: ``input_blocks.4.0.in_layers.2.weight`` is our
 ``down_blocks.1.resnets.0.conv1.weight``. A map may list names that a model does not have (a bias,
-a shortcut): what must be there is for the model to say.
+a shortcut): the model itself says what must be there.
 """
 
 import re
@@ -53,8 +53,8 @@ VAE_ENDS = {
     "decoder.norm_out": "decoder.conv_norm_out",
 }
 VAE_RESNET = {**_same("norm1", "conv1", "norm2", "conv2"), "nin_shortcut": "conv_shortcut"}
-# Three spellings are about: LDM's, that of the folders on the hub, and today's. Merging tools
-# have carried the last into LDM files too.
+# There are three spellings: LDM's, that of the folders on the hub, and that of today's diffusers.
+# Merging tools have carried the last one into LDM files too.
 VAE_ATTENTION = {
     **{"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
     **{"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"},
@@ -80,7 +80,7 @@ OPENCLIP_LAYER = {
     "mlp.c_proj": "mlp.fc2",
 }
 
-# Whatever a single file holds under these belongs to that part, known or not.
+# All that a single file holds under these prefixes belongs to that part, known or not.
 SINGLE_FILE_PREFIXES = {
     "model.diffusion_model.": "unet",
     "first_stage_model.": "vae",
@@ -90,7 +90,7 @@ SINGLE_FILE_PREFIXES = {
 OPENCLIP_PREFIXES = ("cond_stage_model.model.", "conditioner.embedders.0.model.")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 
-# What training left behind and no picture needs. Each pattern matches a whole name.
+# What is left of training and no image needs. Each pattern matches a whole name.
 DROPPED = (
     r"betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|posterior_.*|denoiser\.sigmas",
     r"model_ema\..*|global_step|(first_stage_model\.|vae\.)?loss\..*|embedding_manager\..*",
@@ -100,8 +100,8 @@ DROPPED = (
     r"depth_model\..*|low_scale_model\..*",
 )
 
-# What is not Stable Diffusion 1 or 2, by a name that only such files have (one name a line).
-REFUSED = {
+# What is not Stable Diffusion 1 or 2, by a name that only such files have.
+REJECTED = {
     "LoRA weights": r"(^|[._])lora[._]",
     "a ControlNet": r"^control_model\.|controlnet_cond_embedding\.",
     "an SDXL model": r"^conditioner\.embedders\.1\.",
@@ -111,8 +111,8 @@ REFUSED = {
     "a VAE alone (give it as vae=)": r"^(vae\.)?decoder\.conv_in\.",
     "a text encoder alone": r"^(text_model\.)?embeddings\.token_embedding\.",
 }
-# The same by the number of channels that the UNet's first convolution reads.
-REFUSED_INPUTS = {
+# The same, by the number of channels that the UNet's first convolution reads.
+REJECTED_INPUTS = {
     5: "the depth model of Stable Diffusion 2, which minisd does not compute yet",
     7: "the Stable Diffusion x4 upscaler, which minisd does not compute yet",
     8: "an instruct-pix2pix model",
@@ -142,7 +142,7 @@ def unet(config: UNetConfig) -> NameMap:
 
 
 def vae(config: VAEConfig) -> NameMap:
-    """LDM's names of a VAE. Its decoder counts levels from the full resolution, ours to it."""
+    """LDM's names of a VAE. Its decoder numbers the levels from the full resolution, ours to it."""
     rows, last = dict(VAE_ENDS), len(config.block_out_channels) - 1
     for level in range(last + 1):
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{last - level}"
@@ -189,7 +189,7 @@ def single_file(config: Config) -> dict[str, NameMap]:
     open_text: NameMap = {}
     for prefix in OPENCLIP_PREFIXES:
         open_text |= _prefixed(prefix, openclip(layers))
-    # The likelier names first: errors call a missing tensor by the first name it might have.
+    # The likelier names come first: an error calls a missing tensor by the first one.
     text = open_text | text if config.text.hidden_act == "gelu" else text | open_text
     return {
         "text_encoder": text,
@@ -215,18 +215,18 @@ def stand_alone_vae(config: VAEConfig) -> NameMap:
 
 
 def dropped(config: Config) -> re.Pattern:
-    """Matches the whole name of a tensor that no picture needs.
+    """Matches the whole name of a tensor that no image needs.
 
-    Among them OpenCLIP's last layer: Stable Diffusion 2 reads the output of the one before it.
+    OpenCLIP's last layer is one: Stable Diffusion 2 reads the output of the layer before it.
     """
     unused = rf".*\.resblocks\.{config.text.num_hidden_layers}\..*"
     return re.compile("|".join((*DROPPED, unused)))
 
 
-def refused(names: list[str]) -> str | None:
-    """What a file with tensors of these names is, if it is a known thing that minisd refuses."""
+def rejected(names: list[str]) -> str | None:
+    """What a file with tensors of these names is, if it is a known thing that minisd rejects."""
     lines = "\n".join(names)
-    return next((what for what, row in REFUSED.items() if re.search(row, lines, re.M)), None)
+    return next((what for what, row in REJECTED.items() if re.search(row, lines, re.M)), None)
 
 
 def _diffusers_vae(config: VAEConfig) -> NameMap:

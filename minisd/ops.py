@@ -1,10 +1,10 @@
 """The few functions that a kernel may replace: attention, and GroupNorm followed by SiLU.
 
-Every model is built with an `Ops`, a record of functions that have one meaning and several bodies:
-`REFERENCE` writes the formula out, `TORCH` says the same through torch's own fused calls, and the
-Triton kernels of minisd_kernels are the third. Two models with different ops live side by side;
-there is no global switch. Asked for by name, an op runs or raises; only "auto" may choose, and
-`watch` notes what every call took.
+Every model is built with an `Ops`, a record of functions. There are several implementations of one
+meaning: `REFERENCE` writes the formula out, `TORCH` says the same through torch's own fused calls,
+and the Triton kernels of minisd_kernels are the third. Two models with different ops live side by
+side; there is no global switch. An op that was asked for by name runs or raises; only "auto" may
+choose, and `watch` notes which implementation every call took.
 
 B batch, L tokens (q queries, k keys), H heads, d channels per head, C channels, G groups
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Ops:
-    """One body for each replaceable function.
+    """One implementation of each replaceable function.
 
     ``attention(q, k, v, heads, causal=False)``: softmax(q k^T / sqrt(d)) v for every head.
     q (B, Lq, H*d); k and v (B, Lk, H*d); returns (B, Lq, H*d). ``causal`` hides later keys.
@@ -63,9 +63,12 @@ def merge_heads(x: Tensor) -> Tensor:
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False
 ) -> Tensor:
-    """Attention Is All You Need (Vaswani et al. 2017), eq. 1, for each head."""
+    """softmax(q k^T / sqrt(d)) v for each head.
+
+    Vaswani et al. 2017, "Attention Is All You Need", https://arxiv.org/abs/1706.03762, eq. 1.
+    """
     dtype = q.dtype
-    # In half precision q k^T reaches past 65504 in SD2 at 768x768, and the picture turns black.
+    # In half precision q k^T exceeds 65504 in SD2 at 768x768, and the image turns black.
     q, k, v = (_at_least_float32(split_heads(x, heads)) for x in (q, k, v))  # (B, H, L, d)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5                    # (B, H, Lq, Lk)
     if causal:
@@ -77,7 +80,10 @@ def reference_attention(
 def reference_group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> Tensor:
-    """Group Normalization (Wu & He 2018), eq. 1 and 6; SiLU is y * sigmoid(y)."""
+    """y = (x - mean_g) / sqrt(var_g + eps) * weight + bias for each group g; SiLU is y sigmoid(y).
+
+    Wu & He 2018, "Group Normalization", https://arxiv.org/abs/1803.08494, eq. 1, 2 and 6.
+    """
     grouped = _at_least_float32(x).unflatten(1, (groups, -1)).flatten(2)     # (B, G, C/G*...)
     mean = grouped.mean(dim=-1, keepdim=True)                                # (B, G, 1)
     # The mean of centred squares: E[x^2] - E[x]^2 loses every digit when the mean is large.
@@ -89,7 +95,7 @@ def reference_group_norm_silu(
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """The same through scaled_dot_product_attention, which never stores the scores."""
+    """The same by scaled_dot_product_attention, which never stores q k^T."""
     q, k, v = (split_heads(x, heads) for x in (q, k, v))                     # (B, H, L, d)
     return merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
 
@@ -97,7 +103,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = 
 def torch_group_norm_silu(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> Tensor:
-    """The same through torch's group_norm; its result is ours, so SiLU may overwrite it."""
+    """The same by torch's group_norm. SiLU overwrites its result, which nobody else has."""
     y = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(y, inplace=not y.requires_grad) if silu else y
 
@@ -111,11 +117,11 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) 
     """The ops of that name for a model of that dtype on that device. Raises ValueError where
     there are none.
 
-    "auto" is the kernels on a GPU of a proven capability, packed as for "fused", with torch's
-    attention where a call is none of theirs; and torch's elsewhere: code that never ran on a GPU is
-    nobody's default.
-    "fused" says that the UNet is to be packed anew as well (minisd_kernels.fused_unet): with the
-    kernels on a GPU, with torch's on a CPU.
+    "auto" is the kernels on a GPU where they are proven, with torch's where a kernel does not take
+    a call, and a repacked UNet as for "fused"; elsewhere it is torch's. Code that never ran on a
+    kind of GPU is not the default there.
+    "fused" means that the UNet is repacked as well (minisd_kernels.fused_unet): with the kernels on
+    a GPU, with torch's functions on a CPU.
     """
     if name in ("triton", "fused"):
         why = _no_kernels(device, dtype)
@@ -127,10 +133,10 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) 
     if name == "auto":
         why = _no_kernels(device, dtype) or _not_proven(device)
         return replace(TORCH, why=why) if why else _kernels_or_torch()
-    bodies = {"torch": TORCH, "reference": REFERENCE}
-    if name not in bodies:
+    named = {"torch": TORCH, "reference": REFERENCE}
+    if name not in named:
         raise ValueError(f"ops must be one of auto, torch, reference, triton, fused, not {name!r}")
-    return bodies[name]
+    return named[name]
 
 
 def _no_kernels(device: torch.device, dtype: torch.dtype) -> str:
@@ -179,19 +185,19 @@ def _kernels_or_torch() -> Ops:
     kernels = _kernels()
 
     def attention(q, k, v, heads, causal=False):
-        body = TORCH if _refusal("attention", q, k, v, heads) else kernels
-        return body.attention(q, k, v, heads, causal=causal)
+        ops = TORCH if _refusal("attention", q, k, v, heads) else kernels
+        return ops.attention(q, k, v, heads, causal=causal)
 
     def group_norm_silu(x, weight, bias, groups, eps, silu):
-        body = TORCH if _refusal("group_norm_silu", x, weight, bias, groups) else kernels
-        return body.group_norm_silu(x, weight, bias, groups, eps, silu)
+        ops = TORCH if _refusal("group_norm_silu", x, weight, bias, groups) else kernels
+        return ops.group_norm_silu(x, weight, bias, groups, eps, silu)
 
     return Ops("auto", attention, group_norm_silu)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op: its sizes, the body it took, and why that was not a kernel."""
+    """One call of an op: its sizes, the implementation it took, and why it was not a kernel."""
 
     function: str
     sizes: str

@@ -1,7 +1,7 @@
 """Which model a single file is, by the names and shapes of its tensors and by what lies beside it.
 
-A single file says nothing about itself: sizes are read off two tensors, and what the UNet predicts
-is, in the end, a guess that is reported as one.
+Most files do not say it. The sizes are read from two tensors. What the UNet predicts can be a
+guess, which is then reported as one.
 """
 
 import re
@@ -39,13 +39,13 @@ MAX_SIDECAR = 2**20
 Tensors = Mapping[str, StoredTensor]
 
 
-def refuse(path: Path, tensors: Tensors) -> None:
-    """WeightError for what is known to be something else, or has no UNet of ours in it."""
-    what = names.refused(list(tensors))
+def reject(path: Path, tensors: Tensors) -> None:
+    """WeightError for a file that is known to be something else, or that has no UNet of ours."""
+    what = names.rejected(list(tensors))
     if OTHER_OPENCLIP in tensors and tensors[OTHER_OPENCLIP].shape == (1280,):
         what = "the SDXL refiner"
     if CONV_IN in tensors and len(tensors[CONV_IN].shape) == 4:
-        what = what or names.REFUSED_INPUTS.get(tensors[CONV_IN].shape[1])
+        what = what or names.REJECTED_INPUTS.get(tensors[CONV_IN].shape[1])
     if what:
         raise WeightError(f"{path} looks like {what}; minisd loads Stable Diffusion 1 and 2")
     if not any(name.startswith(UNET) for name in tensors):
@@ -54,7 +54,7 @@ def refuse(path: Path, tensors: Tensors) -> None:
 
 
 def recognise(path: Path, tensors: Tensors) -> Config:
-    """The official model of these sizes; WeightError where there is none."""
+    """The official model of these sizes; WeightError if there is none."""
     shapes = {name: getattr(tensors.get(name), "shape", None) for name in (CONV_IN, CONTEXT_KEY)}
     for config in (SD1, SD1_INPAINT, SD2, SD2_INPAINT):
         width = config.unet.block_out_channels[0]
@@ -73,7 +73,7 @@ def recognise(path: Path, tensors: Tensors) -> Config:
 def find_prediction(
     path: Path, folder: Path | None, config: Config, tensors: Tensors
 ) -> tuple[str, str]:
-    """What the UNet predicts, and a phrase that says how that is known.
+    """What the UNet predicts, and in words how that is known.
 
     In this order: a scheduler's config in ``folder`` or beside the file, a yaml file of the same
     name, the file's own metadata, the rule of thumb for models that might predict v.
@@ -97,8 +97,8 @@ def find_prediction(
     return guess, f"a guess: a bias with standard deviation {std:.3f} {sign} {TELLTALE_STD}"
 
 
-def settle(config: Config, prediction_type: str) -> Config:
-    """The config with its prediction type, and with a name where it has none."""
+def resolve(config: Config, prediction_type: str) -> Config:
+    """The config with its prediction type, and with a name if it has none."""
     if config == SD2 and prediction_type == "v_prediction":
         return SD2_V
     schedule = replace(config.schedule, prediction_type=prediction_type)
@@ -110,7 +110,7 @@ def settle(config: Config, prediction_type: str) -> Config:
 
 
 def _read_sidecar(path: Path) -> str:
-    # One line of it is all that matters, so no YAML parser reads what others wrote.
+    # Only one line of it matters, so no YAML parser has to read what others wrote.
     if path.stat().st_size > MAX_SIDECAR:
         raise WeightError(f"{path} is too large for a configuration (over {MAX_SIDECAR} bytes)")
     found = PARAMETERIZATION.search(path.read_text("utf-8", errors="replace"))

@@ -2,8 +2,8 @@
 
 A file is 8 bytes that give the header's length (little-endian), the header in JSON (name -> dtype,
 shape, first and last byte), and the tensors' bytes one after the other. Source: the format's
-description at github.com/huggingface/safetensors; what that library lets pass and this one refuses
-is a header whose meaning two readers could disagree on.
+description at https://github.com/huggingface/safetensors. This reader also rejects headers that two
+readers could understand in two ways, and that library accepts some of them.
 """
 
 import json
@@ -30,7 +30,7 @@ ITEM_SIZE = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
 
-# What weights may be stored as: integers and 8-bit floats need scales that this format lacks.
+# What weights may be stored as. Integers and 8-bit floats need scales, which this format lacks.
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
           "F64": torch.float64}
 CHUNK = 2**20  # bytes read at a time, few enough to stay in the cache
@@ -40,7 +40,7 @@ TO_CONVERT = (
     "safetensors: sd = torch.load(path, weights_only=True); "
     "safetensors.torch.save_file(sd.get('state_dict', sd), 'model.safetensors')"
 )
-# What else people hold under this name, by how the file begins.
+# What else files of this name turn out to be, by their first bytes.
 IMPOSTORS = (
     (rb"PK\x03\x04", "a PyTorch pickle in a zip: " + TO_CONVERT),
     (rb"\x80[\x02-\x05]", "a PyTorch pickle: " + TO_CONVERT),

@@ -1,13 +1,16 @@
-"""The autoencoder: the only place where pixels become latents and latents become pixels.
+"""The variational autoencoder: the only place where pixels become latents and latents pixels.
 
-A picture shrinks by 2 at every level but the last (8 times in all officially) while its channels
-grow; the diffusion happens in the small space, and the decoder walks the same way back.
+The encoder halves the image at every level but the last (8 times smaller in all, officially) while
+its channels grow. The diffusion happens in this small space; the decoder goes the same way back.
 
     image 3 -> 128 -> 256 -> 512 -> 512 -> mean, logvar 4+4     (encoder, halving thrice)
     image 3 <- 128 <- 256 <- 512 <- 512 <- latent 4             (decoder, doubling thrice)
 
-Source: the KL-f8 autoencoder of Rombach et al. 2022; parameters carry the names of the diffusers
-layout.
+It was trained before the UNet and apart from it: to reproduce images (L1, a perceptual loss, and a
+discriminator against blur), with a small KL penalty towards a standard normal posterior.
+
+Sources: Kingma & Welling 2013, https://arxiv.org/abs/1312.6114 (VAE); the KL-f8 autoencoder of
+Rombach et al. 2022, https://arxiv.org/abs/2112.10752. Parameters have the names of diffusers.
 
 B batch, C channels, H W height and width of an image, h w of a latent (h = H/f)
 """
@@ -19,14 +22,14 @@ from torch import Tensor, nn
 from minisd.config import VAEConfig
 from minisd.ops import Ops
 
-# Not torch's 1e-5, which is what the UNet's res blocks use (CompVis ldm/modules/diffusionmodules).
+# Not torch's 1e-5, which the UNet's res blocks have (CompVis ldm/modules/diffusionmodules).
 NORM_EPS = 1e-6
 # Bounds of the log variance, so that exp() stays finite (CompVis ldm/modules/distributions).
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 conv on x where channels change."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 conv on x if the channels change."""
 
     def __init__(self, c_in: int, c_out: int, groups: int, ops: Ops):
         super().__init__()
@@ -44,7 +47,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions, so that distant parts of a picture agree (on its light, say)."""
+    """Self-attention with one head over all positions, so that distant parts can agree."""
 
     def __init__(self, channels: int, groups: int, ops: Ops):
         super().__init__()
@@ -70,8 +73,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One row below and one column to the right only. Symmetric padding gives the same shapes
-        # and a picture shifted by half a cell: the weights were trained with this.
+        # Only one row below and one column to the right, because the weights were trained with
+        # this. Symmetric padding gives the same shapes, and an image shifted by half a cell.
         return self.conv(F.pad(x, (0, 1, 0, 1)))                             # (B, C, H/2, W/2)
 
 
@@ -86,8 +89,8 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
 
 
-class Level(nn.Module):
-    """Some res blocks, then a change of size (none at the smallest or the largest level)."""
+class Block(nn.Module):
+    """Some res blocks, one after the other."""
 
     def __init__(self, c_in: int, c_out: int, depth: int, groups: int, ops: Ops):
         super().__init__()
@@ -98,12 +101,38 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:
             x = resnet(x)
-        for resample in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
-            x = resample(x)
         return x
 
 
-class Middle(nn.Module):
+class DownBlock(Block):
+    """Res blocks and a downsampling; none at the smallest size."""
+
+    def __init__(self, c_in: int, c_out: int, depth: int, downsample: bool, groups: int, ops: Ops):
+        super().__init__(c_in, c_out, depth, groups, ops)
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+        return x
+
+
+class UpBlock(Block):
+    """Res blocks and an upsampling; none at the largest size."""
+
+    def __init__(self, c_in: int, c_out: int, depth: int, upsample: bool, groups: int, ops: Ops):
+        super().__init__(c_in, c_out, depth, groups, ops)
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+class MidBlock(nn.Module):
     """Res block, attention, res block, at the smallest size."""
 
     def __init__(self, channels: int, groups: int, ops: Ops):
@@ -120,23 +149,22 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig, ops: Ops):
         super().__init__()
-        widths, groups = config.block_out_channels, config.norm_num_groups
+        widths, groups, depth = (
+            config.block_out_channels, config.norm_num_groups, config.layers_per_block)
         self.ops = ops
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        for i, c_out in enumerate(widths):
-            level = Level(widths[max(i - 1, 0)], c_out, config.layers_per_block, groups, ops)
-            if i < len(widths) - 1:
-                level.downsamplers = nn.ModuleList([Downsample(c_out)])
-            self.down_blocks.append(level)
-        self.mid_block = Middle(widths[-1], groups, ops)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(widths[max(i - 1, 0)], c, depth, i < len(widths) - 1, groups, ops)
+            for i, c in enumerate(widths)
+        )
+        self.mid_block = MidBlock(widths[-1], groups, ops)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
         h = self.conv_in(image)                                              # (B, 128, H, W)
-        for level in self.down_blocks:
-            h = level(h)
+        for block in self.down_blocks:
+            h = block(h)
         h = self.mid_block(h)                                                # (B, 512, h, w)
         return self.conv_out(self.ops.norm_silu(self.conv_norm_out, h))      # (B, 8, h, w)
 
@@ -146,31 +174,30 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig, ops: Ops):
         super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        widths, groups, depth = (
+            config.block_out_channels[::-1], config.norm_num_groups, config.layers_per_block + 1)
         self.ops = ops
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = Middle(widths[0], groups, ops)
-        self.up_blocks = nn.ModuleList()
-        for i, c_out in enumerate(widths):
-            level = Level(widths[max(i - 1, 0)], c_out, config.layers_per_block + 1, groups, ops)
-            if i < len(widths) - 1:
-                level.upsamplers = nn.ModuleList([Upsample(c_out)])
-            self.up_blocks.append(level)
+        self.mid_block = MidBlock(widths[0], groups, ops)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(widths[max(i - 1, 0)], c, depth, i < len(widths) - 1, groups, ops)
+            for i, c in enumerate(widths)
+        )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
         h = self.mid_block(self.conv_in(latent))                             # (B, 512, h, w)
-        for level in self.up_blocks:
-            h = level(h)
+        for block in self.up_blocks:
+            h = block(h)
         return self.conv_out(self.ops.norm_silu(self.conv_norm_out, h))      # (B, 3, H, W)
 
 
 class VAE(nn.Module):
     """The whole autoencoder. Images lie in [-1, 1]; latents are scaled to about unit variance.
 
-    ``tile``, None unless set, is the side, in latent pixels, of the tiles in which larger latents
-    are decoded: the memory of one tile whatever the size, and nearly the same picture.
+    ``tile``, None unless set, is the side, in cells of the latent, of the tiles in which larger
+    latents are decoded: this takes the memory of one tile, and gives nearly the same image.
     """
 
     tile: int | None
@@ -185,7 +212,7 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior of an image (B, 3, H, W) in [-1, 1]: mean and log variance, unscaled.
+        """Mean and log variance of the posterior q(z | image), image (B, 3, H, W) in [-1, 1].
 
         Both are (B, 4, h, w).
         """
@@ -198,8 +225,9 @@ class VAE(nn.Module):
         ``noise`` (B, 4, h, w) samples the posterior; without it the latent is the mean.
         """
         mean, logvar = self.moments(image)
-        latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
-        return self.config.scaling_factor * latent
+        # The reparameterisation trick (Kingma & Welling, section 2.4): z = mu + exp(logvar / 2) eps
+        z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        return self.config.scaling_factor * z  # 0.18215 gives latents about unit variance
 
     def decode(self, latent: Tensor) -> Tensor:
         """An image (B, 3, H, W), about [-1, 1] and not clamped, from a scaled latent."""
@@ -209,10 +237,10 @@ class VAE(nn.Module):
         return self._tiled(z, max(self.tile, 1))
 
     def _tiled(self, z: Tensor, side: int) -> Tensor:
-        """Tiles share at least a quarter of their side, over which one fades into the next.
+        """Tiles share at least a quarter of their side, and there one fades into the next.
 
-        Not quite what the whole latent gives: each tile's norms and its attention see that tile
-        alone, so that its light may differ from its neighbours'.
+        The result differs a little from that of the whole latent: each tile's norms and attention
+        see that tile alone, so its brightness may differ from its neighbours'.
         """
         f, (height, width) = self.config.downscale, z.shape[2:]
         image = z.new_zeros(len(z), 3, f * height, f * width)

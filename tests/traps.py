@@ -66,7 +66,7 @@ TRAPS = [
          "half the log variance is the log of the standard deviation"),
     Trap("vae", "mean, logvar = self.quant_conv", "logvar, mean = self.quant_conv",
          "the mean comes first"),
-    Trap("vae", "self.config.scaling_factor * latent", "latent / self.config.scaling_factor",
+    Trap("vae", "self.config.scaling_factor * z", "z / self.config.scaling_factor",
          "a latent is scaled down on the way in"),
     Trap("vae", "latent / self.config.scaling_factor", "latent * self.config.scaling_factor",
          "and up on the way out"),
