@@ -177,6 +177,32 @@ def test_the_search_for_it_finds_it(line):
     assert never(ast.parse(line))
 
 
+@pytest.mark.parametrize("extra, folders", [
+    ("", ["minisd"]), ("bench", ["bench", "weights/recipe"]), ("kernels", ["kernels"]),
+    ("test", ["tests"]),
+])
+def test_what_is_declared_is_what_is_imported(extra, folders):
+    """The core declares all that minisd imports, an extra what its folder imports besides."""
+    lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
+    declared = {re.match(r"\w+", line)[0].replace("pillow", "PIL") for line in lines}
+    paths = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+    imported = roots(set().union(*(imports(ast.parse(path.read_text())) for path in paths)))
+    own = {p.stem for folder in folders for p in (ROOT / folder).glob("*.py")} | {
+        "minisd", "minisd_kernels", "minisd_weights", "bench", "tests", "weights"}
+    imported -= set(sys.stdlib_module_names) | own
+    if extra:
+        assert declared <= imported
+        imported -= DECLARED
+    if extra != "bench":  # which may be compared with all that the tests are compared with
+        assert imported == declared - DECLARED if extra else imported == declared
+
+
+def test_the_version_is_told_once_more_in_the_citation():
+    version = re.search(r'__version__ = "(.*)"', (ROOT / "minisd/__init__.py").read_text())[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()
+
+
 CHEAP = """
 import socket, sys
 
