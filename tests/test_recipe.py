@@ -1,4 +1,4 @@
-"""The recipe of the shipped model, in small: from three pictures to a folder that loads."""
+"""The recipe of the shipped model in small: from three emoji to a folder that loads."""
 
 import itertools
 import json
@@ -58,7 +58,7 @@ def scenes(state, objects):
     return Scenes(objects, 0.3, 16, read_tokenizer(state / "tokenizer"))
 
 
-def test_who_is_taught_and_by_which_names(objects):
+def test_which_objects_are_trained_and_their_names(objects):
     assert [o["names"] for o in objects] == [
         ["pear", "juicy pear"], ["red apple", "mac"], ["thumbs up", "its ok"],
     ]  # fmt: skip
@@ -90,8 +90,8 @@ def test_captions_are_empty_at_times_and_held_out_pairs_never_drawn(objects, sce
     names = {colour: name for name, colour in BACKGROUNDS.items()}
     owner = [thing for thing in objects for _ in thing["skin_tones"]]
     for which, places, colour, _ in drawn:
-        for picture, place in zip(which, places, strict=True):
-            assert place == NOWHERE or names[colour] not in owner[picture]["held_out"]
+        for index, place in zip(which, places, strict=True):
+            assert place == NOWHERE or names[colour] not in owner[index]["held_out"]
 
 
 def place(rgba, *places):
@@ -135,7 +135,7 @@ def network():
 
 
 @pytest.mark.usefixtures("gradients")
-def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+def test_a_killed_run_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "SAVE_EVERY", 5)
 
     def pull(run):
@@ -159,7 +159,7 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("gradients")
-def test_a_run_that_goes_astray_stops_before_it_is_saved(tmp_path, monkeypatch):
+def test_a_run_with_a_nan_loss_stops_before_it_is_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "SAVE_EVERY", 2)
     monkeypatch.setattr(stage, "LOG_EVERY", 2)
     run = stage.Run(tmp_path, [network()], 1)
@@ -170,7 +170,7 @@ def test_a_run_that_goes_astray_stops_before_it_is_saved(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("gradients")
-def test_the_words_move_faster_and_the_rate_ends_at_zero(tmp_path):
+def test_token_embeddings_have_a_higher_rate_which_ends_at_zero(tmp_path):
     run = stage.Run(tmp_path, [network()], 1)
     run.step = stage.WARM_UP
     before = run.kept["now"].clone()
@@ -191,8 +191,10 @@ def test_from_nothing_to_a_model_that_loads_here_and_in_diffusers(state, tmp_pat
     monkeypatch.setattr(train, "SHEET_EVERY", 1)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for out in ("first", "again"):  # the second time every stage is over, and only read
+    for out in ("first", "again"):  # the second run reads the finished stages
         train.main(["cpu", "--state", str(state), "--out", str(tmp_path / out)])
+    with pytest.raises(IsADirectoryError, match="again is a folder"):
+        train.main(["cpu", "--state", str(state), "--out", str(tmp_path / "again")])
     with pytest.raises(SystemExit):
         train.main(["gpu", "--state", str(state), "--out", str(tmp_path / "gpu")])
     with Image.open(state / "sheet-1.png") as sheet:
@@ -211,7 +213,7 @@ def test_from_nothing_to_a_model_that_loads_here_and_in_diffusers(state, tmp_pat
     assert (state / "diffusion/state.safetensors").exists()
 
 
-def test_the_measure_finds_its_own_pictures(state, objects):
+def test_the_nearest_emoji_of_an_emoji_is_itself(state, objects):
     gallery = Gallery(state, torch.device("cpu"))
     asked = [(i, b) for i in range(len(objects)) for b in (0, 5)]
     choices = [(objects[0]["first"], places[0]) for places in LAYOUTS.values()]
@@ -227,7 +229,7 @@ def test_the_measure_finds_its_own_pictures(state, objects):
 
 
 class Painter:
-    """In a model's place: it draws what it is asked, or that as seen in a mirror."""
+    """A mock model: it returns the scene asked for, or its mirror image."""
 
     def __init__(self, gallery, mirrored):
         self.vae, self.mirrored, self.known = self, mirrored, {}
@@ -264,7 +266,7 @@ class Painter:
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_the_figures_tell_who_draws_what_is_asked(state, mirrored):
+def test_the_figures_of_a_perfect_and_of_a_mirrored_model(state, mirrored):
     gallery = Gallery(state, torch.device("cpu"))
     evaluation = Evaluation(Painter(gallery, mirrored), gallery, 200, {})
     evaluation.measure()
@@ -283,10 +285,10 @@ def test_the_figures_tell_who_draws_what_is_asked(state, mirrored):
 @pytest.mark.parametrize("plan", train.PLANS.values(), ids=train.PLANS)
 def test_a_plan_fits_into_the_wheel_and_loads(plan, state, tmp_path):
     recipe = train.Recipe(plan, state)
-    for p in recipe.encoder.embeddings.parameters():  # which training would do
+    for p in recipe.encoder.embeddings.parameters():  # training draws them
         torch.nn.init.normal_(p)
-    recipe.export(tmp_path)
+    recipe.export(tmp_path / "model")
     more_words = 4500 - recipe.tokenizer.vocab_size  # in the full vocabulary, and their letters
     size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert size + 2 * train.WIDTH * more_words + 200_000 < 24e6
-    assert minisd.load(tmp_path).config.sample_size == plan.size
+    assert minisd.load(tmp_path / "model").config.sample_size == plan.size

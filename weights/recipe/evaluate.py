@@ -3,23 +3,23 @@
     python -m weights.recipe.evaluate --state DIR                     # a line for each figure
     python -m weights.recipe.evaluate --state DIR --sweeps --out DIR  # and curves
 
-``--state`` is the folder of weights/recipe/train.py, with the pictures of the objects. If it has
-none, they are fetched, which needs npm. Prompts are chosen by hashes of names, and image i has seed
-i, so that none is picked by hand. Images are compared at 64x64 by squared differences of pixels.
+``--state`` is the folder of weights/recipe/train.py, which holds the emoji. If it is empty, they
+are fetched, which needs npm. Hashes of names choose the prompts, and image i has seed i, so that
+none is picked by hand. Images are compared at 64x64 by squared differences of pixels.
 
-* border: the share of an image's outermost pixels whose nearest named colour is the asked one.
-* object: whether the asked object is the nearest to the image (top 1), or among the nearest five,
-  of all objects on the asked background in the same layout. The nearest skin tone of each counts.
-* layout, skin tone: whether the asked one is the nearest of all layouts, or of all skin tones, of
-  the asked object. The backgrounds are held out of training with that object.
-* beside: the object of the left and of the right half, each measured as above in its half.
+* border: the share of an image's outermost pixels whose nearest named colour is the one asked for.
+* object: whether the object asked for is the nearest to the image (top 1), or among the nearest
+  five (top 5), of all objects on that background in the same layout; each in its nearest skin tone.
+* layout, skin tone: whether the one asked for is the nearest of all layouts, or of all skin tones,
+  of that object. The (object, background) pairs are held out of training.
+* beside: the objects of the left and of the right half, each measured as "object" in its half.
 * negative: whether the negative prompt "blue background" moves the border further from blue. Half
   of the images would do so by chance.
 * autoencoder: PSNR of objects that it was not trained on, mean of decibels.
-* the curves: object as above, and PSNR of the image against the scene that was asked for, over a
-  quarter of the trained pairs.
+* the curves: "object", and PSNR of the image against the scene asked for, over a quarter of the
+  trained pairs.
 
-B images, N pictures of objects
+B images, N emoji
 """
 
 import argparse
@@ -49,7 +49,7 @@ def order(text: str) -> bytes:
 
 
 class Gallery:
-    """The pictures of all objects: prompts for them, and which of them an image is nearest to."""
+    """The emoji of all objects: prompts for them, and which of them an image is nearest to."""
 
     def __init__(self, state: Path, device: torch.device):
         about = json.loads((state / "objects.json").read_text())
@@ -65,7 +65,7 @@ class Gallery:
         self.by_hash = sorted(range(len(names)), key=lambda i: order(names[i]))
 
     def questions(self, held_out: bool, count: int) -> list[tuple[int, int]]:
-        """(object, background) pairs, held out of training or not, of the same objects."""
+        """(object, background) pairs, held out of training or not; the objects are the same."""
         asked = []
         for i in self.by_hash:
             thing = self.objects[i]
@@ -81,7 +81,7 @@ class Gallery:
         return caption(layout, names, self.backgrounds[background])
 
     def place(self, which: Tensor, place: list, background: int) -> Tensor:
-        """Pictures ``which`` (B,) at a place, on a named colour: (B, 3, 64, 64) in [-1, 1]."""
+        """The emoji ``which`` (B,) at a place, on a named colour: (B, 3, 64, 64) in [-1, 1]."""
         places = torch.tensor([[place]], device=self.device).expand(len(which), 1, 3)
         return compose(self.rgba, which[:, None], places, self.colours[None, background])
 
@@ -91,14 +91,14 @@ class Gallery:
         return (torch.cat(sides, dim=2).transpose(1, 2) + 1) * 127.5         # (B, 252, 3)
 
     def right_border(self, pixels: Tensor, asked: list[tuple[int, int]]) -> Tensor:
-        """The share of each border that has the asked colour: (B,)."""
+        """The share of each border that has the colour asked for: (B,)."""
         border = self.border(pixels)
         nearest = torch.cdist(border, self.colours.expand(len(border), -1, -1)).argmin(dim=2)
         wanted = torch.tensor([background for _, background in asked], device=self.device)
         return (nearest == wanted[:, None]).float().mean(dim=1)
 
     def ranks(self, pixels: Tensor, asked: list[tuple[int, int]], layout="{}", slot=0) -> Tensor:
-        """How many objects are nearer to each image (B, 3, 64, 64) than the asked one: (B,).
+        """How many objects are nearer to each image (B, 3, 64, 64) than the one asked for: (B,).
 
         With two objects beside each other, only the half of ``slot`` is compared.
         """
@@ -118,7 +118,7 @@ class Gallery:
         return ranks
 
     def chosen(self, pixels: Tensor, background: int, choices: list[tuple[int, list]]) -> int:
-        """The index of the (picture, place) that is nearest to pixels (3, 64, 64)."""
+        """The index of the (emoji, place) that is nearest to pixels (3, 64, 64)."""
         known = torch.cat([
             self.place(torch.tensor([which], device=self.device), place, background)
             for which, place in choices])
@@ -131,7 +131,7 @@ def psnr(made: Tensor, right: Tensor) -> Tensor:
 
 
 class Evaluation:
-    """The figures, by name, in the order in which they are measured."""
+    """The figures by name, in the order of measurement."""
 
     def __init__(self, sd: "minisd.StableDiffusion", gallery: Gallery, count: int, settings: dict):
         self.sd, self.gallery, self.count, self.settings = sd, gallery, count, settings
@@ -148,7 +148,7 @@ class Evaluation:
         return torch.cat(parts).to(self.gallery.device) * 2 - 1
 
     def note(self, name: str, values: Tensor) -> None:
-        """Keep and print the mean over the images, a share or decibels."""
+        """Keep and print the mean over the images: a share, or decibels."""
         mean, count = values.float().mean().item(), len(values)
         self.figures[name] = {"mean": round(mean, 4), "pictures": count}
         shown = f"{mean:.2f}" if mean > 1 else f"{mean:.1%}"
@@ -171,10 +171,10 @@ class Evaluation:
         wanted = [names[1 + i % (len(names) - 1)] for i in range(len(asked))]
         prompts = [gallery.prompt(p, layout) for p, layout in zip(asked, wanted, strict=True)]
         right = []
-        for picture, (thing, background) in zip(self.make(prompts), asked, strict=True):
+        for image, (thing, background) in zip(self.make(prompts), asked, strict=True):
             first = gallery.objects[thing]["first"]
             choices = [(first, gallery.layouts[name][0]) for name in names]
-            right.append(names[gallery.chosen(picture, background, choices)])
+            right.append(names[gallery.chosen(image, background, choices)])
         for name in sorted(set(wanted), key=names.index):
             hits = [r == w for r, w in zip(right, wanted, strict=True) if w == name]
             self.note(f"layout, {name}", torch.tensor(hits))
@@ -187,9 +187,9 @@ class Evaluation:
         things = [gallery.objects[thing] for thing, _ in asked]
         tones = [thing["skin_tones"][1 + i % 5] for i, thing in enumerate(things)]
         prompts = [gallery.prompt(p, "{}" + tone) for p, tone in zip(asked, tones, strict=True)]
-        for i, picture in enumerate(self.make(prompts)):
+        for i, image in enumerate(self.make(prompts)):
             choices = [(things[i]["first"] + tone, (0, 0, 1)) for tone in range(1, 6)]
-            hits.append(gallery.chosen(picture, asked[i][1], choices) == i % 5)
+            hits.append(gallery.chosen(image, asked[i][1], choices) == i % 5)
         self.note("skin tone", torch.tensor(hits))
 
     def beside(self) -> None:
@@ -246,8 +246,8 @@ class Evaluation:
                 "top 5, %": 100 * (ranks < 5).float().mean().item(),
                 "PSNR, dB": psnr(pixels, right).mean().item(),
             }
-            told = (f"{name} {y:.1f}" for name, y in curves[value].items())
-            print(f"{setting} {value:<6}", *told, sep="  ", flush=True)
+            shown = (f"{name} {y:.1f}" for name, y in curves[value].items())
+            print(f"{setting} {value:<6}", *shown, sep="  ", flush=True)
         return curves
 
 

@@ -1,4 +1,4 @@
-"""The README's gallery: 8x6 images by the shipped model, all with seed 0.
+"""The README's gallery: 8x6 images of the shipped model, all with seed 0.
 
     python -m weights.recipe.gallery    # writes weights/gallery.png and prints the prompts by row
 

@@ -1,9 +1,9 @@
 """The training data of the shipped model: scenes of emoji on plain backgrounds, with captions.
 
-The pictures are Microsoft's Fluent Emoji in 3D (npm @lobehub/fluent-emoji-3d, MIT). The names and
+The emoji are Microsoft's Fluent Emoji in 3D (npm @lobehub/fluent-emoji-3d, MIT). The names and
 keywords are those of emojilib (npm, MIT).
 
-B scenes in a batch, N pictures of objects, S side of a picture
+B scenes in a batch, N emoji, S side of an image
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emojilib@3.0.12")
 STATE = Path.home() / ".cache/minisd/train_tiny"
-TOO_ALIKE = 30  # two objects with a smaller RMS difference, of 255, count as one
+TOO_ALIKE = 30  # two objects with a smaller RMS difference, of 255, count as the same
 BACKGROUNDS = {
     "red": (215, 40, 45), "orange": (245, 140, 30), "yellow": (250, 220, 70),
     "green": (60, 165, 70), "teal": (0, 135, 140), "blue": (40, 90, 220),
@@ -44,13 +44,13 @@ LAYOUTS = {
 WEIGHTS = (0, 1, 1, 1, 1, 1, 4)  # of the layouts, in a scene that is not plain
 NOWHERE = (9, 9, 1)  # a place outside the frame
 HELD_BACK = 20  # one object in so many is held out of the training of the autoencoder
-# Left out are flags of countries, letters in squares, keycaps, clock faces, families, and men and
-# women, most of whom have a counterpart called a person.
+# Flags of countries, letters in squares, keycaps, clock faces, families; men and women too, because
+# most of them have a counterpart called a person.
 LEFT_OUT = re.compile("^1f1|e00|20e3|^1f55|^1f56[0-7]|^1f46[89]-200d|200d-264[02]")
 
 
 def key(codes: str) -> str:
-    """Code points in one form for both packages."""
+    """Code points, in the same form for both packages."""
     return "-".join(c.lstrip("0") for c in codes.lower().split("-") if c not in ("fe0f", ""))
 
 
@@ -65,20 +65,20 @@ def fifth(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] % 5 == 0
 
 
-def picture(path: Path, size: int) -> Tensor:
-    """RGBA, colour premultiplied by alpha, (4, S, S) uint8; its outermost pixels are empty."""
+def read_emoji(path: Path, size: int) -> Tensor:
+    """RGBA with premultiplied alpha, (4, S, S) uint8; the outermost pixels are transparent."""
     image = Image.open(path).convert("RGBA").convert("RGBa")
     image = image.resize((size - size // 16,) * 2, Image.Resampling.BOX)
     return F.pad(torch.from_numpy(np.array(image)).permute(2, 0, 1), (size // 32,) * 4)
 
 
 def catalogue(state: Path, size: int, things: int) -> None:
-    """Write objects.json (names and pictures of each object), objects.safetensors (the pictures)
-    and the vocabulary, unless they exist.
+    """Write objects.json (the names of each object and the indices of its emoji),
+    objects.safetensors (the emoji) and the vocabulary, unless they exist.
 
-    The ``things`` objects with the shortest names are taken, because common objects have short
-    names. Of two objects that look alike, the one with the shorter name is taken. A keyword that
-    two objects share is not used. A fifth of the (object, background) pairs is held out.
+    Takes the ``things`` objects with the shortest names, because common objects have short names.
+    Of two objects that look alike, it takes the one with the shorter name. A keyword that two
+    objects share is not used. A fifth of the (object, background) pairs is held out.
     """
     if (state / "tokenizer/merges.txt").exists():  # it is written last
         return
@@ -94,7 +94,7 @@ def catalogue(state: Path, size: int, things: int) -> None:
     uses = Counter(word for w in known.values() for word in set(w))
     objects, pixels, seen = [], [], torch.empty(0, 4, 32, 32)
     for code, (name, *more) in sorted(known.items(), key=lambda k: (len(k[1][0]), k[1][0])):
-        look = F.adaptive_avg_pool2d(picture(files[code], size).float(), 32)
+        look = F.adaptive_avg_pool2d(read_emoji(files[code], size).float(), 32)
         if ((seen - look).square().mean(dim=(1, 2, 3)).sqrt() < TOO_ALIKE).any():
             continue
         if len(objects) == things:
@@ -109,7 +109,7 @@ def catalogue(state: Path, size: int, things: int) -> None:
             "skin_tones": list(looks),
             "held_out": [b for b in BACKGROUNDS if fifth(f"{name}|{b}")],
         })  # fmt: skip
-        pixels += [picture(files[c], size) for c in looks.values()]
+        pixels += [read_emoji(files[c], size) for c in looks.values()]
     about = {"backgrounds": BACKGROUNDS, "layouts": LAYOUTS, "objects": objects}
     write_json(state / "objects.json", about)
     save_file({"rgba": torch.stack(pixels)}, state / "objects.safetensors")
@@ -117,8 +117,8 @@ def catalogue(state: Path, size: int, things: int) -> None:
 
 
 def vocabulary(state: Path, objects: list[dict]) -> None:
-    """Write words.txt, the words of the captions, and tokenizer/, a byte-level BPE like CLIP's in
-    which each of these words is a single token.
+    """Write words.txt, the words of the captions, and tokenizer/, a byte-level BPE like CLIP's that
+    has each of these words as a single token.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -157,14 +157,14 @@ def caption(layout: str, things: list[str], background: str) -> str:
 class Scenes(Dataset):
     """Batches of scenes. Batch n is always the same.
 
-    ``plain`` is the share of scenes of one object, as large as the picture.
+    ``plain`` is the share of scenes of one object, as large as the image.
     """
 
     def __init__(self, objects: list[dict], plain: float, batch: int, tokenizer):
         self.objects, self.plain, self.batch, self.tokenizer = objects, plain, batch, tokenizer
 
     def __getitem__(self, number: int) -> tuple[Tensor, ...]:
-        """Indices of pictures (B, 2), places (B, 2, 3), colours (B, 3), caption ids (B, 77)."""
+        """Indices of emoji (B, 2), places (B, 2, 3), colours (B, 3), caption ids (B, 77)."""
         rng = random.Random(number)
         *scenes, captions = zip(*(self.draw(rng) for _ in range(self.batch)), strict=True)
         return *map(torch.tensor, scenes), self.tokenizer(list(captions))
@@ -182,9 +182,9 @@ class Scenes(Dataset):
         background = rng.choice([b for b in BACKGROUNDS if b not in held_out] or ["gray"])
         spelled = "grey" if background == "gray" and rng.random() < 0.5 else background
         kind = rng.random()
-        if kind < 0.15:  # for guidance and negative prompts
+        if kind < 0.15:  # "" trains uncond for guidance; a background alone, negative prompts
             caption = "" if kind < 0.1 else f"{spelled} background"
-        elif kind > 0.23:  # below that the caption names no background
+        elif kind > 0.23:  # between, the caption names no background
             caption += f" on {article(spelled)} background"
         which = [t["first"] + i for t, i in zip(things, looks, strict=True)]
         places = [*LAYOUTS[layout], NOWHERE][:2]
@@ -192,14 +192,14 @@ class Scenes(Dataset):
 
 
 def compose(rgba: Tensor, which: Tensor, places: Tensor, colours: Tensor) -> Tensor:
-    """Scenes (B, 3, S, S) in [-1, 1]: one or two pictures of rgba (N, 4, S, S) on each colour."""
+    """Scenes (B, 3, S, S) in [-1, 1]: one or two emoji of rgba (N, 4, S, S) on each colour."""
     image = colours[:, :, None, None].float()
     for i in range(which.shape[1]):
         x, y, size = places[:, i].float().unbind(dim=1)
         zero = torch.zeros_like(x)
         theta = torch.stack([1 / size, zero, -x / size, zero, 1 / size, -y / size], dim=1)
-        picture = rgba[which[:, i]].float()                                  # (B, 4, S, S)
-        grid = F.affine_grid(theta.unflatten(1, (2, 3)), picture.shape, align_corners=False)
-        picture = F.grid_sample(picture, grid, align_corners=False)
-        image = picture[:, :3] + (1 - picture[:, 3:] / 255) * image          # (B, 3, S, S)
+        emoji = rgba[which[:, i]].float()                                    # (B, 4, S, S)
+        grid = F.affine_grid(theta.unflatten(1, (2, 3)), emoji.shape, align_corners=False)
+        emoji = F.grid_sample(emoji, grid, align_corners=False)
+        image = emoji[:, :3] + (1 - emoji[:, 3:] / 255) * image              # (B, 3, S, S)
     return image / 127.5 - 1

@@ -1,4 +1,4 @@
-"""One stage of training with a fixed budget of time: AdamW, EMA of the weights, a log, resuming."""
+"""One stage of training with a fixed time budget: AdamW, EMA of the weights, a log, resuming."""
 
 import json
 import math
@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from weights.recipe.scenes import Scenes
 
 RATE, BETAS = 1e-3, (0.9, 0.99)
-WARM_UP = 200  # steps over which the learning rate rises
-DECAY = 0.5  # share of the budget, its last, over which the learning rate falls to zero
+WARM_UP = 200  # steps over which the learning rate rises linearly
+DECAY = 0.5  # last part of the budget, over which the learning rate falls linearly to zero
 LOG_EVERY, SAVE_EVERY = 50, 250  # steps
-WORD_PACE = 10  # token embeddings move so many times further: each is used in few of the steps
+TOKEN_RATE = 10  # factor of the learning rate of token embeddings: few steps use each of them
 
 
 class Run:
@@ -27,12 +27,12 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.models, self.budget = folder, nn.ModuleList(models), 60 * minutes
         self.step, self.seconds, self.losses, self.words = 0, 0.0, [], slice(0, 0)
-        cuda = next(models[0].parameters()).is_cuda  # on a CPU, CPU time is counted
+        cuda = next(models[0].parameters()).is_cuda  # on a CPU, the budget is CPU time
         self.now = time.time if cuda else time.process_time
         self.clock = self.now()
         named = sorted(self.models.named_parameters(),
                        key=lambda pair: "token_embedding" in pair[0])
-        # All parameters are views of one vector, which is fast to update and to save.
+        # All parameters are views of one vector: fast to update and to save.
         now = nn.Parameter(torch.cat([p.detach().flatten() for _, p in named]))
         now.grad, start = torch.zeros_like(now), 0
         for name, p in named:
@@ -61,12 +61,12 @@ class Run:
         os.replace(self.folder / "state.tmp", self.folder / "state.safetensors")
 
     def swap(self) -> None:
-        """Exchange the weights of the models with their EMA."""
+        """Exchange the weights of the models and their EMA."""
         now, ema = self.kept["now"], self.kept["ema"]
         now[:], ema[:] = ema, now.clone()
 
     def batches(self, scenes: Scenes):
-        """Batches from the saved step until the budget is spent; then the models hold the EMA."""
+        """Batches from the saved step until the budget is spent; then the models get the EMA."""
         self.models.train().requires_grad_(True)
         if self.seconds < self.budget:
             numbers = range(self.step, 10**9)
@@ -80,14 +80,15 @@ class Run:
         self.models.eval().requires_grad_(False)
 
     def update(self, loss: Tensor) -> None:
+        """One step: gradient norm clipped to 1, AdamW, EMA with decay 0.999, which starts lower."""
         loss.backward()
         self.grad *= (1 / self.grad.norm()).clamp(max=1)
-        pace = min((self.step + 1) / WARM_UP, (1 - self.seconds / self.budget) / DECAY, 1)
-        self.optimizer.param_groups[0]["lr"] = RATE * max(pace, 0)
+        factor = min((self.step + 1) / WARM_UP, (1 - self.seconds / self.budget) / DECAY, 1)
+        self.optimizer.param_groups[0]["lr"] = RATE * max(factor, 0)
         words = self.kept["now"][self.words]
         before = words.clone()
         self.optimizer.step()
-        words += (WORD_PACE - 1) * (words - before)
+        words += (TOKEN_RATE - 1) * (words - before)
         self.grad.zero_()
         self.step += 1
         self.kept["ema"].lerp_(self.kept["now"], max(1e-3, 9 / (10 + self.step)))
