@@ -104,7 +104,7 @@ class Attention(NamedTuple):
             raise ValueError(why)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         call = flash.plan(q, k, v, out, self.heads, self.d**-0.5, False, "ieee")
-        if "A" not in call.constants:
+        if "BLOCK_D1" not in call.constants:
             raise ValueError(f"{q.dtype} takes the sliced kernel, which has no pieces to pad")
-        launch.run([call._replace(constants=call.constants | dict(A=width, B=0))])
+        launch.run([call._replace(constants=call.constants | dict(BLOCK_D1=width, BLOCK_D2=0))])
         return out

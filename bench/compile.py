@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel for five GPUs, none of which need be there.
 
-    python -m bench.compile             # a chosen list: under a minute on two cores
-    python -m bench.compile --only D512 # of every variant (bench/variants.py), lines with this
+    python -m bench.compile              # a chosen list: under a minute on two cores
+    python -m bench.compile --only D=512 # of every variant (bench/variants.py), lines with this
     TRITON_CACHE_DIR=DIR python -m bench.compile --ahead sm_90
 
 The last fills Triton's cache with all that `python -m bench.everything` will launch on such a GPU

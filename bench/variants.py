@@ -1,7 +1,7 @@
 """Every variant of every kernel that Stable Diffusion launches, as the compiler would see it.
 
 Not a second list of constants: every size of bench/shapes.py in both layouts, both UNets and the
-VAE's decoder packed anew, the text encoder, and some sizes in bfloat16 and float32 are planned on
+VAE's decoder repacked, the text encoder, and some sizes in bfloat16 and float32 are planned on
 tensors without memory, and what would be launched is kept.
 """
 
@@ -60,7 +60,7 @@ class ChannelsLast(TorchFunctionMode):
 
 
 def fused_step(config: Config, side: int, batch: int = 1) -> None:
-    """One forward of the UNet packed anew, of so many pictures with guidance."""
+    """One forward of the repacked UNet, of so many images with guidance."""
     with META:
         unet = UNet(config.unet, TORCH).half().requires_grad_(False)
     unet = FusedUNet(unet, triton_bodies())
@@ -71,7 +71,7 @@ def fused_step(config: Config, side: int, batch: int = 1) -> None:
 
 
 def fused_decode(config: Config, side: int) -> None:
-    """One picture by the decoder packed anew."""
+    """One image by the repacked decoder."""
     with META:
         decoder = Decoder(config.vae, TORCH).half().requires_grad_(False)
     decoder = FusedDecoder(decoder, triton_bodies())
@@ -170,7 +170,7 @@ def source(call: launch.Call, gpu: GPUTarget) -> tuple[ASTSource, dict]:
     backend, kernel = make_backend(gpu), call.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     arguments, found, _ = bind(*call.args, **call.constants)
-    given = dict(num_warps=call.warps, num_stages=call.stages, enable_fp_fusion=True)
+    given = dict(num_warps=call.num_warps, num_stages=call.num_stages, enable_fp_fusion=True)
     options, *parts = kernel._pack_args(backend, given, arguments, found, None)
     return ASTSource(kernel, *parts), options.__dict__
 
@@ -181,12 +181,13 @@ def variant(call: launch.Call) -> Variant:
     for i, (name, kind) in enumerate(seen.signature.items()):
         value = seen.constants.get((i,))
         if kind == "constexpr" and value is not False:
-            words.append(name if value is True else f"{name}{value}")
+            words.append(name if value is True else f"{name}={value}")
         elif kind in ("i32", "i64") and not seen.attrs.get((i,)):
             words.append(f"{name}:{kind}")
     module = call.kernel.__module__.rpartition(".")[2]
     dtype = str(call.args[0].dtype).removeprefix("torch.")
-    return Variant(module + call.kernel.__name__, dtype, " ".join(words), call.warps, call.stages)
+    return Variant(module + call.kernel.__name__, dtype, " ".join(words), call.num_warps,
+                   call.num_stages)
 
 
 def chosen(targets: list[str], full: str) -> list[tuple[Variant, str]]:
@@ -196,7 +197,7 @@ def chosen(targets: list[str], full: str) -> list[tuple[Variant, str]]:
     kinds, widest = {}, {}
     for v in sorted(calls, key=lambda v: next(iter(calls[v].constants.values()))):  # d, or channels
         half = v.dtype == "float16"
-        kind = v.sizes if v.attention and half else re.sub(r"\d", "", v.sizes)
+        kind = v.sizes if v.attention and half else re.sub(r"=\d+", "", v.sizes)
         kinds[v.kernel, v.dtype, kind] = v
         if half:
             widest[v.kernel, "ONE_TILE" in v.sizes] = v

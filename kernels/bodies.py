@@ -1,7 +1,7 @@
-"""The four functions that the fused UNet is made of, in plain torch, and the Triton ones.
+"""The four functions of the fused UNet, in plain torch and as Triton kernels.
 
-`PLAIN` is what a CPU runs and what the kernels are compared with; `triton_bodies` are the kernels.
-Both have one meaning and one signature, so the fused UNet is the same code on either.
+A CPU runs `PLAIN`, and the kernels are compared with it; `triton_bodies` are the kernels. Both have
+the same meaning and signature, so the code of the fused UNet is the same for either.
 
 B batch, C channels, G groups, L rows
 """
@@ -50,7 +50,7 @@ def group_norm_silu(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """GroupNorm of x + shift + residual, then SiLU if asked; x (B, C, h, w)."""
     s = add_up(x, shift, residual, return_sum if isinstance(return_sum, Tensor) else None)
-    # Moments of each channel, then of their means: torch's own GroupNorm on a CPU takes
+    # Mean and variance of each channel, then of a group: torch's own GroupNorm on a CPU computes
     # E[x^2] - E[x]^2 in channels_last, which is wrong in the first digit at a mean of 1000.
     rows = s.permute(0, 2, 3, 1).flatten(1, 2)                               # (B, L, C)
     mean = rows.mean(1, keepdim=True)                                        # (B, 1, C)

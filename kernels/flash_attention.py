@@ -1,29 +1,29 @@
-"""Flash attention for any head width: softmax(q k^T / sqrt(d)) v without ever storing the scores.
+"""Flash attention for any head width: softmax(q k^T / sqrt(d)) v, and the scores are never stored.
 
-q, k and v are read where a projection left them, (B, L, H*d) with any strides of item and row, and
-the result is written the same way: no transpose, no copy, no padding of d in memory.
+Takes    q (B, Lq, H*d), k and v (B, Lk, H*d), as a projection left them: any strides of item and
+         row; fp16, bf16, fp32; d a multiple of 4 up to 256, and 512; any Lq, Lk >= 1. No tensor is
+         transposed, copied or padded in memory.
+Refuses  everything else, and gradients, with a ValueError that says why: `refusal`.
+Tested   on an NVIDIA H200 at the sizes of SD1 and SD2 (proven.json), and against float64 in
+         Triton's interpreter (tests/interpreted_attention.py).
 
-Takes: fp16, bf16, fp32; d a multiple of 4 up to 256, and 512; any Lq, Lk >= 1. Refuses the rest
-with a ValueError that says why: `refusal`.
+One program computes BLOCK_M queries of one head:
 
-One program makes one tile of queries of one head:
-
-         d = 40                     keys, a tile at a time
+         d = 40                 keys, BLOCK_N at a time
        +----+--+            +------+------+------+---+
-       | 32 |16|  queries   |  s   |  ->  |  ->  |   |     s = q k^T, then p = 2^(s - top), and
-       +----+--+            +------+------+------+---+     o = o * 2^(old top - top) + p v
-         A    B                                  ragged
+       | 32 |16|  BLOCK_M   |  s   |  ->  |  ->  |   |     s = q k^T, then p = exp(s - m_i), and
+       +----+--+            +------+------+------+---+     acc = alpha * acc + p v
+         D1  D2                                  masked
 
-`_kernel`: the matrix units want powers of two, and d is none in SD1. 40, 80 and 160 padded to 64,
-128 and 256 would cost 60% more work and spill registers, so d is covered by two named pieces,
-A + B: 32 + 16, 64 + 16, 128 + 32. A piece under 16 would fall off the matrix units. Up to 128 keys
-(77 in cross-attention) make one tile, and no online softmax, but where A is 128.
+`_kernel`: matrix units need powers of two, and d of SD1 is none. Padding 40, 80 and 160 to 64, 128
+and 256 would cost 60% more work and spill registers, so two pieces cover d, BLOCK_D1 + BLOCK_D2:
+32 + 16, 64 + 16, 128 + 32. A piece under 16 would not run on the matrix units. Up to 128 keys (77
+in cross-attention) fit in one tile without the online softmax, unless BLOCK_D1 is 128.
 
-`_sliced_kernel`: where o does not fit in registers, at d over 160 (the VAE has one head of 512),
-and in float32, which has no matrix units without tf32. Scores are summed over chunks of d, and a
-program writes one slice of the output's columns, so that scores are made anew for each slice.
-
-Source: Dao et al. 2022, FlashAttention; Milakov & Gimelshein 2018, the online softmax.
+`_sliced_kernel`: for a d over 160, where acc does not fit in registers (the VAE has one head of
+512), and for float32, which has no matrix units without tf32. The product q k^T is summed over
+chunks of BLOCK_D, and a program computes BLOCK_DV columns of the output, so each slice of the
+output computes the scores again.
 
 B batch, L rows (queries or keys), H heads, d channels a head
 """
@@ -37,207 +37,232 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 WIDEST_IN_PIECES = 160
 ONE_TILE_KEYS = 128
-WIDEST_IN_ONE_TILE = 64  # of piece A: with 128 keys a piece of 128 spills on sm_80
-SLICES = {2: (64, 128), 4: (16, 64)}  # by bytes an element: a chunk of d, a slice of the output
+WIDEST_IN_ONE_TILE = 64  # BLOCK_D1: with 128 keys, 128 columns spill on sm_80
+SLICES = {2: (64, 128), 4: (16, 64)}  # bytes per element -> BLOCK_D, BLOCK_DV
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
 @triton.jit
-def _tile(
-    base, rows, stride, cols, n_rows, D: tl.constexpr,
-    RAGGED_ROWS: tl.constexpr, RAGGED_COLS: tl.constexpr,
+def _load(
+    ptr, offs_r, stride_r, offs_d, n_rows, D: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
 ):
-    """base[rows, cols]; zeros past the last row and past column D, where these may be reached."""
-    at = base + rows[:, None] * stride + cols[None, :]                       # (rows, cols)
-    if RAGGED_ROWS and RAGGED_COLS:
-        tile = tl.load(at, mask=(rows < n_rows)[:, None] & (cols < D)[None, :], other=0.0)
-    elif RAGGED_ROWS:
-        tile = tl.load(at, mask=(rows < n_rows)[:, None], other=0.0)
-    elif RAGGED_COLS:
-        tile = tl.load(at, mask=(cols < D)[None, :], other=0.0)
+    """ptr[offs_r, offs_d]; zeros past the last row and past column D, where masked."""
+    ptrs = ptr + offs_r[:, None] * stride_r + offs_d[None, :]                # (rows, columns)
+    if MASK_ROWS and MASK_COLS:
+        mask = (offs_r < n_rows)[:, None] & (offs_d < D)[None, :]
+        tile = tl.load(ptrs, mask=mask, other=0.0)
+    elif MASK_ROWS:
+        tile = tl.load(ptrs, mask=(offs_r < n_rows)[:, None], other=0.0)
+    elif MASK_COLS:
+        tile = tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
     else:
-        tile = tl.load(at)
+        tile = tl.load(ptrs)
     return tile
 
 
 @triton.jit
-def _store(base, rows, stride, cols, n_rows, tile, D: tl.constexpr):
-    """base[rows, cols] = tile, in base's dtype, inside the rows and column D."""
-    inside = (rows < n_rows)[:, None] & (cols < D)[None, :]
-    at = base + rows[:, None] * stride + cols[None, :]
-    tl.store(at, tile.to(base.dtype.element_ty), mask=inside)
+def _store(ptr, offs_r, stride_r, offs_d, n_rows, tile, D: tl.constexpr):
+    """ptr[offs_r, offs_d] = tile, in the dtype of ptr, inside the rows and column D."""
+    mask = (offs_r < n_rows)[:, None] & (offs_d < D)[None, :]                # (rows, columns)
+    ptrs = ptr + offs_r[:, None] * stride_r + offs_d[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _head(q, k, v, out, q_b, k_b, v_b, out_b, heads, D: tl.constexpr):
-    """Where this program's head begins in each tensor."""
-    item = (tl.program_id(1) // heads).to(tl.int64)
-    column = (tl.program_id(1) % heads) * D
-    return (q + item * q_b + column, k + item * k_b + column, v + item * v_b + column,
-            out + item * out_b + column)
+def _head(
+    q_ptr, k_ptr, v_ptr, out_ptr, stride_qb, stride_kb, stride_vb, stride_ob, heads,
+    D: tl.constexpr,
+):
+    """Where the head of this program begins in each tensor."""
+    off_b = (tl.program_id(1) // heads).to(tl.int64)
+    off_h = (tl.program_id(1) % heads) * D
+    return (q_ptr + off_b * stride_qb + off_h, k_ptr + off_b * stride_kb + off_h,
+            v_ptr + off_b * stride_vb + off_h, out_ptr + off_b * stride_ob + off_h)
 
 
 @triton.jit
-def _hide(s, queries, keys, n_keys, RAGGED: tl.constexpr, CAUSAL: tl.constexpr):
-    """-inf where there is no key, or a later one than the query."""
-    if RAGGED:
-        s = tl.where((keys < n_keys)[None, :], s, float("-inf"))
-    if CAUSAL:
-        s = tl.where(keys[None, :] <= queries[:, None], s, float("-inf"))
+def _mask(s, offs_m, offs_n, seqlen_k, MASK_N: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    """-inf where there is no key, or where the key comes after the query."""
+    if MASK_N:
+        s = tl.where((offs_n < seqlen_k)[None, :], s, float("-inf"))
+    if IS_CAUSAL:
+        s = tl.where(offs_n[None, :] <= offs_m[:, None], s, float("-inf"))
     return s
 
 
 @triton.jit
-def _weigh(s, top, total, scale):
-    """The online softmax takes in a tile: p, the new top and total, and by what o shrinks."""
-    # scale is positive, so the top of the scaled scores is the scaled top.
-    new_top = tl.maximum(top, tl.max(s, 1) * scale)                          # (queries,)
-    p = tl.exp2(s * scale - new_top[:, None])                                # (queries, keys)
-    shrink = tl.exp2(top - new_top)                                          # (queries,)
-    return p, new_top, total * shrink + tl.sum(p, 1), shrink
+def _online_softmax(s, m_i, l_i, qk_scale):
+    """One tile of scores enters the softmax: p, the new m_i and l_i, and alpha, which rescales acc.
+    """
+    # Milakov & Gimelshein 2018 (https://arxiv.org/abs/1805.02867), and Dao 2023, Algorithm 1
+    # (https://arxiv.org/abs/2307.08691). exp is a power of 2: qk_scale contains log2(e).
+    # m_new = max(m_i, rowmax(s)), and a positive scale commutes with the maximum
+    m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)                         # (BLOCK_M,)
+    # p = exp(s - m_new),  alpha = exp(m_i - m_new),  l_new = alpha l_i + rowsum(p)
+    p = tl.exp2(s * qk_scale - m_new[:, None])                               # (BLOCK_M, BLOCK_N)
+    alpha = tl.exp2(m_i - m_new)                                             # (BLOCK_M,)
+    return p, m_new, l_i * alpha + tl.sum(p, 1), alpha
 
 
 @triton.jit
-def _pieces(
-    base, rows, stride, n_rows, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    RAGGED: tl.constexpr,
+def _load_pieces(
+    ptr, offs_r, stride_r, n_rows, D: tl.constexpr, BLOCK_D1: tl.constexpr,
+    BLOCK_D2: tl.constexpr, MASK_ROWS: tl.constexpr,
 ):
-    """Both pieces of a tile of rows; the first twice where there is but one."""
-    a = _tile(base, rows, stride, tl.arange(0, A), n_rows, D, RAGGED, A > D)  # (rows, A)
-    b = a
-    if B > 0:
-        b = _tile(base, rows, stride, A + tl.arange(0, B), n_rows, D, RAGGED, A + B > D)
-    return a, b                                                              # (rows, B)
+    """Both pieces of a tile of rows; the first one twice if there is no second."""
+    offs_d = tl.arange(0, BLOCK_D1)
+    x1 = _load(ptr, offs_r, stride_r, offs_d, n_rows, D, MASK_ROWS, BLOCK_D1 > D)
+    x2 = x1
+    if BLOCK_D2 > 0:
+        offs_d = BLOCK_D1 + tl.arange(0, BLOCK_D2)
+        x2 = _load(ptr, offs_r, stride_r, offs_d, n_rows, D, MASK_ROWS, BLOCK_D1 + BLOCK_D2 > D)
+    return x1, x2                                             # (rows, BLOCK_D1), (rows, BLOCK_D2)
 
 
 @triton.jit
-def _scores(q_a, q_b, k_a, k_b, queries, keys, n_keys, B: tl.constexpr,
-            RAGGED: tl.constexpr, CAUSAL: tl.constexpr):
-    """q k^T over both pieces."""
-    s = tl.dot(q_a, tl.trans(k_a))                                           # (queries, keys)
-    if B > 0:
-        s = tl.dot(q_b, tl.trans(k_b), s)
-    return _hide(s, queries, keys, n_keys, RAGGED, CAUSAL)
+def _scores(q1, q2, k1, k2, offs_m, offs_n, seqlen_k, BLOCK_D2: tl.constexpr,
+            MASK_N: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    """s = q k^T over both pieces."""
+    s = tl.dot(q1, tl.trans(k1))                                             # (BLOCK_M, BLOCK_N)
+    if BLOCK_D2 > 0:
+        s = tl.dot(q2, tl.trans(k2), s)
+    return _mask(s, offs_m, offs_n, seqlen_k, MASK_N, IS_CAUSAL)
 
 
 @triton.jit
-def _add(o_a, o_b, p, v_a, v_b, B: tl.constexpr):
-    """o + p v, both pieces."""
-    p = p.to(v_a.dtype)
-    o_a = tl.dot(p, v_a, o_a)                                                # (queries, A)
-    if B > 0:
-        o_b = tl.dot(p, v_b, o_b)                                            # (queries, B)
-    return o_a, o_b
+def _add_pv(acc1, acc2, p, v1, v2, BLOCK_D2: tl.constexpr):
+    """acc + p v, both pieces."""
+    p = p.to(v1.dtype)
+    acc1 = tl.dot(p, v1, acc1)                                               # (BLOCK_M, BLOCK_D1)
+    if BLOCK_D2 > 0:
+        acc2 = tl.dot(p, v2, acc2)                                           # (BLOCK_M, BLOCK_D2)
+    return acc1, acc2
 
 
 @triton.jit
 def _step(
-    o_a, o_b, top, total, q_a, q_b, k, v, k_l, v_l, queries, start, n_keys, scale,
-    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr,
-    RAGGED: tl.constexpr, CAUSAL: tl.constexpr,
+    acc1, acc2, m_i, l_i, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs_m, start_n, seqlen_k,
+    qk_scale, D: tl.constexpr, BLOCK_D1: tl.constexpr, BLOCK_D2: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):
     """One tile of keys."""
-    keys = start + tl.arange(0, KEYS)
-    k_a, k_b = _pieces(k, keys, k_l, n_keys, D, A, B, RAGGED)
-    v_a, v_b = _pieces(v, keys, v_l, n_keys, D, A, B, RAGGED)
-    s = _scores(q_a, q_b, k_a, k_b, queries, keys, n_keys, B, RAGGED, CAUSAL)
-    p, top, total, shrink = _weigh(s, top, total, scale)
-    o_a = o_a * shrink[:, None]
-    if B > 0:
-        o_b = o_b * shrink[:, None]
-    o_a, o_b = _add(o_a, o_b, p, v_a, v_b, B)
-    return o_a, o_b, top, total
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    k1, k2 = _load_pieces(k_ptr, offs_n, stride_kn, seqlen_k, D, BLOCK_D1, BLOCK_D2, MASK_N)
+    v1, v2 = _load_pieces(v_ptr, offs_n, stride_vn, seqlen_k, D, BLOCK_D1, BLOCK_D2, MASK_N)
+    s = _scores(q1, q2, k1, k2, offs_m, offs_n, seqlen_k, BLOCK_D2, MASK_N, IS_CAUSAL)
+    p, m_i, l_i, alpha = _online_softmax(s, m_i, l_i, qk_scale)
+    # Dao 2023, Algorithm 1: acc = alpha acc + p v
+    acc1 = acc1 * alpha[:, None]
+    if BLOCK_D2 > 0:
+        acc2 = acc2 * alpha[:, None]
+    acc1, acc2 = _add_pv(acc1, acc2, p, v1, v2, BLOCK_D2)
+    return acc1, acc2, m_i, l_i
 
 
 @triton.jit
 def _kernel(
-    q, k, v, out, q_b, k_b, v_b, out_b, q_l, k_l, v_l, out_l, heads, n_queries, n_keys, scale,
-    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, ONE_TILE: tl.constexpr, CAUSAL: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, stride_qb, stride_kb, stride_vb, stride_ob,
+    stride_qm, stride_kn, stride_vn, stride_om, heads, seqlen_q, seqlen_k, qk_scale,
+    D: tl.constexpr, BLOCK_D1: tl.constexpr, BLOCK_D2: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):
-    q, k, v, out = _head(q, k, v, out, q_b, k_b, v_b, out_b, heads, D)
-    queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    q_a, q_b = _pieces(q, queries, q_l, n_queries, D, A, B, True)            # (queries, A and B)
-    o_a = tl.zeros((QUERIES, A), tl.float32)
-    o_b = o_a  # never looked at where there is no second piece
-    if B > 0:
-        o_b = tl.zeros((QUERIES, B), tl.float32)
+    q_ptr, k_ptr, v_ptr, out_ptr = _head(
+        q_ptr, k_ptr, v_ptr, out_ptr, stride_qb, stride_kb, stride_vb, stride_ob, heads, D)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # q1 (BLOCK_M, BLOCK_D1), q2 (BLOCK_M, BLOCK_D2)
+    q1, q2 = _load_pieces(q_ptr, offs_m, stride_qm, seqlen_q, D, BLOCK_D1, BLOCK_D2, True)
+    acc1 = tl.zeros((BLOCK_M, BLOCK_D1), tl.float32)
+    acc2 = acc1  # not read if there is no second piece
+    if BLOCK_D2 > 0:
+        acc2 = tl.zeros((BLOCK_M, BLOCK_D2), tl.float32)
     if ONE_TILE:
-        keys = tl.arange(0, KEYS)
-        # All is loaded before the first product. ptxas 12.8, which Triton 3.6 brings, takes a
-        # register that nothing wrote for the address of a tile in shared memory, where one of
-        # another width lay before it (`python -m bench.compile` looks for such registers).
-        k_a, k_b = _pieces(k, keys, k_l, n_keys, D, A, B, True)
-        v_a, v_b = _pieces(v, keys, v_l, n_keys, D, A, B, True)
-        s = _scores(q_a, q_b, k_a, k_b, queries, keys, n_keys, B, True, CAUSAL)
-        p = tl.exp2((s - tl.max(s, 1)[:, None]) * scale)                     # (queries, keys)
-        total = tl.sum(p, 1)                                                 # (queries,)
-        o_a, o_b = _add(o_a, o_b, p, v_a, v_b, B)
+        offs_n = tl.arange(0, BLOCK_N)
+        # Every load comes before the first product. Where a tile follows one of another width in
+        # shared memory, ptxas 12.8 (of Triton 3.6) takes its address from a register that nothing
+        # wrote; `python -m bench.compile` looks for such registers.
+        k1, k2 = _load_pieces(k_ptr, offs_n, stride_kn, seqlen_k, D, BLOCK_D1, BLOCK_D2, True)
+        v1, v2 = _load_pieces(v_ptr, offs_n, stride_vn, seqlen_k, D, BLOCK_D1, BLOCK_D2, True)
+        s = _scores(q1, q2, k1, k2, offs_m, offs_n, seqlen_k, BLOCK_D2, True, IS_CAUSAL)
+        p = tl.exp2((s - tl.max(s, 1)[:, None]) * qk_scale)                  # (BLOCK_M, BLOCK_N)
+        l_i = tl.sum(p, 1)                                                   # (BLOCK_M,)
+        acc1, acc2 = _add_pv(acc1, acc2, p, v1, v2, BLOCK_D2)
     else:
-        top = tl.full((QUERIES,), float("-inf"), tl.float32)
-        total = tl.zeros((QUERIES,), tl.float32)
-        whole = n_keys // KEYS * KEYS
-        for start in range(0, whole, KEYS):
-            o_a, o_b, top, total = _step(o_a, o_b, top, total, q_a, q_b, k, v, k_l, v_l, queries,
-                                         start, n_keys, scale, D, A, B, KEYS, False, CAUSAL)
-        if whole < n_keys:
-            o_a, o_b, top, total = _step(o_a, o_b, top, total, q_a, q_b, k, v, k_l, v_l, queries,
-                                         whole, n_keys, scale, D, A, B, KEYS, True, CAUSAL)
-    _store(out, queries, out_l, tl.arange(0, A), n_queries, o_a / total[:, None], D)
-    if B > 0:
-        _store(out, queries, out_l, A + tl.arange(0, B), n_queries, o_b / total[:, None], D)
+        m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        l_i = tl.zeros((BLOCK_M,), tl.float32)
+        end_full = seqlen_k // BLOCK_N * BLOCK_N
+        for start_n in range(0, end_full, BLOCK_N):
+            acc1, acc2, m_i, l_i = _step(
+                acc1, acc2, m_i, l_i, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs_m, start_n,
+                seqlen_k, qk_scale, D, BLOCK_D1, BLOCK_D2, BLOCK_N, False, IS_CAUSAL)
+        if end_full < seqlen_k:
+            acc1, acc2, m_i, l_i = _step(
+                acc1, acc2, m_i, l_i, q1, q2, k_ptr, v_ptr, stride_kn, stride_vn, offs_m, end_full,
+                seqlen_k, qk_scale, D, BLOCK_D1, BLOCK_D2, BLOCK_N, True, IS_CAUSAL)
+    # out = acc / l_i, once at the end (Dao 2023, Algorithm 1)
+    _store(out_ptr, offs_m, stride_om, tl.arange(0, BLOCK_D1), seqlen_q, acc1 / l_i[:, None], D)
+    if BLOCK_D2 > 0:
+        offs_d = BLOCK_D1 + tl.arange(0, BLOCK_D2)
+        _store(out_ptr, offs_m, stride_om, offs_d, seqlen_q, acc2 / l_i[:, None], D)
 
 
 @triton.jit
 def _sliced_kernel(
-    q, k, v, out, q_b, k_b, v_b, out_b, q_l, k_l, v_l, out_l, heads, n_queries, n_keys, scale,
-    D: tl.constexpr, CHUNK: tl.constexpr, SLICE: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, stride_qb, stride_kb, stride_vb, stride_ob,
+    stride_qm, stride_kn, stride_vn, stride_om, heads, seqlen_q, seqlen_k, qk_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    q, k, v, out = _head(q, k, v, out, q_b, k_b, v_b, out_b, heads, D)
-    queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    columns = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
-    o = tl.zeros((QUERIES, SLICE), tl.float32)
-    top = tl.full((QUERIES,), float("-inf"), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    # In float32 each product begins at zero and is added afterwards: a sum of a hundred numbers is
-    # three times as far off as sums of sixteen. The addition is an fma by 1, because of a plain sum
-    # Triton makes a product that begins at the other summand. The matrix units need no such care,
-    # and would have to wait for each product.
-    APART: tl.constexpr = q.dtype.element_ty == tl.float32
-    for start in range(0, n_keys, KEYS):
-        keys = start + tl.arange(0, KEYS)
-        s = tl.zeros((QUERIES, KEYS), tl.float32)
-        for chunk in range(0, D, CHUNK):
-            c = chunk + tl.arange(0, CHUNK)
-            q_c = _tile(q, queries, q_l, c, n_queries, D, True, D % CHUNK > 0)  # (queries, CHUNK)
-            k_c = _tile(k, keys, k_l, c, n_keys, D, True, D % CHUNK > 0)     # (keys, CHUNK)
-            if APART:
-                part = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
+    q_ptr, k_ptr, v_ptr, out_ptr = _head(
+        q_ptr, k_ptr, v_ptr, out_ptr, stride_qb, stride_kb, stride_vb, stride_ob, heads, D)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    # In float32 every product starts at zero and is added afterwards: a sum of a hundred numbers is
+    # three times as far off as sums of sixteen. The addition is an fma by 1, because Triton would
+    # merge a plain addition into the product. Half precision needs no such care, and its matrix
+    # units would have to wait for each product.
+    ADD_AFTER: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    for start_n in range(0, seqlen_k, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start_d in range(0, D, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            # q (BLOCK_M, BLOCK_D), k (BLOCK_N, BLOCK_D)
+            q = _load(q_ptr, offs_m, stride_qm, offs_d, seqlen_q, D, True, D % BLOCK_D > 0)
+            k = _load(k_ptr, offs_n, stride_kn, offs_d, seqlen_k, D, True, D % BLOCK_D > 0)
+            if ADD_AFTER:
+                part = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 s = tl.fma(part, 1.0, s)
             else:
-                s = tl.dot(q_c, tl.trans(k_c), s)
-        s = _hide(s, queries, keys, n_keys, True, CAUSAL)
-        p, top, total, shrink = _weigh(s, top, total, scale)
-        v_s = _tile(v, keys, v_l, columns, n_keys, D, True, D % SLICE > 0)   # (keys, SLICE)
-        o = o * shrink[:, None]
-        if APART:
-            o = tl.fma(tl.dot(p, v_s, input_precision=PRECISION), 1.0, o)
+                s = tl.dot(q, tl.trans(k), s)
+        s = _mask(s, offs_m, offs_n, seqlen_k, True, IS_CAUSAL)
+        p, m_i, l_i, alpha = _online_softmax(s, m_i, l_i, qk_scale)
+        # v (BLOCK_N, BLOCK_DV)
+        v = _load(v_ptr, offs_n, stride_vn, offs_dv, seqlen_k, D, True, D % BLOCK_DV > 0)
+        acc = acc * alpha[:, None]
+        if ADD_AFTER:
+            acc = tl.fma(tl.dot(p, v, input_precision=PRECISION), 1.0, acc)
         else:
-            o = tl.dot(p.to(v_s.dtype), v_s, o)
-    _store(out, queries, out_l, columns, n_queries, o / total[:, None], D)
+            acc = tl.dot(p.to(v.dtype), v, acc)
+    _store(out_ptr, offs_m, stride_om, offs_dv, seqlen_q, acc / l_i[:, None], D)
 
 
 def pieces(d: int) -> tuple[int, int]:
-    """The one or two powers of two, 16 at least, that cover d best; (A, 0) is one."""
+    """BLOCK_D1 and BLOCK_D2: the one or two powers of two, at least 16, that cover d best.
+
+    BLOCK_D2 is 0 if one piece is best.
+    """
     one = max(16, triton.next_power_of_2(d))
-    a = one // 2
-    b = max(16, triton.next_power_of_2(max(d - a, 1)))
-    return (a, b) if a >= 16 and a + b < one else (one, 0)
+    d1 = one // 2
+    d2 = max(16, triton.next_power_of_2(max(d - d1, 1)))
+    return (d1, d2) if d1 >= 16 and d1 + d2 < one else (one, 0)
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, heads: int) -> str | None:
-    """Why the kernel does not take these, as a sentence; None if it does."""
+    """Why the kernel does not take these tensors, as a sentence; None if it does."""
     if not q.dim() == k.dim() == v.dim() == 3:
         return "q, k and v are (B, L, H*d)"
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
@@ -264,8 +289,8 @@ def flash_attention(
     """softmax(q k^T * scale) v for every head; the same bits every time.
 
     q (B, Lq, H*d), k and v (B, Lk, H*d), rows anywhere in memory; returns (B, Lq, H*d), contiguous,
-    in q's dtype. ``scale`` is 1/sqrt(d) unless given. ``causal`` hides later keys. ``precision`` is
-    of float32 products only: "ieee", or "tf32x3" or "tf32" for those who want matrix units.
+    in the dtype of q. ``scale`` is 1/sqrt(d) unless given. ``causal`` hides later keys.
+    ``precision`` applies to float32 products only: "ieee", or "tf32x3" or "tf32" for matrix units.
 
     Raises ValueError with the sentence of `refusal`, or for a scale that is not positive.
     """
@@ -286,31 +311,34 @@ def plan(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, heads: int, scale: float, causal: bool,
     precision: str,
 ) -> launch.Call:
-    """The launch for these tensors: which kernel, over which tiles."""
-    (batch, n_queries, width), n_keys = q.shape, k.shape[1]
+    """The launch for these tensors: which kernel, and over which tiles."""
+    (batch, seqlen_q, width), seqlen_k = q.shape, k.shape[1]
     tensors = (q, k, v, out)
     args = (*tensors, *(x.stride(0) for x in tensors), *(x.stride(1) for x in tensors),
-            heads, n_queries, n_keys, scale * LOG2_E)
+            heads, seqlen_q, seqlen_k, scale * LOG2_E)
     d = width // heads
     sliced = d > WIDEST_IN_PIECES or q.dtype == torch.float32
-    a, b = pieces(d)
+    d1, d2 = pieces(d)
     if sliced:
         kernel, tile = _sliced_kernel, launch.setting(q.device, "sliced", q.element_size())
-        chunk, columns = SLICES[q.element_size()]
-        sizes = dict(D=d, CHUNK=chunk, SLICE=columns, PRECISION=precision)
+        block_d, block_dv = SLICES[q.element_size()]
+        constants = dict(D=d, BLOCK_D=block_d, BLOCK_DV=block_dv, PRECISION=precision)
     else:
-        one_tile = n_keys <= ONE_TILE_KEYS and a <= WIDEST_IN_ONE_TILE
+        one_tile = seqlen_k <= ONE_TILE_KEYS and d1 <= WIDEST_IN_ONE_TILE
         kernel = _kernel
-        tile = launch.setting(q.device, "one tile" if one_tile else "attention", a)
-        sizes = dict(D=d, A=a, B=b, ONE_TILE=one_tile)
-    sizes |= dict(QUERIES=tile.queries, KEYS=tile.keys, CAUSAL=causal)
-    slices = triton.cdiv(d, columns) if sliced else 1
-    grid = (triton.cdiv(n_queries, tile.queries), batch * heads, slices)
-    return launch.Call(kernel, grid, args, sizes, tile.warps, tile.stages)
+        tile = launch.setting(q.device, "one tile" if one_tile else "attention", d1)
+        constants = dict(D=d, BLOCK_D1=d1, BLOCK_D2=d2, ONE_TILE=one_tile)
+    constants |= dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, IS_CAUSAL=causal)
+    slices = triton.cdiv(d, block_dv) if sliced else 1
+    grid = (triton.cdiv(seqlen_q, tile.block_m), batch * heads, slices)
+    return launch.Call(kernel, grid, args, constants, tile.num_warps, tile.num_stages)
 
 
-def cost(batch: int, n_queries: int, n_keys: int, heads: int, d: int, itemsize: int) -> launch.Cost:
-    """The least work of one call: two products, 2 FLOP a multiply-add; an exponential a score."""
-    scores = batch * heads * n_queries * n_keys
-    elements = 2 * batch * heads * d * (n_queries + n_keys)
+def cost(
+    batch: int, seqlen_q: int, seqlen_k: int, heads: int, d: int, itemsize: int,
+) -> launch.Cost:
+    """The least work of one call: two products, 2 FLOP per multiply-add; an exponential per score.
+    """
+    scores = batch * heads * seqlen_q * seqlen_k
+    elements = 2 * batch * heads * d * (seqlen_q + seqlen_k)
     return launch.Cost(4 * scores * d, elements * itemsize, scores)

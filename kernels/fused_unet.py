@@ -1,17 +1,17 @@
-"""The readable UNet, packed anew: the same function with less memory traffic and fewer launches.
+"""The readable UNet, repacked: the same function with less memory traffic and fewer launches.
 
-Built from a loaded `minisd.unet.UNet`; nothing is trained or approximated. What it does otherwise:
+It is built from a loaded `minisd.unet.UNet`; nothing is trained or approximated. It differs in:
 
-  layout      Pictures are channels_last from end to end, so that rows for attention are a view.
-  pending     A block returns its sum untaken, (x, shift, residual), and the next norm takes it in
-              the pass that it makes anyway: no launch for a bias, a time embedding or a residual.
-  skips       The next norm also writes the sum where it will be joined on the way up, so that
+  layout      Feature maps are channels_last from end to end, so rows for attention are a view.
+  pending     A block does not add up its result: it returns (x, shift, residual), and the next norm
+              adds them in its own pass. A bias, a time embedding or a residual costs no launch.
+  skips       The next norm also writes the sum to its place in the concatenation on the way up, so
               `cat` has nothing to copy.
   packing     One matrix for q, k and v; one for k and v of the prompt; one for all time embeddings.
-  once        Keys and values of a prompt (`prompt`) and time embeddings (`times`) are the same at
-              every step, or for every picture: made once, given to `step`.
-  prefix      Until the first cross-attention both halves of guidance are one: `step` takes B
-              latents and 2B contexts, and doubles there.
+  once        Keys and values of a prompt (`prompt`) are the same at every step, and time embeddings
+              (`times`) for every image: both are computed once and given to `step`.
+  prefix      Until the first cross-attention both halves of guidance are equal: `step` takes B
+              latents and 2B contexts, and doubles the batch there.
   phases      Nearest-neighbour doubling and a 3x3 convolution are one transposed 4x4 convolution
               with stride 2: each output pixel reads 2x2 inputs, 4/9 of the work.
 
@@ -36,8 +36,8 @@ from minisd.unet import Downsample, ResBlock, UNet, Upsample, timestep_embedding
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
-# Which 3x3 taps each of the four taps of a transposed convolution sums, along one side: an output
-# pixel at an even place sees taps (0 | 1 + 2) of two inputs, one at an odd place (0 + 1 | 2).
+# Along one side, each of the four taps of the transposed convolution sums some of the three taps:
+# an output pixel at an even place reads two inputs with taps (0 | 1 + 2), at an odd (0 + 1 | 2).
 PHASES = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 
 
@@ -54,13 +54,13 @@ def rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def picture(x: Tensor, like: Tensor) -> Tensor:
-    """(B, h*w, C) -> (B, C, h, w) of the size of ``like``, a view."""
+def feature_map(x: Tensor, like: Tensor) -> Tensor:
+    """(B, h*w, C) -> (B, C, h, w) in the size of ``like``, a view."""
     return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 def of_kind(kind: type[Kind], modules: Iterable[nn.Module]) -> list[Kind]:
-    """Those of the modules that are of a kind, in their order."""
+    """The modules of one kind, in their order."""
     return [m for m in modules if isinstance(m, kind)]
 
 
@@ -71,7 +71,7 @@ def bias_of(layer: nn.Conv2d | nn.Linear) -> Tensor:
 
 
 class Norm(nn.Module):
-    """GroupNorm of what is pending, then SiLU if asked; gives back the sum too."""
+    """GroupNorm of a pending sum, then SiLU if asked; returns the sum too."""
 
     def __init__(self, layer: nn.GroupNorm, silu: bool, bodies: Bodies):
         super().__init__()
@@ -105,7 +105,7 @@ class Res(nn.Module):
         h = self.conv2(y)
         if self.shortcut is None:
             return Pending(h, self.bias, x)
-        return Pending(h, None, picture(self.shortcut(rows(x)), x))
+        return Pending(h, None, feature_map(self.shortcut(rows(x)), x))
 
 
 class Attn(nn.Module):
@@ -131,7 +131,7 @@ class Attn(nn.Module):
         (widen,), (narrow,) = of_kind(GEGLU, block.ff.net), of_kind(nn.Linear, block.ff.net)
         self.widen = Linear(widen.proj.weight, widen.proj.bias)
         self.narrow = Linear(narrow.weight)
-        # (h + g N^T + b) W^T = (h + g N^T) W^T + W b: the bias of the one moves into the other's.
+        # (h + g N^T + b) W^T = (h + g N^T) W^T + W b: the first bias moves into the second.
         bias = bias_of(module.proj_out) + module.proj_out.weight.flatten(1) @ narrow.bias
         self.proj_out = Linear(module.proj_out.weight, bias)
 
@@ -141,15 +141,15 @@ class Attn(nn.Module):
         y, h = self._norm(0, self.proj_in(rows(y)))                          # (B, L, C)
         q, k, v = self.qkv(y).chunk(3, dim=-1)                               # (B, L, C)
         h2 = self.out1(attention(q, k, v, self.heads))                       # (B, L, C)
-        if len(prompt) == 2 * len(x):  # here the two halves of guidance part
-            x = picture(rows(x).repeat(2, 1, 1), x)                          # (2B, C, h, w)
+        if len(prompt) == 2 * len(x):  # from here the two halves of guidance differ
+            x = feature_map(rows(x).repeat(2, 1, 1), x)                      # (2B, C, h, w)
             h, h2 = h.repeat(2, 1, 1), h2.repeat(2, 1, 1)                    # (2B, L, C)
         y, h = self._norm(1, h2, h)
         k, v = prompt.chunk(2, dim=-1)                                       # (M, 77, C)
         h2 = self.out2(attention(self.q(y), k, v, self.heads))               # (M, L, C)
         y, h = self._norm(2, h2, h)
         h = self.narrow.add_to(h, self.bodies.geglu(self.widen(y)))          # (M, L, C)
-        return Pending(picture(self.proj_out(h), x), None, x)
+        return Pending(feature_map(self.proj_out(h), x), None, x)
 
     def _norm(self, i: int, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The i-th norm of x + its shift + residual, and the sum."""
@@ -171,10 +171,10 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Doubles height and width in phases; to an odd ``size``, as the readable one does."""
+    """Doubles height and width in phases; to an odd ``size``, as the readable UNet does."""
 
     def __init__(self, conv: nn.Conv2d, odd: bool = True):
-        """``odd``: whether odd sizes will be asked for."""
+        """``odd``: whether `forward` may be asked for odd sizes."""
         super().__init__()
         weight, self.bias = conv.weight.detach(), nn.Buffer(bias_of(conv))
         taps = torch.tensor(PHASES, dtype=weight.dtype, device=weight.device)
@@ -187,7 +187,7 @@ class Up(nn.Module):
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
             h = self.phases(x)
         else:
-            assert self.weight is not None  # odd sizes were to be asked for
+            assert self.weight is not None  # because of ``odd``
             h = F.conv2d(F.interpolate(x, size=size, mode="nearest"), self.weight, padding=1)
         return Pending(h.contiguous(memory_format=torch.channels_last), self.bias, None)
 
@@ -196,7 +196,7 @@ Pair = tuple[Res, Attn | None]  # a res block, and the attention after it where 
 
 
 class FusedUNet:
-    """Called as the readable UNet is; or by `prompt`, `times` and `step`, to do no work twice.
+    """Called like the readable UNet, or through `prompt`, `times` and `step`, which repeat no work.
 
     ``bodies`` are the norms and attentions: `PLAIN` on a CPU, `triton_bodies()` on a GPU.
     """
@@ -226,7 +226,7 @@ class FusedUNet:
             attentions = of_kind(SpatialTransformer, level.modules())
             return [(res[r], attn.get(a)) for r, a in zip_longest(resnets, attentions)]
 
-        # The way down to the middle's first block: each of these writes what it is given as a skip.
+        # The way down to the first block of the middle: each of these writes its input as a skip.
         self.down: list[Pair | Down] = []
         for level in unet.down_blocks:
             self.down += layers(level)
@@ -235,7 +235,7 @@ class FusedUNet:
         self.down.append(first)
         self.up = [(layers(level), [Up(m.conv) for m in of_kind(Upsample, level.modules())])
                    for level in unet.up_blocks]
-        # How wide x and its skip are together, in the order in which skips are made.
+        # The channels of x and its skip together, in the order in which the skips are made.
         joined = [m.norm1.num_channels for m in of_kind(ResBlock, unet.up_blocks.modules())]
         self.joined = joined[::-1]
 
@@ -254,9 +254,9 @@ class FusedUNet:
 
     @torch.no_grad()
     def times(self, t: Tensor) -> Tensor:
-        """What every res block adds at timesteps t (S,), side by side: a row for each."""
-        waves = timestep_embedding(t, self.config.block_out_channels[0])     # (S, 320)
-        time = F.silu(self.time_embedding(waves.to(self.time_weight)))       # (S, 1280)
+        """What every res block adds at timesteps t (S,), side by side: a row per timestep."""
+        emb = timestep_embedding(t, self.config.block_out_channels[0])       # (S, 320)
+        time = F.silu(self.time_embedding(emb.to(self.time_weight)))         # (S, 1280)
         return F.linear(time, self.time_weight, self.time_bias)              # (S, all widths)
 
     @torch.no_grad()
@@ -275,7 +275,7 @@ class FusedUNet:
                 s = layer(s, own)
                 continue
             s = self._pair(layer, s, each_time, each_prompt, own)
-            if len(s.x) > len(own):  # guidance has parted; what came before is of both halves
+            if len(s.x) > len(own):  # the halves of guidance differ from here: copy earlier skips
                 for joined, own in skips:
                     joined[len(own) :, -own.shape[1] :] = own
         s = self.middle(s, next(each_time))

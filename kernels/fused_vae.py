@@ -1,7 +1,7 @@
-"""The VAE's decoder, repacked as the fused UNet is and out of the same parts; and `fuse`.
+"""The VAE's decoder, repacked like the fused UNet and from the same parts; and `fuse`.
 
-What it does otherwise is told in fused_unet.py: layout, pending sums, one matrix for q, k and v,
-and doubling in phases, which is most of what is to be gained here: 386 of 2515 GFLOP.
+fused_unet.py describes the differences: layout, pending sums, one matrix for q, k and v, and
+doubling in phases. The last saves most here: 386 of 2515 GFLOP.
 
 B latents, C channels, h w height and width of the latent, L = h*w rows
 """
@@ -18,8 +18,8 @@ from minisd_kernels.fused_unet import (
     Res,
     Up,
     bias_of,
+    feature_map,
     of_kind,
-    picture,
     rows,
 )
 from minisd_kernels.graphs import Graphs
@@ -32,7 +32,7 @@ from minisd.vae import VAE, Attention, Decoder, ResBlock, Upsample
 
 
 class DecoderRes(nn.Module):
-    """ResBlock; nothing but its own bias follows the first convolution."""
+    """ResBlock; only its own bias follows the first convolution."""
 
     def __init__(self, block: ResBlock, bodies: Bodies):
         super().__init__()
@@ -55,14 +55,14 @@ class DecoderAttn(nn.Module):
     def forward(self, s: Pending) -> Pending:
         y, x = self.norm(s)
         q, k, v = self.qkv(rows(y)).chunk(3, dim=-1)                         # (B, L, C)
-        return Pending(picture(self.out(self.attention(q, k, v, 1)), x), None, x)
+        return Pending(feature_map(self.out(self.attention(q, k, v, 1)), x), None, x)
 
 
 class FusedDecoder(nn.Module):
     """Takes the place of a VAE's ``decoder``: latents (B, 4, h, w) -> images (B, 3, H, W).
 
-    A module as that one is: ``.to(dtype)`` gives a decoder in float32 where float16 overflows. On a
-    GPU a decoding is one graph for each size.
+    It is a module too: ``.to(dtype)`` makes a decoder in float32 where float16 overflows. On a GPU
+    a decoding is one graph per size.
     """
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class FusedDecoder(nn.Module):
         return self.graphs(("decode", *latent.shape, latent.dtype), self._decode, [latent])
 
     def _apply(self, *args, **options) -> "FusedDecoder":
-        """What ``.to`` calls: the weights move away from where a graph reads them."""
+        """``.to`` calls this: the weights leave the memory that a graph reads."""
         self.graphs.clear()
         return super()._apply(*args, **options)
 
@@ -101,7 +101,7 @@ class FusedDecoder(nn.Module):
 
 
 def fuse(unet: UNet, vae: VAE, ops: Ops) -> FusedUNet:
-    """The UNet repacked around the same ops. The VAE's decoder is replaced, in place, likewise."""
+    """The UNet, repacked around the same ops; a repacked decoder replaces the VAE's, in place."""
     bodies = PLAIN if ops.why else triton_bodies()
     bodies = bodies._replace(attention=ops.attention)
     fused, decoder = FusedUNet(unet, bodies), FusedDecoder(cast(Decoder, vae.decoder), bodies)

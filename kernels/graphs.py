@@ -1,8 +1,8 @@
-"""CUDA graphs of calls that are made again and again with the same sizes.
+"""CUDA graphs of calls that repeat with the same sizes.
 
-A step of SD1.5 is some four hundred launches of a few microseconds each, and a decoding a hundred,
-and Python cannot issue them as fast as a GPU runs them. A CUDA graph records them once for a size
-and replays them as one; what changes is copied into buffers that the recorded launches read.
+A step of SD1.5 is about four hundred launches of a few microseconds each, a decoding a hundred, and
+Python cannot issue them as fast as a GPU runs them. A CUDA graph records them once per size and
+replays them as one; inputs are copied into buffers that the recorded launches read.
 """
 
 import threading
@@ -12,8 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-MOST = 8  # graphs kept; each holds what its call needs in between
-# What torch.cuda.graph_pool_handle gives: two numbers, to which torch gives a type of its own.
+MOST = 8  # graphs kept; each holds the intermediate tensors of its call
+# The result of torch.cuda.graph_pool_handle: two numbers, for which torch has a type of its own.
 Pool: TypeAlias = "torch.cuda._POOL_HANDLE"
 
 
@@ -22,22 +22,23 @@ class Graph:
 
     def __init__(self, function: Callable[..., Tensor], changing: Sequence[Tensor | None],
                  fixed: Sequence[Tensor | None], pool: Pool):
-        """``function(*changing, *fixed)``: what every call changes, and what many calls share."""
+        """Every call of ``function(*changing, *fixed)`` has its own ``changing``; ``fixed`` is that
+        of many calls."""
         self.changing, self.fixed = (
             [None if x is None else x.clone() for x in given] for given in (changing, fixed))
         self.holds = fixed
-        # Streams and graphs are of the current device, which need not be that of the tensors.
+        # Streams and graphs belong to the current device, which may not be that of the tensors.
         with torch.cuda.device_of(self.changing[0]):
             self._record(function, pool)
 
     def _record(self, function: Callable[..., Tensor], pool: Pool) -> None:
-        # Once outside the graph: the first call compiles kernels and lets libraries choose theirs.
+        # The first call runs outside the graph: it compiles kernels, and libraries choose theirs.
         function(*self.changing, *self.fixed)
         self.graph = torch.cuda.CUDAGraph()
-        # On a stream where nothing ran before (torch has 32), so that cuBLAS has no workspace for
-        # it yet and takes one from the graph's own memory: others are freed whenever somebody asks,
-        # as torch.compile does, and a graph that writes there is an illegal access. Not torch's
-        # stream for captures, which is of the device that was the first to need it.
+        # The stream is one where nothing ran before (torch has 32), so cuBLAS has no workspace for
+        # it yet and takes one from the graph's own memory. Another workspace may be freed at any
+        # time (torch.compile does so), and a graph that writes there is an illegal access. torch's
+        # stream for captures belongs to the first device that needed one, so it does not serve.
         with torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.Stream()):
             self.out = function(*self.changing, *self.fixed)
 
@@ -56,10 +57,10 @@ class Graph:
 
 
 class Graphs:
-    """The graphs of a model, the least recently used of more than MOST forgotten.
+    """The graphs of a model: the MOST most recently used.
 
-    They share the memory for what lies between their launches, since none runs beside another: a
-    lock lets threads take turns. A cache: a copy and a pickle of it are empty.
+    They share the memory of their intermediate tensors, since no two run at once: threads take
+    turns by a lock. This is a cache: a copy and a pickle of it are empty.
     """
 
     def __init__(self):
@@ -70,7 +71,7 @@ class Graphs:
     def __call__(self, key: Hashable, function: Callable[..., Tensor],
                  changing: Sequence[Tensor | None], fixed: Sequence[Tensor | None] = ()) -> Tensor:
         """``function(*changing, *fixed)`` by the graph of that key, recorded if there is none."""
-        # Buffers outlive the call, whatever mode it is made in.
+        # The buffers outlive the call, whatever its mode.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             graph = self._made.pop(key, None)
             if graph is None:
@@ -86,7 +87,7 @@ class Graphs:
         return len(self._made)
 
     def clear(self) -> None:
-        """Forget all, and give back what they hold."""
+        """Forget all graphs and free their memory."""
         self._made.clear()
 
     def __deepcopy__(self, memo: dict) -> "Graphs":

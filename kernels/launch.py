@@ -1,11 +1,11 @@
-"""What the kernel families share: which tensors may be taken at all, and how large a tile is.
+"""What the kernel families share: which tensors they take, and how large their tiles are.
 
-Nothing is tuned at run time. The first call with new sizes compiles (about a second a kernel, kept
-in Triton's cache folder, so once a machine) and later ones launch. `python -m bench.kernels --tune`
-times a list of settings on the device at hand and prints rows for MEASURED.
+Nothing is tuned at run time. The first call with new sizes compiles (about a second per kernel,
+kept in Triton's cache folder, so once per machine); later calls only launch. `python -m
+bench.kernels --tune` times a list of settings on the GPU at hand and prints rows for MEASURED.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, overload
 
 import torch
 import triton
@@ -16,45 +16,48 @@ MAX_OFFSET = 2**31 - 1  # offsets inside one batch item are 32-bit; from item to
 
 
 class Tile(NamedTuple):
-    """An attention tile: rows of queries, keys at a time, warps, loads in flight (stages)."""
+    """A tile of attention: BLOCK_M queries by BLOCK_N keys."""
 
-    queries: int
-    keys: int
-    warps: int
-    stages: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
 class Norm(NamedTuple):
-    """A tile of a norm or of GEGLU: its elements, how many side by side in memory, warps."""
+    """A tile of a norm or of GEGLU: its size, and how many channels it takes."""
 
     elements: int
-    width: int
-    warps: int
+    block_c: int
+    num_warps: int
 
 
 class Call(NamedTuple):
-    """One launch, all decided: what `run` does, and what can be compiled ahead of time."""
+    """One launch with nothing left open: `run` launches it, bench/compile.py compiles it ahead."""
 
     kernel: triton.JITFunction
     grid: tuple[int, ...]
     args: tuple
     constants: dict
-    warps: int
-    stages: int = 1
+    num_warps: int
+    num_stages: int = 1
 
 
 class Cost(NamedTuple):
-    """The least work a call can do: each input read once, each output written once."""
+    """The least work of a call, which reads each input once and writes each output once."""
 
     flops: int
     bytes: int
     exponentials: int
 
 
-# (kernel, widest piece of d or size) -> setting. Attention's are chosen from compiled code
-# (bench.compile), those of the norms were the fastest on an H200:
-# no spill on any target with either Triton. 128 queries read k and v half as often as 64 do, and
-# two such programs fit on a multiprocessor of sm_90 (but one at d 80).
+AttentionKernel: TypeAlias = Literal["attention", "one tile", "sliced"]
+NormKernel: TypeAlias = Literal["group norm", "layer norm", "geglu"]
+
+# (kernel, BLOCK_D1 or a size) -> setting. Those of attention are chosen from compiled code: nothing
+# spills on any target with either Triton (bench.compile). A tile of 128 queries reads k and v half
+# as often as one of 64, and two such programs fit on a multiprocessor of sm_90 (one at d 80). Those
+# of the norms were the fastest on an H200.
 DEFAULT: dict[tuple[str, int], Tile | Norm] = {
     ("attention", 16): Tile(128, 64, 8, 3),
     ("attention", 32): Tile(128, 64, 8, 3),
@@ -63,10 +66,10 @@ DEFAULT: dict[tuple[str, int], Tile | Norm] = {
     ("one tile", 16): Tile(64, 128, 4, 1),
     ("one tile", 32): Tile(64, 128, 4, 1),
     ("one tile", 64): Tile(64, 128, 4, 1),
-    ("sliced", 2): Tile(64, 64, 4, 2),  # by bytes an element
+    ("sliced", 2): Tile(64, 64, 4, 2),  # bytes per element
     ("sliced", 4): Tile(64, 32, 8, 1),  # half of both spills on sm_80 with Triton 3.6
-    ("group norm", 0): Norm(32768, 1, 16),  # a group whole: at most so many elements, and warps
-    ("group norm", 1): Norm(4096, 32, 4),  # parts of larger ones
+    ("group norm", 0): Norm(32768, 1, 16),  # a whole group: at most so many elements and warps
+    ("group norm", 1): Norm(4096, 32, 4),  # tiles of larger groups
     ("layer norm", 0): Norm(2048, 1, 2),
     ("geglu", 0): Norm(2048, 256, 4),
 }
@@ -78,8 +81,12 @@ MEASURED: dict[tuple[str, str, int], Tile | Norm] = {
 }
 
 
-def setting(device: torch.device, kernel: str, size: int) -> NamedTuple:
-    """The measured winner on such a device, else the default."""
+@overload
+def setting(device: torch.device, kernel: AttentionKernel, size: int) -> Tile: ...
+@overload
+def setting(device: torch.device, kernel: NormKernel, size: int) -> Norm: ...
+def setting(device: torch.device, kernel: str, size: int) -> Tile | Norm:
+    """The fastest setting measured on such a device, or the default."""
     if device.type == "cuda" and MEASURED:
         row = (torch.cuda.get_device_name(device), kernel, size)
         return MEASURED.get(row, DEFAULT[kernel, size])
@@ -92,9 +99,9 @@ def interpreted(kernel) -> bool:
 
 
 def refusal(kernel, **tensors: Tensor) -> str | None:
-    """Why no kernel takes these tensors, as a sentence; None if it may.
+    """Why no kernel takes these tensors, as a sentence; None if one may.
 
-    They share one device and have a dtype of DTYPES. "meta" tensors pass as a GPU's would.
+    They must share one device and have a dtype of DTYPES. "meta" tensors pass as those of a GPU.
     """
     device = next(iter(tensors.values())).device
     for name, x in tensors.items():
@@ -110,11 +117,12 @@ def refusal(kernel, **tensors: Tensor) -> str | None:
 
 
 def run(calls: list[Call]) -> None:
-    """Launch in order, on the device of the tensors; on "meta" there is nothing to launch."""
+    """Launch in order, on the device of the tensors; "meta" tensors launch nothing."""
     for call in calls:
         if call.args[0].device.type != "meta":
             with torch.cuda.device_of(call.args[0]):
                 call.kernel[call.grid](
-                    *call.args, **call.constants, num_warps=call.warps, num_stages=call.stages,
-                    enable_fp_fusion=True,  # some releases of Triton have it off by default
+                    *call.args, **call.constants, num_warps=call.num_warps,
+                    num_stages=call.num_stages,
+                    enable_fp_fusion=True,  # off by default in some releases of Triton
                 )

@@ -1,9 +1,9 @@
 """Convolutions and matrix products whose weights lie in the order that the library wants.
 
 On a GPU that is channels_last. On a CPU it is oneDNN's blocked order for one size of input: torch's
-own calls bring the weights into it anew every time, which at 256x256 takes longer than SD1.5's
-convolutions themselves. The operators are those that torch.compile packs with on a CPU; where they
-do not apply (not float32, no oneDNN) torch's usual calls are made.
+own calls reorder the weights every time, which at 256x256 takes longer than the convolutions of
+SD1.5 themselves. torch.compile packs weights with the same operators on a CPU; where they do not
+apply (not float32, no oneDNN), torch's usual calls run.
 """
 
 import torch
@@ -20,8 +20,8 @@ def packs(x: Tensor) -> bool:
 class Conv(nn.Module):
     """A 3x3 convolution, or a transposed 4x4 one that doubles, with a padding of 1 and no bias.
 
-    ``weight`` as torch's functions want it. Packed for the size of the input when that is first
-    seen or changes, and kept in that one form.
+    ``weight`` is given as torch's functions want it. It is packed for the size of the input when
+    that size is first seen or changes, and kept in that one form.
     """
 
     def __init__(self, weight: Tensor, stride: int = 1, transposed: bool = False):
@@ -47,7 +47,7 @@ class Conv(nn.Module):
         weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
         if self.transposed:
             if self.weight.is_mkldnn:
-                weight = weight.transpose(0, 1).contiguous()  # oneDNN has its two sides swapped
+                weight = weight.transpose(0, 1).contiguous()  # oneDNN swaps the first two axes
             self.weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(
                 weight, [1, 1], [0, 0], [self.stride] * 2, [1, 1], 1, list(size))
         else:
@@ -57,10 +57,10 @@ class Conv(nn.Module):
 
 
 class Linear(nn.Module):
-    """x W^T + b, packed for the number of rows when that is first seen or changes."""
+    """x W^T + b; W is packed for the number of rows when that is first seen or changes."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight (C_out, C_in, ...), so that a 1x1 convolution's will do; bias (C_out,)."""
+        """weight (C_out, C_in, ...), also that of a 1x1 convolution; bias (C_out,)."""
         super().__init__()
         self.weight = nn.Buffer(weight.detach().flatten(1))
         self.bias = None if bias is None else nn.Buffer(bias.detach())

@@ -1,9 +1,8 @@
-"""On which GPUs the kernels were found equal to torch: the rows of proven.json, one a capability.
+"""On which GPUs the kernels proved equal to torch: the rows of proven.json, one per capability.
 
-`record` writes a row from a run of checks on a GPU, and nobody edits the file. A row names the
-kernels that ran by their `fingerprint`, so it says nothing about any others: a kernel or a tile
-that changes has to be measured again. ops="auto" takes the kernels only where `proven` has nothing
-to say against them.
+`record` writes a row from a run of checks on a GPU; nobody edits the file by hand. A row names the
+kernels that ran by their `fingerprint`, so it says nothing about others: a changed kernel or tile
+must be measured again. ops="auto" takes the kernels only where `proven` has no objection.
 """
 
 import ast
@@ -25,7 +24,7 @@ CONSTANTS = {
     flash_attention: ("ONE_TILE_KEYS", "SLICES", "WIDEST_IN_ONE_TILE", "WIDEST_IN_PIECES"),
     group_norm_silu: ("JOINED", "PROGRAMS"),
 }
-# What a row says: the fingerprint, where and when it was measured, and how many checks passed.
+# A row: the fingerprint, where and when the kernels were measured, and how many checks passed.
 FIELDS = ("kernels", "device", "torch", "triton", "commit", "date", "checks")
 
 
@@ -53,7 +52,7 @@ def settings(device: str) -> dict[tuple[str, int], tuple]:
 
 
 def record(path: str | os.PathLike, capability: str, row: dict) -> None:
-    """Put the row of a capability such as "9.0" into the file, in place of an earlier one.
+    """Put the row of a capability such as "9.0" into the file; it replaces an earlier one.
 
     The file is written whole or not at all. Raises ValueError for a row without all of FIELDS.
     """
@@ -68,10 +67,10 @@ def record(path: str | os.PathLike, capability: str, row: dict) -> None:
 
 
 def fingerprint() -> str:
-    """A sha256 of every kernel's code, of what plans and launches it, and of every setting.
+    """A sha256 of the code of every kernel, of its plan and launch, and of every setting.
 
-    Comments, docstrings, and the file and the order in which functions stand are no part of it; nor
-    are functions that make sentences: each release of Python writes f-strings down in its own way.
+    Comments, docstrings, files and the order of functions are no part of it; nor are functions that
+    build sentences, because each release of Python unparses f-strings in its own way.
     """
     functions = [function for module in (*FAMILIES, launch)
                  for function in (*defined(module), *(kernel.fn for kernel in jitted(module)))]
@@ -89,13 +88,13 @@ def defined(module: ModuleType) -> list[FunctionType]:
 
 
 def jitted(family: ModuleType) -> list[KernelInterface]:
-    """All that @triton.jit made in a module, compiled or interpreted."""
+    """The @triton.jit functions of a module, compiled or interpreted."""
     return [x for x in vars(family).values() if isinstance(x, KernelInterface)]
 
 
 def plain(function: FunctionType) -> str:
-    """A function's source without comments and docstring, laid out in one way; empty for one with
-    an f-string."""
+    """The source of a function without comments and docstring, in one layout; empty if it has an
+    f-string."""
     tree = ast.parse(inspect.getsource(function))
     (body,) = tree.body
     assert isinstance(body, ast.FunctionDef)

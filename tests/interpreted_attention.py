@@ -182,9 +182,9 @@ def test_cost_is_what_the_kernel_does(lk, online, monkeypatch):
     q, k, v = inputs(2, 128, lk, 2, 32, "pair", torch.float16)
     call = plan(q, k, v, torch.empty_like(q), 2, 1.0, False, "ieee")
     launch.run([call])
-    shrinks = online * 2 * 2 * 128 * lk // call.constants["KEYS"]
+    alphas = online * 2 * 2 * 128 * lk // call.constants["BLOCK_N"]
     expected = cost(2, 128, lk, 2, 32, q.itemsize)
-    assert (sum(flops), sum(exponentials)) == (expected.flops, expected.exponentials + shrinks)
+    assert (sum(flops), sum(exponentials)) == (expected.flops, expected.exponentials + alphas)
 
 
 def test_the_corrections_of_the_interpreter_are_needed():

@@ -167,7 +167,7 @@ def test_rows_are_those_of_the_fused_unet(model, config, monkeypatch):
     def count(call):
         kernel, x = call.kernel.__module__.rpartition(".")[2], call.args[0]
         if kernel == "layer_norm":
-            norms[x.shape[1:], call.constants["RESIDUAL"]] += 1
+            norms[x.shape[1:], call.constants["HAS_RESIDUAL"]] += 1
         elif kernel == "geglu":
             geglus[*x.shape[1:-1], x.shape[-1] // 2] += 1
 

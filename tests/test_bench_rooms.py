@@ -160,7 +160,7 @@ def test_listed_settings_are_complete_and_new():
         today = launch.DEFAULT[kernel, int(size)]
         assert len(settings) == len(set(settings)) and today not in settings, name
         assert {type(setting) for setting in settings} == {type(today)}
-        assert all(setting.keys == 128 for setting in settings if kernel == "one tile")
+        assert all(setting.block_n == 128 for setting in settings if kernel == "one tile")
 
 
 def test_a_setting_is_used_inside_and_forgotten_after():

@@ -20,10 +20,9 @@ pytestmark = pytest.mark.skipif(
     not compile.CUOBJDUMP.exists(), reason="this triton comes without cuobjdump"
 )
 GOOD = compile.Row(
-    "flash_attention_kernel", "float16", "D40 A32 B16", 8, 3, "sm_90", registers=116, stack=0,
-    spills=0, scalar_spills=0, shared=49152, matrix=22, instructions=1096, unwritten="",
-    programs=2,
-    triton="3.9.0",
+    "flash_attention_kernel", "float16", "D=40 BLOCK_D1=32 BLOCK_D2=16", 8, 3, "sm_90",
+    registers=116, stack=0, spills=0, scalar_spills=0, shared=49152, matrix=22, instructions=1096,
+    unwritten="", programs=2, triton="3.9.0",
 )
 
 
@@ -39,8 +38,9 @@ import sys
 from bench.compile import main
 raise SystemExit(max(main(["--only", only]) for only in sys.argv[1:]))
 """, tmp_path,
-        "sm_90 flash_attention_kernel float16 heads:i32 D", "sm_90 flash_attention_sliced_kernel f",
-        "gfx942 layer_norm_kernel float16 C320", "sm_80 geglu_kernel", "sm_100 layer_norm_kernel")
+        "sm_90 flash_attention_kernel float16 heads:i32 D=",
+        "sm_90 flash_attention_sliced_kernel f", "gfx942 layer_norm_kernel float16 C=320",
+        "sm_80 geglu_kernel", "sm_100 layer_norm_kernel")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\n0 of" not in done.stdout  # each of them found something
 
@@ -72,11 +72,11 @@ import sys
 from minisd_kernels.launch import DEFAULT, Tile
 DEFAULT[{setting}
 from bench.compile import main
-raise SystemExit(main(["--only", "{target} flash_attention_kernel float16 heads:i32 D40"]))
+raise SystemExit(main(["--only", "{target} flash_attention_kernel float16 heads:i32 D=40"]))
 """, tmp_path)
     assert done.returncode == 1, done.stderr
     report = done.stdout.partition("broken:")[2]
-    assert said in report and "D40" in report
+    assert said in report and "D=40" in report
 
 
 def test_what_is_within_bounds_is_not_reported():

@@ -207,9 +207,9 @@ def test_attention_cost():
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("total", [False, True])
-def test_group_norm_cost(residual, total):
+@pytest.mark.parametrize("s", [False, True])
+def test_group_norm_cost(residual, s):
     x = torch.empty(2, 40, 9, 7, dtype=torch.float16)
-    moved = [x, x] + [x] * residual + [x] * total  # read, written, and again for each of the two
-    cost = gn.cost(x.numel(), x.itemsize, residual=residual, total=total)
+    moved = [x, x] + [x] * residual + [x] * s  # read, written, and again for each of the two
+    cost = gn.cost(x.numel(), x.itemsize, residual=residual, s=s)
     assert cost.bytes == sum(picture.nbytes for picture in moved)
