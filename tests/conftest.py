@@ -1,4 +1,4 @@
-"""What every test starts from: one thread, no network, no gradients."""
+"""The state in which every test starts: one thread, no network, no gradients."""
 
 import os
 
@@ -9,13 +9,13 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import pytest
 import torch
 
-# The tensors are tiny: more threads would only wait for each other.
+# The tensors are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _no_gradients():
-    """Inference throughout; and no test sees what another did to the global generator."""
+    """No gradients, and the same state of the global generator for every test."""
     torch.manual_seed(0)
     with torch.no_grad():
         yield

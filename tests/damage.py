@@ -1,7 +1,8 @@
-"""Good files, texts, pictures and numbers, damaged at random: the cases that fuzz.py counts.
+"""Good files, texts, images and numbers, damaged at random: the cases that fuzz.py counts.
 
-Each function makes what its cases share and returns the case: a random generator and a number ->
-"refused", by the one error allowed, "same", as an independent reader has it, or "different".
+Each function prepares what its cases share and returns a case, a function of a random generator
+and a number. Its result is "rejected" (by the one error allowed), "same" (as an independent reader
+reads it) or "different".
 """
 
 import io
@@ -40,14 +41,14 @@ ODD = [0, 1, -1, 2, 7, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30, 1.0, 0.5, 
 TOKENS = [*'"{}[],:0189-+. eE\\\n\0\xff', "null", "true", "NaN", "\\ud800", "1" * 400, "[" * 99]
 
 
-def refused(error: Exception, *words: str) -> str:
-    """An error is right if it is one line that has these words."""
+def rejected(error: Exception, *words: str) -> str:
+    """An error is right if it is one line with these words."""
     text = str(error)
-    return "refused" if "\n" not in text and all(word in text for word in words) else "different"
+    return "rejected" if "\n" not in text and all(word in text for word in words) else "different"
 
 
 def headers(folder: Path) -> Case:
-    """A good file of five tensors whose header, length or end is damaged in one to three places."""
+    """A good file of five tensors, with one to three damages of its header, length or end."""
     shapes = {"a.weight": (4, 6), "a.bias": (4,), "b.weight": (3, 2, 2), "b.bias": (3,), "c": ()}
     dtypes = ("F32", "F16", "BF16", "F16", "F32")
     data = np.random.default_rng(0).normal(size=200).astype(np.float16).tobytes()
@@ -75,7 +76,7 @@ def headers(folder: Path) -> Case:
 
 
 def _damage_row(rows: dict, draw: random.Random) -> None:
-    """One row swapped with another, reshaped, or with another value somewhere in it."""
+    """Swap a row with another, rename or reshape it, or replace a value in it."""
     name, other = draw.sample([name for name in rows if name != "__metadata__"], 2)
     how, field = draw.randrange(5), draw.choice([*rows[name], "shape", "x"])
     value = rows[name].get(field)
@@ -92,7 +93,7 @@ def _damage_row(rows: dict, draw: random.Random) -> None:
 
 
 def bodies(folder: Path) -> Case:
-    """A good header over data of any bits, and files that shrink once their header was read."""
+    """A good header with random data, and files that are cut after their header was read."""
     shapes = {"a": (700, 1000), "b": (37, 3), "c": (1,), "d": (0, 5)}  # a: more than one chunk
 
     def case(draw: random.Random, number: int) -> str:
@@ -113,19 +114,19 @@ def bodies(folder: Path) -> Case:
 
 
 def as_numpy_reads(path: Path, to: str = "F32", cut: bool = False) -> str:
-    """Read a file's tensors, and compare their bits with NumPy's at the header's offsets.
+    """Read a file's tensors, and compare their bits with those that NumPy reads at the offsets.
 
     ``cut``: the file loses its last byte once its header is read.
     """
     try:
         tensors = read_header(path)
     except WeightError as error:
-        return refused(error, path.name)
+        return rejected(error, path.name)
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     rows = json.loads(whole[8 : 8 + length])
     rows.pop("__metadata__", None)
-    with safe_open(path, "pt") as theirs:  # which raises if it would not read this at all
+    with safe_open(path, "pt") as theirs:  # raises if safetensors cannot read it
         if not rows.keys() == tensors.keys() == set(theirs.keys()):
             return "different"
     if cut:
@@ -138,15 +139,15 @@ def as_numpy_reads(path: Path, to: str = "F32", cut: bool = False) -> str:
         try:
             got = read_tensor(tensors[name], DTYPES[to])
         except WeightError as error:
-            outcomes.add(refused(error, path.name, name) if want is None else "different")
+            outcomes.add(rejected(error, path.name, name) if want is None else "different")
         else:
             same = want is not None and _bits(got) == _bits(want)
             outcomes.add("same" if same else "different")
-    return min(outcomes, default="same")  # in this order: different, refused, same
+    return min(outcomes, default="same")  # in this order: different, rejected, same
 
 
 def _by_numpy(data: bytes, row: dict, dtype: torch.dtype) -> torch.Tensor | None:
-    """The values; None where they are not to be had, or not finite."""
+    """The values; None if NumPy lacks the dtype, or a value is not finite."""
     if row["dtype"] not in NUMPY:
         return None
     values = np.frombuffer(data, NUMPY[row["dtype"]]).reshape(row["shape"])
@@ -161,7 +162,7 @@ def _bits(tensor: torch.Tensor) -> tuple:
 
 
 def tensors(folder: Path) -> Case:
-    """SD1's own list with each tensor in turn dropped, renamed, reshaped and retyped."""
+    """SD1's list, with each tensor in turn dropped, renamed, reshaped and retyped."""
     official = all_shapes(SD1)
     used = [name for name in official if not name.endswith("position_ids")]
     with torch.device("meta"):
@@ -176,7 +177,7 @@ def tensors(folder: Path) -> Case:
         row = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + 2 * size]}
         if how == 1:  # renamed: the last letter is missing
             head[name[:-1]] = row
-        elif how == 2:  # reshaped: as many values, so that only the shape tells
+        elif how == 2:  # reshaped to as many values: only the shape differs
             head[name] = row | {"shape": [size] if len(shape) > 1 else [size, 1]}
         elif how == 3:
             dtype = draw.choice([dtype for dtype in ITEM_SIZE if dtype not in DTYPES])
@@ -188,14 +189,14 @@ def tensors(folder: Path) -> Case:
             for part, model in models.items():
                 check(found, part, model)
         except WeightError as error:
-            return refused(error, path.name, name)
+            return rejected(error, path.name, name)
         return "different"
 
     return case
 
 
 def prompts(folder: Path) -> Case:
-    """Text of every script, some with a lone surrogate, as transformers reads it."""
+    """Text of every script, compared with transformers; some has a lone surrogate."""
     ours, theirs = Tokenizer.clip(49407), official_tokenizer(49407)
 
     def case(draw: random.Random, number: int) -> str:
@@ -206,7 +207,7 @@ def prompts(folder: Path) -> Case:
             try:
                 ours(text)
             except ValueError as error:
-                return refused(error, f"position {place}")
+                return rejected(error, f"position {place}")
             return "different"
         return "same" if torch.equal(ours(text), _official_ids(theirs, [text])) else "different"
 
@@ -216,16 +217,16 @@ def prompts(folder: Path) -> Case:
 def images(folder: Path) -> Case:
     """PNG, JPEG, WebP and GIF, still and moving, with a few bytes changed, lost or repeated."""
     noise = np.random.default_rng(0).integers(0, 256, (24, 20, 4), dtype=np.uint8)
-    picture, good = Image.fromarray(noise), []
+    image, good = Image.fromarray(noise), []
     for form, modes in {"PNG": "1 L LA P RGB RGBA I;16", "GIF": "P RGB", "JPEG": "L RGB CMYK",
                         "WEBP": "RGB RGBA"}.items():  # fmt: skip
         for mode in modes.split():
-            one = picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode)
+            one = image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)
             more = {"save_all": True, "append_images": [one.rotate(90)]} if form != "JPEG" else {}
             for extra in ({}, more):
                 one.save(buffer := io.BytesIO(), form, **extra)
                 good.append((form, buffer.getvalue()))
-    save(picture, folder / "settings.png", {"prompt": "a red heart"})
+    save(image, folder / "settings.png", {"prompt": "a red heart"})
     good.append(("PNG", (folder / "settings.png").read_bytes()))
 
     def case(draw: random.Random, number: int) -> str:
@@ -235,21 +236,21 @@ def images(folder: Path) -> Case:
             piece = draw.choice([b"", draw.randbytes(1), draw.randbytes(size), data[:size]])
             data = data[:place] + piece + data[place + draw.choice([len(piece), size]) :]
         if form == "PNG" and draw.random() < 0.7:
-            data = _with_checksums(data)  # or nothing behind them would ever be reached
+            data = _with_checksums(data)  # else the checks after the checksums would never run
         (folder / "a.png").write_bytes(data)
         try:
             read = open_image(folder / "a.png")
             if form == "PNG" and draw.random() < 0.5:
                 read_settings(folder / "a.png")
         except ImageError as error:
-            return refused(error, "a.png")
+            return rejected(error, "a.png")
         return "same" if read.mode == "RGB" and min(read.size) > 0 else "different"
 
     return case
 
 
 def _with_checksums(data: bytes) -> bytes:
-    """A PNG's chunks, as far as they can be followed, with the checksums that their bytes have."""
+    """A PNG with the right checksum in each chunk, as far as the chunks can be followed."""
     out, rest = data[:8], data[8:]
     while (end := int.from_bytes(rest[:4], "big") + 12) <= len(rest):
         out += rest[: end - 4] + struct.pack(">I", zlib.crc32(rest[4 : end - 4]))
@@ -258,24 +259,24 @@ def _with_checksums(data: bytes) -> bytes:
 
 
 def steps(folder: Path) -> Case:
-    """Each number of steps from 1 to 1000, and how often the loop then asks the UNet."""
-    sd, asked = small_model.__wrapped__(SMALL), []  # a new one, for it is patched
-    sd.unet.forward = lambda x, t, context: asked.append(int(t[0])) or x
+    """Each number of steps from 1 to 1000, and how often the loop runs the UNet."""
+    sd, visited = small_model.__wrapped__(SMALL), []  # a new one: it is patched
+    sd.unet.forward = lambda x, t, context: visited.append(int(t[0])) or x
 
     def case(draw: random.Random, number: int) -> str:
         count = number % 1000 + 1
-        asked.clear()
+        visited.clear()
         sd("a", num_inference_steps=count, guidance_scale=1, seed=0, height=8, width=8,
            output_type="latent", progress=False)  # fmt: skip
-        falling = all(a > b for a, b in zip(asked, asked[1:], strict=False))
-        right = falling and len(asked) == count and 0 <= asked[-1] <= asked[0] <= 999
-        return "same" if right and asked == ddim.timesteps(count) else "different"
+        falling = all(a > b for a, b in zip(visited, visited[1:], strict=False))
+        right = falling and len(visited) == count and 0 <= visited[-1] <= visited[0] <= 999
+        return "same" if right and visited == ddim.timesteps(count) else "different"
 
     return case
 
 
 def metadata(folder: Path) -> Case:
-    """Settings of any content, through a PNG and back."""
+    """Settings of any content, saved in a PNG and read back."""
     pixel = Image.new("RGB", (1, 1))
 
     def text(draw: random.Random) -> str:
@@ -294,7 +295,7 @@ def metadata(folder: Path) -> Case:
         made = {"prompt": text(draw), "negative_prompt": text(draw), "seed": value(draw, 3),
                 "model": text(draw), text(draw): value(draw)}  # fmt: skip
         save(pixel, folder / "a.png", made, overwrite=True)
-        # As text, in which True is not 1 and -0.0 is not 0.
+        # As text: True and 1 are equal, -0.0 and 0 too, but their texts differ.
         return "same" if repr(read_settings(folder / "a.png")) == repr(made) else "different"
 
     return case

@@ -60,7 +60,7 @@ def _prefixed(prefix: str, rows: dict) -> dict:
 
 
 def official_modules(config: Config) -> dict[str, nn.Module]:
-    """The official classes at these sizes."""
+    """The official classes in these sizes."""
     return {
         "text_encoder": official_text_encoder(config.text),
         "unet": official_unet(config.unet, config.sample_size // config.vae.downscale),
@@ -74,7 +74,7 @@ def random_modules(config: Config) -> dict[str, nn.Module]:
 
 
 def as_single_file(config: Config, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The modules' weights under the names, and in the stacks, of a single file."""
+    """The modules' weights under the names of a single file, stacked as they are there."""
     tensors = {}
     for part, rows in names.single_file(config).items():
         left = dict(modules[part].state_dict())
@@ -86,7 +86,7 @@ def as_single_file(config: Config, modules: dict[str, nn.Module]) -> dict[str, T
 
 
 def save_folder(config: Config, folder: Path) -> Path:
-    """A folder as diffusers writes it, with our small model's weights in float64."""
+    """A folder that diffusers writes, with our small model's weights in float64."""
     official_pipeline(StableDiffusionPipeline, small_model(config)).save_pretrained(folder)
     return folder
 
@@ -106,7 +106,7 @@ def header(shapes: Shapes, dtype: str = "F16") -> dict:
 
 
 def write(path: Path, head: dict | bytes, size: int | None = None) -> Path:
-    """A file with that header and zeros for data, which take no space on the disk."""
+    """A file with that header and zeros as data, sparse on the disk."""
     if isinstance(head, dict):
         size = max((row["data_offsets"][1] for row in head.values()), default=0)
         head = json.dumps(head).encode()

@@ -1,10 +1,10 @@
-"""Damage without end: every case of damage.py, counted, until a time or the targets are reached.
+"""Run the cases of damage.py and count the outcomes, until a time or the targets are reached.
 
-    python -m tests.fuzz SECONDS [--seed N] [--state FILE]    with a state, goes on with its seed
-    python -m tests.fuzz 0 --case headers:1234 [--seed N]     one case again
+    python -m tests.fuzz SECONDS [--seed N] [--state FILE]    resumes the run of the state, if any
+    python -m tests.fuzz 0 --case headers:1234 [--seed N]     repeats one case
 
-Run from the folder above tests. A case follows from the seed, its kind and its number alone. The
-exit code is 0 if every case was refused by the one error allowed or is the same to other readers.
+Run it from the folder above tests. The seed, the kind and the number determine a case. The exit
+code is 0 if every case was rejected with the one error allowed, or read as other readers read it.
 """
 
 import argparse
@@ -26,12 +26,12 @@ TARGETS = {
     "headers": 100_000, "bodies": 1_000, "tensors": 4_520, "prompts": 50_000, "images": 20_000,
     "steps": 1_000, "metadata": 5_000,
 }  # fmt: skip
-RIGHT = ("refused", "same")
-SLICE = 2  # seconds for which one kind has its turn
+RIGHT = ("rejected", "same")
+SLICE = 2  # seconds of one turn of a kind
 
 
 def run_case(case: damage.Case, kind: str, seed: int, number: int) -> str:
-    """The outcome: "refused", "same", "different", or the name of another exception."""
+    """The outcome: "rejected", "same", "different", or the name of another exception."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
@@ -41,8 +41,8 @@ def run_case(case: damage.Case, kind: str, seed: int, number: int) -> str:
 
 
 def run_kind(state: dict, kind: str, case: damage.Case, count: int, seconds: float) -> None:
-    """The next cases of a kind; outcomes are counted, and those that are wrong are listed."""
-    rows, end = state["kinds"].setdefault(kind, {"done": 0, "same": 0, "refused": 0}), None
+    """Run the next cases of a kind; count the outcomes and list the wrong ones."""
+    rows, end = state["kinds"].setdefault(kind, {"done": 0, "same": 0, "rejected": 0}), None
     while rows["done"] < count and (end is None or time.monotonic() < end):
         end = end or time.monotonic() + seconds
         outcome = run_case(case, kind, state["seed"], rows["done"])
@@ -54,12 +54,12 @@ def run_kind(state: dict, kind: str, case: damage.Case, count: int, seconds: flo
 
 
 def table(state: dict, command: str) -> str:
-    """The counts as the table of tests/README.md."""
-    lines = ["| kind | cases | refused | the same | exceptions other than allowed "
+    """The counts, as the table of tests/README.md."""
+    lines = ["| kind | cases | rejected | the same | exceptions other than allowed "
              "| accepted and different | command |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for kind, rows in state["kinds"].items():
         wrong = Counter(what == "different" for k, _, what in state["wrong"] if k == kind)
-        numbers = (rows["done"], rows["refused"], rows["same"], wrong[False], wrong[True])
+        numbers = (rows["done"], rows["rejected"], rows["same"], wrong[False], wrong[True])
         lines.append(f"| {kind} | {' | '.join(f'{n:,}' for n in numbers)} | `{command}` |")
     return "\n".join(lines)
 
@@ -68,8 +68,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     parser.add_argument("seconds", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--state", type=Path, help="a JSON file, read if it is there, and kept")
-    parser.add_argument("--case", metavar="KIND:NUMBER", help="one case again, and its traceback")
+    parser.add_argument("--state", type=Path, help="a JSON file, read if it exists, then updated")
+    parser.add_argument("--case", metavar="KIND:NUMBER", help="repeat one case, with its traceback")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def main() -> int:
 
 
 def run_all(state: dict, folder: Path, seconds: float, keep: Path | None) -> None:
-    """Kinds in turns, until the time is over or all have reached their targets."""
+    """Run the kinds in turns, until the time is up or all have reached their targets."""
     end, cases, turn = time.monotonic() + seconds, {}, list(TARGETS)
     while turn and time.monotonic() < end:
         kind = turn.pop(0)

@@ -73,7 +73,7 @@ def test_geglu_is_the_exact_gelu():
     assert error(geglu(h), F.gelu(h[:, 99:], approximate="tanh")) > 1e-4
 
 
-REFUSED = {
+REJECTED = {
     "layer_norm: x is (..., C) with 1 to 8192 channels, not (2, 8200)":
         lambda: layer_norm(torch.ones(2, 8200), torch.ones(8200), torch.ones(8200)),
     "layer_norm: x is not contiguous":
@@ -93,10 +93,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("sentence", REFUSED)
-def test_refusals(sentence):
+@pytest.mark.parametrize("sentence", REJECTED)
+def test_rejected_arguments(sentence):
     with pytest.raises(ValueError) as caught, torch.enable_grad():
-        REFUSED[sentence]()
+        REJECTED[sentence]()
     assert str(caught.value) == sentence
 
 

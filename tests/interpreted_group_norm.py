@@ -22,7 +22,7 @@ ONE = [  # shape, groups: why; all in one launch, a group a program
     ((2, 8), 2),  # no pixels at all
     ((2, 16, 3, 3), 8),  # an odd number of pixels
     ((3, 12, 5, 7), 3),  # groups no power of two
-    ((1, 15, 11), 3),  # an odd number of channels a group; no picture
+    ((1, 15, 11), 3),  # an odd number of channels a group; (B, C, L)
     ((1, 20, 9, 7), 2),  # SD1 has 10, 20, 30, 40, 60 and 80 channels a group
     ((1, 40, 16, 16), 2),  # 20; pixels fill the tile
     ((1, 60, 3, 3), 2),  # 30
@@ -41,7 +41,7 @@ THREE = [  # in three launches
 
 
 def place(x, last, around):
-    """x in a larger picture, a run of its channels, in either layout; and that picture."""
+    """x as a slice of the channels of a larger tensor, in either layout; and that tensor."""
     if not last:
         return embed(x, (0, 1) + (0,) * (x.dim() - 2), around)
     view, whole = embed(x.movedim(1, -1), (0,) * (x.dim() - 1) + (1,), around)
@@ -49,15 +49,15 @@ def place(x, last, around):
 
 
 def inputs(shape, last, dtype, mean=-2.3, deviation=0.5):
-    """Off-centre, and among NaN; with a weight and a bias."""
+    """x with a mean, surrounded by NaN; a weight and a bias."""
     x = (mean + deviation * torch.randn(shape)).to(dtype)
     weight, bias = (m + torch.randn(shape[1]) for m in (1, -0.5))
     return place(x, last, NAN)[0], weight.to(dtype), bias.to(dtype)
 
 
 def normalise(x, weight, bias, groups, eps=1e-5, silu=True, shift=None, residual=None):
-    """The kernel's result and sum, each among canaries and over NaN; its inputs stay as they were.
-    """
+    """The kernel's result and sum, written over NaN and surrounded by canaries; inputs must not
+    change."""
     assert refusal(x, weight, bias, groups, shift, residual) is None
     tensors = [t for t in (x, weight, bias, shift, residual) if t is not None]
     kept = [t.clone() for t in tensors]
@@ -76,8 +76,8 @@ def add(x, shift=None, residual=None):
 
 
 def torchs(x, weight, bias, groups, eps=1e-5, silu=True, shift=None, residual=None):
-    """By torch, in NCHW: its channels_last on a CPU takes E[x^2] - E[x]^2, and is no yardstick."""
-    s = add(x, shift, residual).contiguous().to(weight.dtype)  # a GPU takes no mixture
+    """By torch, in NCHW: in channels_last on a CPU it computes E[x^2] - E[x]^2, which cancels."""
+    s = add(x, shift, residual).contiguous().to(weight.dtype)  # a GPU needs equal dtypes
     y = F.group_norm(s, groups, weight, bias, eps).to(x.dtype)
     return F.silu(y) if silu else y
 
@@ -117,7 +117,7 @@ def test_values_in_three_launches(shape, groups, last):
 @LAST
 @pytest.mark.parametrize("largest, programs", [(2**14, 1), (1, 1), (1, 12), (1, 1000)])
 def test_values_with_another_tile(largest, programs, last, monkeypatch):
-    """Whatever is measured to be faster: splits of one tile and of many, joined in many turns."""
+    """Any launch setting: splits of one tile and of many, joined in several rounds."""
     monkeypatch.setattr("minisd_kernels.group_norm_silu.PROGRAMS", programs)
     monkeypatch.setattr("minisd_kernels.group_norm_silu.JOINED", 4)
     monkeypatch.setitem(launch.DEFAULT, ("group norm", 0), launch.Norm(largest, 1, 4))
@@ -127,7 +127,7 @@ def test_values_with_another_tile(largest, programs, last, monkeypatch):
 
 @pytest.mark.parametrize("rows, launches", [(ONE, 1), (THREE, 3)])
 def test_number_of_launches(rows, launches):
-    """Or the rows above would not test what they are for."""
+    """ONE and THREE are what they are called."""
     for shape, groups in rows:
         x, weight, bias = inputs(shape, False, torch.float16)
         assert len(plan(x, weight, bias, x, None, groups, 1e-5, True)) == launches
@@ -137,13 +137,13 @@ def test_number_of_launches(rows, launches):
 @LAST
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_without_silu(eps, last, dtype):
-    """1e-6 is the eps of a transformer's norm and of the autoencoder."""
+    """The transformer's norm and the autoencoder have eps 1e-6."""
     check("group norm", *inputs((1, 12, 5, 7), last, dtype), 3, eps, False)
 
 
 FRONTS = {  # shift's and residual's shapes
-    "bias": ("(C,)", False),  # of the convolution before
-    "time": ("(B, C)", False),  # a row for each item, cut out of longer rows
+    "bias": ("(C,)", False),  # bias of the preceding convolution
+    "time": ("(B, C)", False),  # a row for each item, a slice of longer rows
     "skip": (None, True),
     "all": ("(B, C)", True),
 }
@@ -155,7 +155,8 @@ FRONTS = {  # shift's and residual's shapes
     *((front, (2, 12, 5, 7)) for front in FRONTS), ("all", (2, 4, 33, 249)),
 ])
 def test_front(shape, front, last, dtype):
-    """x + shift + residual: rounded once, and from there as on its own, interpreted to the bit."""
+    """x + shift + residual is rounded once; then the result equals the kernel's on that sum, to the
+    last bit when interpreted."""
     x, weight, bias = inputs(shape, last, dtype)
     groups = shape[1] // 4
     rows, skip = FRONTS[front]
@@ -170,7 +171,7 @@ def test_front(shape, front, last, dtype):
         x.double(), *(t if t is None else t.double() for t in (shift, residual))))
     if x.is_cpu:
         assert torch.equal(out, normalise(place(total, last, NAN)[0], weight, bias, groups)[0])
-    else:  # compiled, each has its own layout of registers, and so its own order of sums
+    else:  # compiled, the order of sums differs
         args = total, weight, bias, groups
         compare("group norm of that sum", out, torchs(*args), exact(*args))
 
@@ -178,7 +179,7 @@ def test_front(shape, front, last, dtype):
 @LAST
 @pytest.mark.parametrize("shape, groups", [((2, 12, 5, 7), 2), ((1, 4, 33, 249), 1)])
 def test_the_function_gives_the_same_bits_every_time(shape, groups, last):
-    """From run to run, and wherever the residual and the sum lie: here in the other layout."""
+    """From run to run, and with the residual and the sum in the other layout."""
     x, weight, bias = inputs(shape, last, torch.bfloat16)
     shift, residual = bias.flip(0), place(x.flip(1), not last, NAN)[0]
     args = x, weight, bias, groups, 1e-6, False, shift, residual
@@ -218,7 +219,7 @@ def test_squares_past_the_end_of_float16(dtype, last):
 @LAST
 @pytest.mark.parametrize("shape", [(1, 16, 9, 9), (1, 16, 129, 131)], ids=["one", "three"])
 def test_a_group_of_one_value_becomes_the_bias(shape, last):
-    """To the bit: a mean that is not quite the value would be multiplied by 1 / sqrt(eps)."""
+    """To the last bit: any difference of mean and value is multiplied by 1 / sqrt(eps)."""
     x, weight, bias = inputs(shape, last, torch.float32)
     x.copy_(1000 * torch.randn(8, 1, 1).repeat_interleave(2, 0))
     out, _ = normalise(x, weight, bias, 8, 1e-12, False)

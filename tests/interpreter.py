@@ -1,8 +1,8 @@
-"""Kernels run on a CPU, by Triton's interpreter: what the files interpreted_*.py have in common.
+"""Kernels on a CPU in Triton's interpreter: what the files interpreted_*.py share.
 
-The flag TRITON_INTERPRET is read when a kernel is decorated, and an interpreted kernel cannot be
-compiled. So these files are no part of a normal run: test_kernels.py runs each in a process of its
-own. By hand, with the table of errors at the end:
+Triton reads the flag TRITON_INTERPRET when a kernel is decorated, and an interpreted kernel cannot
+be compiled. So pytest does not collect these files: test_kernels.py runs each in its own process.
+By hand, with the table of errors at the end:
 
     TRITON_INTERPRET=1 python -m pytest -s tests/interpreted_attention.py
 """
@@ -21,26 +21,26 @@ from triton.runtime.interpreter import (
 )
 
 if not launch.interpreted(flash_attention._kernel):
-    pytest.exit("to be run with TRITON_INTERPRET=1, in a process of its own", returncode=2)
+    pytest.exit("run it with TRITON_INTERPRET=1, in a process of its own", returncode=2)
 
 DTYPES = pytest.mark.parametrize("dtype", launch.DTYPES, ids=lambda dtype: str(dtype)[6:])
 CANARY = 7.0
-# Half of the time would go into looking for overflows of integers, and all sizes here are small.
+# Checking for integer overflows takes half of the time, and all sizes here are small.
 interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)
 
-# The interpreter keeps bfloat16 as uint16 and is wrong with it in two places. A GPU is not.
+# The interpreter stores bfloat16 as uint16, and has two bugs with it that a GPU does not have.
 plain_dot, plain_trunc = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc
 
 
 def _dot(self, a, b, *rest):
-    """Multiply values: the interpreter would multiply their bits, as integers."""
+    """Multiply values: the interpreter multiplies their bits, as integers."""
     if a.dtype == tl.bfloat16:
         a, b = (self.create_fp_ext(x, tl.float32) for x in (a, b))
     return plain_dot(self, a, b, *rest)
 
 
 def _trunc(self, x, to):
-    """Round to the nearest bfloat16: the interpreter would cut the last 16 bits off."""
+    """Round to the nearest bfloat16: the interpreter truncates the last 16 bits."""
     if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
         return plain_trunc(self, x, to)
     rounded = torch.tensor(x.data).to(torch.bfloat16).view(torch.int16)
@@ -51,7 +51,7 @@ InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc = _dot, _trunc
 
 
 def corrections_needed() -> tuple[bool, bool]:
-    """Whether this Triton is still wrong about bfloat16: in products, and in rounding."""
+    """Whether this Triton still has the two bugs: in products, and in rounding."""
     one = TensorHandle(np.full((1, 1), 0x3F80, np.uint16), tl.bfloat16)
     zero = TensorHandle(np.zeros((1, 1), np.float32), tl.float32)
     product = plain_dot(interpreter_builder, one, one, zero, None, 0)
@@ -61,7 +61,7 @@ def corrections_needed() -> tuple[bool, bool]:
 
 
 def embed(x: Tensor, margins: tuple[int, ...], around: float) -> tuple[Tensor, Tensor]:
-    """x copied into a larger tensor, ``around`` elsewhere: the view of it, and that tensor."""
+    """Copy x into a larger tensor, filled with ``around``: the view of x, and that tensor."""
     whole = x.new_full([n + 2 * margin for n, margin in zip(x.shape, margins)], around)
     view = whole
     for axis, margin in enumerate(margins):
@@ -70,7 +70,7 @@ def embed(x: Tensor, margins: tuple[int, ...], around: float) -> tuple[Tensor, T
 
 
 def take(view: Tensor, whole: Tensor) -> Tensor:
-    """What was written into the view, once it is sure that nothing was written around it."""
+    """The content of the view, after checking that nothing was written around it."""
     result = view.clone()
     view.fill_(CANARY)
     assert (whole == CANARY).all(), "written outside of the result"
@@ -81,9 +81,9 @@ _worst: dict[tuple[str, str], float] = {}
 
 
 def compare(kernel: str, out: Tensor, torchs: Tensor, exact: Tensor) -> None:
-    """The error is at most twice torch's own in this dtype, and one rounding of the largest value.
+    """The error is at most twice torch's own in this dtype, plus one rounding of the largest value.
 
-    Twice, because another order of sums may be as far off on the other side; the rounding, because
+    Twice, because another order of sums has another error of the same size; the rounding, because
     torch may be exact by luck (with one key, the result is that value itself).
     """
     error, yardstick = ((x.double() - exact).abs().max().item() for x in (out, torchs))

@@ -1,7 +1,8 @@
-"""Kill a run of many pictures at random moments, then let it finish: `python -m tests.kills 50`.
+"""Kill a run of many images at random moments, then let it finish: `python -m tests.kills 50`.
 
-That is 50 SIGKILL and 50 SIGINT, in sets of five on one folder. After each, every picture is whole
-and those that were there are untouched; at the end the set is complete and nothing else lies about.
+That is 50 SIGKILL and 50 SIGINT, in sets of five in one folder. After each, every image is
+complete, and earlier ones are unchanged. At the end the set is complete and the folder holds
+nothing else.
 """
 
 import os
@@ -16,9 +17,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from minisd import image as pictures
+from minisd.image import read_settings
 
-ROOT = Path(pictures.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 COUNT = 24
 LINE = ["a red heart", "--steps", "1", "--size", "32x32", "--seed", "1", "--count", str(COUNT)]
 
@@ -31,13 +32,13 @@ def start(folder: Path, *line: str) -> subprocess.Popen:
 
 
 def whole(folder: Path) -> dict[str, tuple[int, int]]:
-    """The pictures, each of them opened, with what would change if one were made again."""
+    """The images, each of them decoded, with inode and time, which a second save would change."""
     found = {}
     for path in folder.glob("*.png"):
         with Image.open(path) as image:
             image.load()
         index, seed = map(int, path.stem.split("-"))
-        made = pictures.read_settings(path)
+        made = read_settings(path)
         assert (made["prompt"], made["seed"], made["width"]) == (LINE[0], seed, 32), path
         found[path.name] = path.stat().st_ino, path.stat().st_mtime_ns
     return found
@@ -47,14 +48,14 @@ def leftovers(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder) if not name.endswith(".png")]
 
 
-def told(out: str) -> dict[bool, set[str]]:
-    """The names that a run printed: those kept (True) and those made (False)."""
+def reported(out: str) -> dict[bool, set[str]]:
+    """The names that a run printed: of images kept (True) and made (False)."""
     lines = [(Path(line.split("  ")[0]).name, "(kept" in line) for line in out.splitlines()]
     return {kept: {name for name, was in lines if was is kept} for kept in (True, False)}
 
 
 def kill(folder: Path, number: signal.Signals, draw: random.Random) -> str:
-    """One run, killed while it loads, between pictures or as it saves one; says which it was."""
+    """Kill one run while it loads, between images or while it saves one; return which it was."""
     before, moment = whole(folder), draw.choice(["anywhere", "steps", "saving"])
     child = start(folder)
 
@@ -71,28 +72,28 @@ def kill(folder: Path, number: signal.Signals, draw: random.Random) -> str:
         time.sleep(draw.uniform(0, 0.05 if moment == "steps" else 0.004))
     child.send_signal(number)
     out, err = child.communicate(timeout=120)
-    after, said = whole(folder), told(out)
-    assert before.items() <= after.items(), "a finished picture was lost or made again"
+    after, said = whole(folder), reported(out)
+    assert before.items() <= after.items(), "a finished image was lost or made again"
     assert said[True] <= before.keys() and said[False] <= after.keys() - before.keys()
     ends = {0, 130, -signal.SIGINT} if number == signal.SIGINT else {0, -signal.SIGKILL}
     assert child.returncode in ends, (child.returncode, err)
-    return f"{moment}: {'left a stray' if leftovers(folder) else child.returncode}"
+    return f"{moment}: {'left a temporary file' if leftovers(folder) else child.returncode}"
 
 
 def finish(folder: Path) -> None:
-    """The same line once more completes the set, makes nothing twice and leaves nothing else."""
+    """The same command completes the set, makes no image twice and leaves nothing else."""
     before = whole(folder)
     child = start(folder)
     out, err = child.communicate(timeout=300)
     assert (child.returncode, err) == (0, "")
-    after, said = whole(folder), told(out)
+    after, said = whole(folder), reported(out)
     assert before.items() <= after.items() and said[True] == before.keys()
     assert said[False] == after.keys() - before.keys() and len(after) == COUNT
     assert leftovers(folder) == []
 
 
 def main(count: int) -> None:
-    # A shell that starts this in the background has SIGINT ignored, and children would inherit it.
+    # In a background job of a shell, SIGINT is ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     draw, seen = random.Random(), Counter()
     numbers = [signal.SIGKILL, signal.SIGINT] * count

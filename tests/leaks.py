@@ -1,4 +1,4 @@
-"""Whether memory grows while pictures are made: `python -m tests.leaks 1000`."""
+"""Does memory grow from image to image? `python -m tests.leaks 1000`."""
 
 import sys
 
@@ -18,7 +18,7 @@ def main(count: int) -> None:
             before = resident("VmRSS")
         sd("a red heart", seed=i, num_inference_steps=2, progress=False)
     more = resident("VmRSS") - before
-    print(f"{count} pictures after the first {WARM}: {more} bytes more")
+    print(f"{count} images after the first {WARM}: {more} bytes more")
 
 
 if __name__ == "__main__":

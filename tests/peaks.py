@@ -1,6 +1,6 @@
-"""The memory reckoned before a call beside what it takes: `python -m tests.peaks 256 384 512`.
+"""Predicted and measured peak memory of a call: `python -m tests.peaks 256 384 512`.
 
-SD1.5's sizes in float32 on the CPU, weights and all, in a fresh process for each side in pixels.
+SD1.5's sizes in float32 on the CPU, weights included, in a new process for each side in pixels.
 """
 
 import subprocess
@@ -21,7 +21,7 @@ from minisd.vae import VAE
 
 
 def official() -> StableDiffusion:
-    """Any weights will do, but they must be written: untouched memory is not resident."""
+    """With any weights; but they must be written, because untouched memory is not resident."""
     with torch.device("meta"):
         parts = (TextEncoder(SD1.text, TORCH), UNet(SD1.unet, TORCH), VAE(SD1.vae, TORCH))
     for part in parts:
@@ -36,8 +36,8 @@ def weights(sd: StableDiffusion) -> int:
     return sum(p.nbytes for part in parts for p in part.parameters())
 
 
-def reckoned(sd: StableDiffusion, **call) -> int:
-    """Make a call of one step; what minisd thought it would need beside the weights."""
+def predicted(sd: StableDiffusion, **call) -> int:
+    """Make a call of one step; return what minisd predicted that it needs beside the weights."""
     needs, really = [], memory.activations
     memory.activations = lambda *args: needs.append(really(*args)) or needs[-1]
     try:
@@ -48,18 +48,18 @@ def reckoned(sd: StableDiffusion, **call) -> int:
 
 
 def growth(sd: StableDiffusion, **call) -> tuple[int, int]:
-    """(reckoned, measured) bytes of one call beside the weights."""
-    CLEAR.write_text("5")  # VmHWM begins anew
+    """(predicted, measured) bytes of one call beside the weights."""
+    CLEAR.write_text("5")  # resets VmHWM
     before = resident("VmRSS")
-    return reckoned(sd, **call), resident("VmHWM") - before
+    return predicted(sd, **call), resident("VmHWM") - before
 
 
 def whole(side: int) -> None:
     before = resident("VmRSS")
     sd = official()
-    need = weights(sd) + reckoned(sd, height=side, width=side)
+    need = weights(sd) + predicted(sd, height=side, width=side)
     measured = resident("VmHWM") - before
-    print(f"SD1.5, {side}x{side}: reckoned {need / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB, "
+    print(f"SD1.5, {side}x{side}: predicted {need / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB, "
           f"ratio {need / measured:.3f}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The official models, built from minisd's configs: what every parity test compares with.
+"""The reference models of the parity tests: the official classes, built from minisd's configs.
 
 Modules have the same names on both sides, so that they can be compared one by one.
 """
@@ -10,7 +10,7 @@ from importlib import resources
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
-from small_models import (  # noqa: F401 - most tests want them beside what is below
+from small_models import (  # noqa: F401 - for the tests
     AUTOENCODER,
     DENOISER,
     SMALL,
@@ -37,8 +37,8 @@ from minisd.sd import StableDiffusion
 
 
 def with_weights(official: nn.Module, ours: nn.Module) -> nn.Module:
-    """The official model with our parameters, by name and all of them, in our dtype."""
-    official = official.to(next(ours.parameters()).dtype)  # first, or the copy would round
+    """The official model with all our parameters, by name, in our dtype."""
+    official = official.to(next(ours.parameters()).dtype)  # first: else the copy rounds
     official.load_state_dict(ours.state_dict(), strict=True)
     return official.eval().requires_grad_(False)
 
@@ -46,7 +46,7 @@ def with_weights(official: nn.Module, ours: nn.Module) -> nn.Module:
 def official_scheduler(config: ScheduleConfig) -> DDIMScheduler:
     """DDIM as in the published scheduler_config.json files, with the schedule in float64."""
     scheduler = published_scheduler(config)
-    # diffusers keeps this table in float32, which would hide all differences below 1e-7.
+    # diffusers keeps this table in float32, which hides all differences below 1e-7.
     scheduler.alphas_cumprod = ddim.alphas_cumprod(config)
     scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     return scheduler
@@ -54,7 +54,7 @@ def official_scheduler(config: ScheduleConfig) -> DDIMScheduler:
 
 @cache
 def official_tokenizer(pad_token_id: int) -> CLIPTokenizer:
-    """CLIP's vocabulary from its merges; "!" is id 0, with which SD2 pads."""
+    """CLIP's vocabulary from its merges; SD2 pads with "!", id 0."""
     packed = resources.files("minisd").joinpath("merges.txt.gz").read_bytes()
     merges = [tuple(line.split()) for line in gzip.decompress(packed).decode().splitlines()[1:]]
     alphabet = sorted(ByteLevel.alphabet())
@@ -67,7 +67,7 @@ def official_tokenizer(pad_token_id: int) -> CLIPTokenizer:
 
 @cache
 def official_pipeline(kind: type[DiffusionPipeline], sd: StableDiffusion) -> DiffusionPipeline:
-    """diffusers' pipeline of that kind around the weights of our model."""
+    """diffusers' pipeline of that kind with the weights of our model."""
     config = sd.config
     pipeline = kind(
         vae=with_weights(official_vae(config.vae), sd.vae),
@@ -84,7 +84,7 @@ def official_pipeline(kind: type[DiffusionPipeline], sd: StableDiffusion) -> Dif
 
 
 def record(model: nn.Module, *args) -> dict[str, Tensor]:
-    """The result of every module inside model, by name, of one forward pass."""
+    """The output of every module inside ``model`` in one forward pass, by name."""
     seen = {}
 
     def keep(name: str):
@@ -103,13 +103,13 @@ def record(model: nn.Module, *args) -> dict[str, Tensor]:
 
 
 def errors_by_module(ours: nn.Module, official: nn.Module, *args) -> dict[str, float]:
-    """The error of each module that has the same name on both sides, given the same arguments."""
+    """The error of each module that has the same name on both sides, for the same arguments."""
     a, b = record(ours, *args), record(official, *args)
     return {name: error(a[name], b[name]) for name in a if name in b}
 
 
 def draw_noise_in_float32(monkeypatch) -> None:
-    """Make diffusers draw as minisd does: it draws in the model's dtype, minisd in float32."""
+    """Make diffusers draw noise in float32, as minisd does, not in the model's dtype."""
     def drawn(shape, generator=None, device=None, dtype=None, layout=None):
         return randn_tensor(shape, generator, device, torch.float32, layout).to(dtype)
 

@@ -1,6 +1,6 @@
-"""Small models of ours with random weights, and how far two results are apart.
+"""Small models of minisd with random weights, and the difference of two results.
 
-They need no library of official models: where the kernels are tested there may be none.
+They need neither diffusers nor transformers, which may be missing where the kernels are tested.
 """
 
 from dataclasses import replace
@@ -17,8 +17,8 @@ from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
 
-# The shapes of the official models at a hundredth of the size, and none of the sizes equal: a
-# swapped pair of widths, heads or contexts cannot hide.
+# The shapes of the official models at a hundredth of the size. All sizes differ, so that swapping
+# two widths, heads or contexts changes the result.
 TEXT = TextConfig(
     vocab_size=49408, hidden_size=20, intermediate_size=48, num_hidden_layers=3,
     num_attention_heads=4,
@@ -38,13 +38,13 @@ SMALL_V = replace(
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normal noise that depends on the seed alone."""
+    """Normal noise that depends only on the seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter, in float64: new norms are all alike, and a swap would not be seen."""
+    """Draw every parameter, in float64: new norms are all equal, and would hide a swap."""
     generator = torch.Generator().manual_seed(seed)
     model = model.double().eval().requires_grad_(False)
     for name, p in model.named_parameters():
@@ -58,7 +58,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 @cache
 def small_model(config: Config, ops: Ops = TORCH) -> StableDiffusion:
-    """A whole model of ours with random weights, in float64."""
+    """A whole model of minisd with random weights, in float64."""
     return StableDiffusion(
         config, Tokenizer.clip(config.text.pad_token_id),
         text_encoder=randomise(TextEncoder(config.text, ops), 1),
@@ -67,7 +67,7 @@ def small_model(config: Config, ops: Ops = TORCH) -> StableDiffusion:
 
 
 def error(a: Tensor, b: Tensor) -> float:
-    """The largest difference; of shapes that differ, or of anything not finite, infinity."""
+    """The largest absolute difference; infinity if shapes differ or a value is not finite."""
     if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
         return float("inf")
     return (a.double() - b.double()).abs().max().item()

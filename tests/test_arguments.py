@@ -1,4 +1,4 @@
-"""What bad arguments get: one clear sentence before any work, and a model that works afterwards."""
+"""Bad arguments raise one clear sentence before any work; the model works afterwards."""
 
 import copy
 import inspect
@@ -15,11 +15,11 @@ from minisd import arguments
 from minisd.sd import StableDiffusion
 
 NAN, INF = float("nan"), float("inf")
-PICTURE = Image.new("RGB", (64, 64))
+IMAGE = Image.new("RGB", (64, 64))
 SHAPE = (1, 4, 16, 16)
 
-# Arguments; the exact type of error; words of its message, which name the argument.
-REFUSED = [
+# Arguments; the exact type of the error; words of its message, which name the argument.
+REJECTED = [
     ({"prompt": None}, ValueError, "prompt"),
     ({"prompt": 123}, TypeError, "prompt must be a string, not int"),
     ({"prompt": b"a"}, TypeError, "prompt must be a string, not bytes"),
@@ -53,14 +53,14 @@ REFUSED = [
      "1 images but 2 generators"),
     ({"generator": 7, "seed": None}, TypeError, "generator must be a torch.Generator"),
     *(({"eta": v}, ValueError, "eta must be a finite number from 0 to 1") for v in (NAN, -1, 2)),
-    *(({"strength": v, "image": PICTURE}, ValueError, "strength must be a finite number")
+    *(({"strength": v, "image": IMAGE}, ValueError, "strength must be a finite number")
       for v in (NAN, 1.5, -0.5)),
-    ({"strength": 0, "image": PICTURE}, ValueError, "strength 0 of 2 steps leaves none"),
-    ({"strength": 0.4, "image": PICTURE}, ValueError, "must be at least 1"),
+    ({"strength": 0, "image": IMAGE}, ValueError, "strength 0 of 2 steps leaves none"),
+    ({"strength": 0.4, "image": IMAGE}, ValueError, "must be at least 1"),
     ({"strength": 0.5}, ValueError, "strength needs the image"),
-    ({"mask_image": PICTURE}, ValueError, "mask_image needs the image"),
-    ({"image": PICTURE, "latents": torch.zeros(SHAPE)}, ValueError, "either image or latents"),
-    ({"image": PICTURE, "mask_image": PICTURE, "strength": 0.5, "latents": torch.zeros(SHAPE)},
+    ({"mask_image": IMAGE}, ValueError, "mask_image needs the image"),
+    ({"image": IMAGE, "latents": torch.zeros(SHAPE)}, ValueError, "either image or latents"),
+    ({"image": IMAGE, "mask_image": IMAGE, "strength": 0.5, "latents": torch.zeros(SHAPE)},
      ValueError, "either image or latents"),
     ({"callback_on_step_end": 5}, TypeError, "callback_on_step_end must be a function, not int"),
     ({"latents": torch.zeros(1, 4, 8, 8)}, ValueError, r"latents must be \(1, 4, 16, 16\)"),
@@ -72,18 +72,18 @@ REFUSED = [
       for shape in ((1, 77, 9), (77, 20), (0, 77, 20))),
     ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt"),
     ({"output_type": "gif"}, ValueError, "output_type must be one of pil, pt, np, latent"),
-    ({"image": 3}, TypeError, "picture"),
+    ({"image": 3}, TypeError, "an image is a path or a PIL image, not int"),
     ({"stepps": 3}, TypeError, "stepps"),
 ]
 
 
 def name(value):
-    """An id without addresses in memory: pytest-xdist wants the same in every process."""
+    """An id without memory addresses: pytest-xdist needs the same id in every process."""
     return re.sub(r" at 0x\w+", "", str(value))[:60]
 
 
-@pytest.mark.parametrize("call, kind, words", REFUSED, ids=name)
-def test_bad_arguments_are_refused_before_any_work(call, kind, words, monkeypatch):
+@pytest.mark.parametrize("call, kind, words", REJECTED, ids=name)
+def test_bad_arguments_are_rejected_before_any_work(call, kind, words, monkeypatch):
     sd = small_model(SMALL)
 
     def work(*args):
@@ -102,7 +102,7 @@ ODD = [np.zeros((3, 3)), np.array("pil"), torch.full((2, 2), NAN), {"a": 1}, set
 NEVER_ODD = {"self", "prompt", "negative_prompt", "image", "callback_on_step_end", "progress"}
 
 
-def test_what_is_left_out_means_the_same_in_a_call_and_in_its_check():
+def test_a_call_and_its_check_have_the_same_defaults():
     called, checked = (inspect.signature(function).parameters
                        for function in (StableDiffusion.__call__, arguments.check))
     for name in checked.keys() - {"config", "prompt"}:
@@ -112,7 +112,7 @@ def test_what_is_left_out_means_the_same_in_a_call_and_in_its_check():
 @pytest.mark.parametrize(
     "name", sorted(inspect.signature(StableDiffusion.__call__).parameters.keys() - NEVER_ODD)
 )
-def test_odd_objects_are_refused_in_one_line(name):
+def test_odd_objects_are_rejected_in_one_line(name):
     for value in ODD:
         call = {"prompt": "a", "num_inference_steps": 2, name: value}
         with pytest.raises((TypeError, ValueError)) as caught:
@@ -122,7 +122,7 @@ def test_odd_objects_are_refused_in_one_line(name):
         assert "\n" not in message and len(message) < 200
 
 
-def test_the_model_works_after_refusals():
+def test_the_model_works_after_errors():
     sd = small_model(SMALL)
     with pytest.raises(ValueError):
         sd("a", num_inference_steps=0)
@@ -130,7 +130,7 @@ def test_the_model_works_after_refusals():
 
 
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1.0, 1e3])
-def test_any_finite_guidance_does_what_the_formula_says(scale):
+def test_any_finite_guidance_scale_follows_the_formula(scale):
     sd = small_model(SMALL)
     x = torch.randn(SHAPE, dtype=torch.float64)
     call = dict(latents=x, num_inference_steps=1, seed=0, output_type="latent")
@@ -174,8 +174,8 @@ def test_seeds_and_order_of_a_batch():
         torch.testing.assert_close(batch.images[i : i + 1], alone, rtol=1e-10, atol=1e-10)
 
 
-def test_the_last_seed_and_the_part_of_the_way_that_a_strength_walks():
-    request = arguments.check(SMALL, ["a", "b"], seed=2**32 - 2, image=PICTURE, strength=0.79,
+def test_the_last_seed_and_the_timesteps_of_a_strength():
+    request = arguments.check(SMALL, ["a", "b"], seed=2**32 - 2, image=IMAGE, strength=0.79,
                               num_inference_steps=10)
     assert [g.initial_seed() for g in request.generators] == [2**32 - 2, 2**32 - 1]
     assert request.timesteps == [601, 501, 401, 301, 201, 101, 1]
@@ -184,14 +184,14 @@ def test_the_last_seed_and_the_part_of_the_way_that_a_strength_walks():
 @pytest.mark.parametrize("cudas, mps, chosen", [
     (2, True, "cuda:0"), (0, True, "mps:0"), (0, False, "cpu"),
 ])
-def test_auto_takes_the_best_device_that_is_there(cudas, mps, chosen, monkeypatch):
+def test_auto_takes_the_best_available_device(cudas, mps, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cudas)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert arguments.device("auto") == torch.device(chosen)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:7", 3.5, None])
-def test_a_device_that_is_not_there(name):
+def test_a_device_that_does_not_exist(name):
     with pytest.raises(ValueError, match="device must be auto or one of .*cpu"):
         arguments.device(name)
 
@@ -217,7 +217,7 @@ def test_callbacks_see_and_change_the_latents():
 
 
 @pytest.mark.parametrize("error", [KeyError("mine"), KeyboardInterrupt()])
-def test_what_a_callback_raises_goes_through_and_leaves_the_model_as_it_was(error):
+def test_an_error_of_a_callback_is_raised_and_the_model_unchanged(error):
     sd, call = small_model(SMALL), dict(num_inference_steps=2, seed=0, output_type="latent")
     before = sd("a", **call).images
 
@@ -235,13 +235,13 @@ def test_what_a_callback_raises_goes_through_and_leaves_the_model_as_it_was(erro
     ({"latents": None}, TypeError, "latents must be a tensor"),
     ({"latents": torch.zeros(1, 4, 2, 2)}, ValueError, "latents must be"),
 ])
-def test_what_a_callback_may_not_return(changes, kind, words):
+def test_wrong_results_of_a_callback(changes, kind, words):
     with pytest.raises(kind, match=words):
         small_model(SMALL)("a", num_inference_steps=2, seed=0, output_type="latent",
                            callback_on_step_end=lambda *_: changes)
 
 
-def test_a_tokenizer_that_the_text_encoder_has_no_room_for():
+def test_a_tokenizer_too_large_for_the_text_encoder():
     sd = small_model(SMALL)
     few = replace(sd.config, text=replace(sd.config.text, vocab_size=1000))
     other = StableDiffusion(few, sd.tokenizer, sd.text_encoder, sd.unet, sd.vae)
@@ -249,7 +249,7 @@ def test_a_tokenizer_that_the_text_encoder_has_no_room_for():
         other("a", num_inference_steps=1)
 
 
-def test_noise_is_drawn_in_float32_whatever_the_default():
+def test_noise_is_drawn_in_float32_with_any_default_dtype():
     sd = small_model(SMALL)
     call = dict(num_inference_steps=1, seed=0, output_type="latent")
     first = sd("a", **call).images
@@ -273,18 +273,18 @@ def test_output_types_agree():
     assert latent.shape == SHAPE
 
 
-def test_inpainting_keeps_what_is_known():
+def test_inpainting_keeps_unmasked_pixels():
     sd = small_model(SMALL)
-    picture = Image.effect_noise((64, 64), 80).convert("RGB")
+    image = Image.effect_noise((64, 64), 80).convert("RGB")
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
-    out = sd("a", image=picture, mask_image=mask, num_inference_steps=3, seed=0).images[0]
-    given, got = np.asarray(picture), np.asarray(out)
+    out = sd("a", image=image, mask_image=mask, num_inference_steps=3, seed=0).images[0]
+    given, got = np.asarray(image), np.asarray(out)
     assert np.array_equal(got[:, 32:], given[:, 32:])
     assert not np.array_equal(got[:, :32], given[:, :32])
 
 
-def test_a_planted_overflow_names_its_stage(monkeypatch):
+def test_an_overflow_names_its_stage(monkeypatch):
     sd = small_model(SMALL)
     for part, stage in ((sd.unet, "UNet"), (sd.vae, "VAE")):
         with monkeypatch.context() as patched:
@@ -298,7 +298,7 @@ def test_a_vae_that_overflows_in_half_precision_decodes_in_float32():
     small = small_model(SMALL)
     parts = (copy.deepcopy(part).half() for part in (small.text_encoder, small.unet, small.vae))
     sd = StableDiffusion(SMALL, small.tokenizer, *parts)
-    sd.vae.decoder.conv_norm_out.weight.fill_(60_000)  # times a normal number: past float16's 65504
+    sd.vae.decoder.conv_norm_out.weight.fill_(60_000)  # past float16's largest, 65504
     call = dict(num_inference_steps=1, seed=0)
     latent = sd("a", output_type="latent", **call).images
     assert latent.isfinite().all() and not sd.vae.decode(latent.half()).isfinite().all()

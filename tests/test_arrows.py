@@ -1,4 +1,4 @@
-"""Who may know whom: the imports of every file, against the arrows written here as data."""
+"""The import graph: the imports of every file are among the arrows listed here."""
 
 import ast
 import glob
@@ -52,13 +52,13 @@ SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, BUILD = SETTINGS["project"], SETTINGS["tool"]
 DEPENDENCIES = {re.match(r"\w+", line)[0] for line in PROJECT["dependencies"]}
 DECLARED = DEPENDENCIES - {"pillow"} | {"PIL"}
-# Who may ask for the kernels, and only inside a function.
+# The files that may import the kernels, and only inside a function.
 ASK_FOR_KERNELS = {"loading", "ops", "sd"}
-# The only kernel files that know the model.
+# The only kernel files that import the model.
 BRIDGE = {"fused_unet", "fused_step", "fused_vae"}
-# What nothing that is installed may import.
+# No installed file may import these.
 BESIDE = {"bench", "tests", "weights", "kernels"}
-# What no file imports or says: code and objects made from data, other programs, the network.
+# No file imports or names these: code and objects made from data, other programs, the network.
 MODULES = {
     "builtins", "code", "runpy", "ctypes", "pickle", "_pickle", "dill", "cloudpickle", "joblib",
     "marshal", "shelve", "subprocess", "multiprocessing", "pty", "socket", "socketserver", "ssl",
@@ -75,7 +75,7 @@ FILES = pytest.mark.parametrize("path", MINISD, ids=lambda path: path.stem)
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Full names of all that is imported in a tree, those of `from x import y` as "x.y"."""
+    """Full names of all imports in a tree; `from x import y` is "x.y"."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -87,7 +87,7 @@ def imports(tree: ast.AST) -> set[str]:
 
 
 def at_import(tree: ast.Module) -> set[str]:
-    """What is imported when the module is, not when one of its functions is called."""
+    """The imports of a module that run when it is imported, not inside its functions."""
     functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
     nodes, names = list(tree.body), set()
     while nodes:
@@ -133,12 +133,12 @@ def test_nothing_imports_what_is_not_installed():
 
 
 def test_the_wheel_holds_no_recipe():
-    told = BUILD["setuptools"]
-    assert not told["include-package-data"]  # so that packages and package-data name all of it
+    setup = BUILD["setuptools"]
+    assert not setup["include-package-data"]  # so that packages and package-data name all of it
     held = {}
-    for package in told["packages"]:
-        folder = ROOT / told["package-dir"].get(package, package)
-        patterns = ["*.py", *told["package-data"][package]]
+    for package in setup["packages"]:
+        folder = ROOT / setup["package-dir"].get(package, package)
+        patterns = ["*.py", *setup["package-data"][package]]
         held[package] = {path for pattern in patterns
                          for path in glob.glob(pattern, root_dir=folder, recursive=True)
                          if (folder / path).is_file()}  # fmt: skip
@@ -151,14 +151,14 @@ def test_the_wheel_holds_no_recipe():
 
 
 def never(tree: ast.AST) -> set[str]:
-    """What of MODULES is imported in a tree, and what of FUNCTIONS is imported or said."""
+    """The MODULES that a tree imports, and the FUNCTIONS that it imports or names."""
     said = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, (ast.Name, ast.Attribute))}
     return roots(imports(tree)) & MODULES | (said | imports(tree)) & FUNCTIONS
 
 
 @pytest.mark.parametrize("path", [*MINISD, *KERNELS], ids=lambda path: "/".join(path.parts[-2:]))
 def test_what_no_file_does(path):
-    """No code from data, no other program, no network but in hub; no print, no environment."""
+    """No code from data, no other program, no network except in hub; no print, no environment."""
     tree = ast.parse(path.read_text())
     assert not never(tree)
     assert "huggingface_hub" not in roots(imports(tree)) or path.stem == "hub"
@@ -173,7 +173,7 @@ def test_what_no_file_does(path):
     "def f():\n    import requests", "os.system(c)", "from os import popen", "np.load(f)",
     "compile(a, b, 'exec')", "__builtins__['exec']",
 ])
-def test_the_search_for_it_finds_it(line):
+def test_the_search_finds_forbidden_code(line):
     assert never(ast.parse(line))
 
 
@@ -182,7 +182,7 @@ def test_the_search_for_it_finds_it(line):
     ("test", ["tests"]),
 ])
 def test_what_is_declared_is_what_is_imported(extra, folders):
-    """The core declares all that minisd imports, an extra what its folder imports besides."""
+    """The core declares all that minisd imports; an extra, what its folder imports besides."""
     lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
     declared = {re.match(r"\w+", line)[0].replace("pillow", "PIL") for line in lines}
     paths = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
@@ -193,11 +193,11 @@ def test_what_is_declared_is_what_is_imported(extra, folders):
     if extra:
         assert declared <= imported
         imported -= DECLARED
-    if extra != "bench":  # which may be compared with all that the tests are compared with
+    if extra != "bench":  # bench may import what the tests import
         assert imported == declared - DECLARED if extra else imported == declared
 
 
-def test_the_version_is_told_once_more_in_the_citation():
+def test_the_version_of_the_citation_and_the_changelog():
     version = re.search(r'__version__ = "(.*)"', (ROOT / "minisd/__init__.py").read_text())[1]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()
@@ -211,11 +211,11 @@ class Blocked:
         if name.split(".")[0] in {"triton", "minisd_kernels", "diffusers", "transformers"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-def refuse(*args, **kwargs):
+def blocked(*args, **kwargs):
     raise OSError("a socket was opened")
 
 sys.meta_path.insert(0, Blocked())
-socket.socket.__init__ = socket.create_connection = socket.getaddrinfo = refuse
+socket.socket.__init__ = socket.create_connection = socket.getaddrinfo = blocked
 import minisd
 assert "torch" not in sys.modules, "import minisd should be cheap"
 [getattr(minisd, name) for name in minisd.__all__]  # now all is imported

@@ -1,4 +1,4 @@
-"""A path, folder or config that is not what it should be gets one sentence that says so."""
+"""A wrong path, folder or config raises an error of one sentence that says what is wrong."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from minisd.config import SD1
 from minisd.errors import WeightError
 
 
-def test_missing_path_names_what_is_near(tmp_path):
+def test_missing_path_names_similar_paths(tmp_path):
     (tmp_path / "v1-5-pruned.safetensors").touch()
     (tmp_path / "readme").touch()
     with pytest.raises(FileNotFoundError, match=r"v1-5-prunde.safetensors.*has v1-5-pruned.safet"):
@@ -60,7 +60,7 @@ def test_name_in_the_hub_cache_is_found_without_the_network(saved, tmp_path, mon
 
 
 MANY = 10**18
-# File, fields that are put there, what the error says.
+# File, its changed fields, words of the error.
 BAD_FIELDS = [
     ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "_class_name is 'Stable"),
     ("model_index.json", {"_class_name": ["x"]}, "_class_name"),
@@ -142,7 +142,7 @@ def test_config_of_a_model_that_minisd_does_not_compute(file, fields, message, f
     ],
     ids=["missing", "empty", "array", "field twice", "deep", "100 MB"],
 )
-def test_config_that_is_none(file, content, message, folder):
+def test_config_that_is_missing_or_no_object(file, content, message, folder):
     (folder / file).unlink()
     if content is not None:
         (folder / file).write_bytes(content)
@@ -168,7 +168,7 @@ WHOLE = "diffusion_pytorch_model.safetensors"
         (None, "no weight_map"),
     ],
 )
-def test_shard_index_that_lies(weight_map, message, folder):
+def test_wrong_shard_index(weight_map, message, folder):
     (folder / "unet" / WHOLE).rename(folder / "unet" / "one.safetensors")
     index = folder / "unet" / f"{WHOLE}.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))

@@ -1,4 +1,4 @@
-"""A tensor that is missing, strange, of another model or not finite: each is refused by name."""
+"""A tensor that is missing, unexpected, of another model or not finite is rejected by name."""
 
 import os
 
@@ -30,7 +30,7 @@ def full_size():
 
 @pytest.fixture(scope="module")
 def sd1(tmp_path_factory):
-    """An official checkpoint, by its header alone."""
+    """An official checkpoint: the header, with zeros as data."""
     path = tmp_path_factory.mktemp("sd1") / "sd1.safetensors"
     return write(path, header(all_shapes(SD1)))
 
@@ -43,7 +43,7 @@ EDITS = {
 }
 
 
-def refusal(path, modules) -> str:
+def rejection(path, modules) -> str:
     try:
         found = open_checkpoint(path)
         for part, module in modules.items():
@@ -59,7 +59,7 @@ def test_every_tensor_is_needed_under_its_name_in_its_shape_and_dtype(
     name, edit, full_size, tmp_path
 ):
     path, shapes = tmp_path / "a.safetensors", all_shapes(SD1)
-    message = refusal(write(path, damaged(shapes, name, edit)), full_size)
+    message = rejection(write(path, damaged(shapes, name, edit)), full_size)
     assert name in message and str(path) in message
 
 
@@ -77,13 +77,13 @@ def test_error_counts_and_names_the_first(full_size, tmp_path):
     shapes = {name.replace("resnets", "x").replace(".attn2.", ".attn9."): shape
               for name, shape in all_shapes(SD1).items() if ".attn1.to_q" not in name}  # fmt: skip
     shapes[UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"] = (320, 768)
-    message = refusal(write(tmp_path / "a", header(shapes)), full_size)
+    message = rejection(write(tmp_path / "a", header(shapes)), full_size)
     assert f"unet: 95 missing: {UNET}input_blocks.1.1.transformer_blocks.0" in message
     assert f"; 80 unexpected: {UNET}input_blocks.1.1" in message
     assert message.count("attn") <= 11 and message.count(", ...") == 2
 
 
-def test_tensor_of_no_part_is_refused(tmp_path):
+def test_tensor_of_no_part_is_rejected(tmp_path):
     path = write(tmp_path / "a", header(all_shapes(SD1) | {"stranger": (1,)}))
     with pytest.raises(WeightError, match="1 unexpected: stranger"):
         open_checkpoint(path)
@@ -112,7 +112,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_models_are_refused_by_name(kind, tmp_path):
+def test_other_models_are_rejected_by_name(kind, tmp_path):
     path = write(tmp_path / "a.safetensors", header(OTHERS[kind]))
     words = {"unusual": "input_blocks.0.0.weight.*give config="}
     with pytest.raises(WeightError, match=words.get(kind, kind.strip())):

@@ -1,4 +1,4 @@
-"""What people have on their disks loads, as what it is, to the last bit."""
+"""The checkpoint formats that people have are recognised, and load to the last bit."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, modules, tmp_path):
-    """A folder to change, with float32 weights: call it with a config."""
+    """A folder that a test may change, with float32 weights: call it with a config."""
 
     def copy(config):
         place = tmp_path / "model"
@@ -118,7 +118,7 @@ def test_dtypes_may_be_mixed_and_any_becomes_any(target, modules, tmp_path, monk
 
 
 def test_no_map_of_the_file_outlives_the_load(modules, tmp_path):
-    """Cutting a mapped file short would kill the process at the next touch of a weight."""
+    """If a file were mapped, cutting it would kill the process at the next read of a weight."""
     path = save(tmp_path / "a.safetensors", as_single_file(SMALL, modules[SMALL]))
     loaded = filled(open_checkpoint(path, config=SMALL))
     assert str(path) not in Path("/proc/self/maps").read_text()
@@ -139,7 +139,7 @@ def test_folder_takes_no_config(saved):
         open_checkpoint(saved[SMALL], config=SMALL)
 
 
-# What is seen in files that people have.
+# Variants that exist in published files.
 
 
 def test_half_precision_variant_is_used_only_without_another(modules, folder):
@@ -257,7 +257,7 @@ def test_single_file_without_a_vae_needs_another(modules, tmp_path):
         check(found, "vae", modules[SMALL]["vae"])
 
 
-def test_one_tensor_under_two_names_is_refused(modules, tmp_path):
+def test_one_tensor_under_two_names_is_rejected(modules, tmp_path):
     tensors = as_single_file(SMALL, modules[SMALL])
     name = "first_stage_model.encoder.mid.attn_1.q.weight"
     tensors[name.replace(".q.", ".to_q.")] = tensors[name].clone()

@@ -1,4 +1,4 @@
-"""The command line: what it calls, what it names its files, and the code of every failure."""
+"""The command line: its calls of the model, its file names, and its exit codes."""
 
 import os
 import warnings
@@ -17,7 +17,7 @@ from minisd.image import read_settings
 
 
 class FakeModel:
-    """Stands in for a loaded model: draws plain pictures, and remembers how it was asked."""
+    """A mock of a loaded model: returns black images, and records its calls."""
 
     def __init__(self):
         self.loaded, self.calls, self.failure = [], [], None
@@ -47,7 +47,7 @@ def model(monkeypatch, tmp_path):
 
 
 def fails(capsys, argv, code, *words):
-    """Run, expect the exit code and one line on stderr that holds the words."""
+    """Run; expect the exit code, and one line on stderr that contains the words."""
     assert main(argv) == code
     out, err = capsys.readouterr()
     assert out == ""
@@ -63,14 +63,14 @@ LOADED = {"device": "auto", "dtype": "auto", "ops": "auto", "tile": None, "vae":
           "prediction_type": None}
 
 
-def test_the_simplest_line_draws_with_the_documented_defaults(model, capsys):
+def test_the_simplest_command_uses_the_documented_defaults(model, capsys):
     assert main(["a red heart", "-o", "heart.png", "--seed", "42"]) == 0
     assert capsys.readouterr().out == "heart.png  seed 42\n"
     assert model.loaded == [(None, LOADED)]
     assert model.calls == [{
         "prompt": "a red heart", "negative_prompt": "", "seed": 42, "image": None,
         "mask_image": None, "progress": None,
-    }]  # what is not here is the model's own default
+    }]  # the model has the other defaults
     made = read_settings("heart.png")
     assert made["prompt"] == "a red heart" and made["seed"] == 42
     assert made["model"] == "tiny" and made["version"] == minisd.__version__
@@ -114,12 +114,12 @@ def test_names(model, tmp_path, capsys, options, names):
     assert [read_settings(name)["seed"] for name in names] == [5 + i for i in range(len(names))]
 
 
-def test_a_drawn_seed_is_told_and_kept(model, capsys):
+def test_a_drawn_seed_is_printed_and_saved(model, capsys):
     assert main(["x", "-o", "a.png"]) == main(["x", "-o", "b.png"]) == 0
-    told = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
-    assert told == [call["seed"] for call in model.calls]
-    assert told == [read_settings(name)["seed"] for name in ("a.png", "b.png")]
-    assert told[0] != told[1]
+    seeds = [int(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert seeds == [call["seed"] for call in model.calls]
+    assert seeds == [read_settings(name)["seed"] for name in ("a.png", "b.png")]
+    assert seeds[0] != seeds[1]
 
 
 @pytest.mark.parametrize("line, prompt", [
@@ -134,7 +134,7 @@ def test_prompts_that_look_like_something_else(model, line, prompt):
 # Existing files, interruptions
 
 
-def test_an_existing_file_is_refused_before_any_work(model, capsys):
+def test_an_existing_file_is_rejected_before_any_work(model, capsys):
     Path("a.png").write_text("precious")
     fails(capsys, ["x", "-o", "a.png"], 5, "a.png exists")
     assert model.loaded == [] and Path("a.png").read_text() == "precious"
@@ -148,7 +148,7 @@ def test_the_last_of_many_names_is_checked_before_the_first_is_made(model, capsy
     assert model.loaded == []
 
 
-def test_a_picture_of_the_same_settings_is_kept_and_said_so(model, capsys):
+def test_an_image_of_the_same_settings_is_kept_and_reported(model, capsys):
     line = ["x", "-o", "a.png", "--seed", "1"]
     assert main(line) == 0
     before = os.stat("a.png").st_mtime_ns
@@ -163,7 +163,7 @@ def test_a_picture_of_the_same_settings_is_kept_and_said_so(model, capsys):
     ["--size", "64x64"], ["-m", "other"], ["--image", "start.png"], ["--vae", "other"],
     ["--prediction-type", "epsilon"], ["--tile", "8"],
 ], ids=lambda change: change[0])
-def test_a_picture_of_other_settings_is_not_mistaken_for_it(model, capsys, change):
+def test_an_image_of_other_settings_is_an_error(model, capsys, change):
     Image.new("RGB", (8, 8)).save("start.png")
     plain = ["x", "-o", "a.png", "--seed", "1"]
     for first, second in ((plain, plain + change), (plain + change, plain)):
@@ -172,7 +172,7 @@ def test_a_picture_of_other_settings_is_not_mistaken_for_it(model, capsys, chang
         fails(capsys, second, 5, "a.png exists")
 
 
-def test_an_interruption_keeps_what_is_finished_and_the_next_run_goes_on(model, capsys):
+def test_an_interruption_keeps_finished_images_and_the_next_run_resumes(model, capsys):
     line = ["x", "-o", "a.png", "--seed", "1", "--count", "3"]
     model.failure = (2, KeyboardInterrupt())
     assert main(line) == 130
@@ -240,12 +240,12 @@ def test_a_real_failed_allocation_is_a_memory_error(model, capsys, monkeypatch):
     fails(capsys, ["x"], 4, "--size")
 
 
-def test_the_errors_that_exit_codes_name_are_called_so():
+def test_the_names_of_errors_that_exit_codes_depend_on():
     assert minisd.WeightError.__name__ == "WeightError"
     assert HubError.__name__ == "HubError"
 
 
-def test_bad_pictures_and_folders(model, capsys):
+def test_bad_images_and_folders(model, capsys):
     Path("text.png").write_text("a red heart")
     fails(capsys, ["x", "--image", "text.png"], 2, "text.png")
     fails(capsys, ["x", "--image", "https://example.com/a.png"], 2, "download")

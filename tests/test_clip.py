@@ -1,4 +1,4 @@
-"""The text encoder is transformers' CLIPTextModel, and SD2's is 23 layers of its 24."""
+"""The text encoder equals transformers' CLIPTextModel; SD2's is 23 of OpenCLIP's 24 layers."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def test_fewer_tokens_than_positions(tokens):
     assert error(ours(ids), official(ids).last_hidden_state) <= 1e-10
 
 
-def test_a_token_never_sees_a_later_one():
+def test_a_token_does_not_attend_to_later_ones():
     ours, _ = pair("quick_gelu", TORCH, torch.float64)
     ids = random_ids()
     other = ids.clone()
@@ -60,7 +60,7 @@ def test_a_token_never_sees_a_later_one():
 
 
 def test_sd2_reads_the_last_layer_but_one():
-    """OpenCLIP's 24 layers, read after the 23rd and the final LayerNorm: our 23 layers."""
+    """Our 23 layers equal OpenCLIP's 24, read after the 23rd and the final LayerNorm."""
     config = replace(SHORT, hidden_act="gelu", num_hidden_layers=24)
     official = randomise(official_text_encoder(config))
     ours = TextEncoder(replace(config, num_hidden_layers=23), TORCH).double()

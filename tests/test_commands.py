@@ -1,4 +1,4 @@
-"""The commands beside drawing, and the command line as a process of its own."""
+"""The commands info, download and words, and the command line as a process."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from minisd.config import SD2_V
 from minisd.image import save
 
 
-def test_info_of_a_picture_is_its_settings(tmp_path, capsys):
+def test_info_of_an_image_is_its_settings(tmp_path, capsys):
     settings = {"prompt": 'ein "rotes"\nHerz ❤', "seed": 3}
     save(Image.new("RGB", (8, 8)), tmp_path / "a.png", settings)
     assert main(["info", str(tmp_path / "a.png")]) == 0
     assert json.loads(capsys.readouterr().out) == settings
 
 
-def test_info_of_other_pictures(tmp_path, capsys):
+def test_info_of_other_images(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     fails(capsys, ["info", str(tmp_path / "a.png")], 2, "a.png")
     fails(capsys, ["info", str(tmp_path / "none.png")], 3, "none.png")
@@ -35,8 +35,8 @@ def test_info_of_a_checkpoint_is_four_lines(capsys, monkeypatch):
     checkpoint = SimpleNamespace(layout="folder", config=SD2_V, dtypes=Counter(F16=1200, F32=1),
                                  prediction_source="its scheduler_config.json")
     opened = []
-    room = SimpleNamespace(open_checkpoint=lambda path: opened.append(path) or checkpoint)
-    monkeypatch.setitem(sys.modules, "minisd.checkpoint", room)
+    mock = SimpleNamespace(open_checkpoint=lambda path: opened.append(path) or checkpoint)
+    monkeypatch.setitem(sys.modules, "minisd.checkpoint", mock)
     assert main(["info", "some/folder"]) == 0
     assert opened == ["some/folder"]
     assert capsys.readouterr().out.splitlines() == [
@@ -47,7 +47,7 @@ def test_info_of_a_checkpoint_is_four_lines(capsys, monkeypatch):
     ]
 
 
-def test_download_says_where_it_went(capsys, monkeypatch):
+def test_download_prints_the_folder(capsys, monkeypatch):
     def fetch(name, log):
         log("fetching " + name)
         return Path("/models") / name
@@ -81,7 +81,7 @@ def test_version_and_errors_by_exit_status():
 
 
 @pytest.mark.parametrize("line", [["x", "--steps", "0"], ["x", "-o", "a.jpg"], ["info", "no.png"]])
-def test_a_refusal_does_not_wait_for_torch(line):
+def test_usage_errors_do_not_import_torch(line):
     code = ("import sys; from minisd.__main__ import main; code = main(sys.argv[1:]);"
             "sys.exit(99 if 'torch' in sys.modules else code)")
     assert run("-c", code, *line).returncode in (2, 3)

@@ -1,4 +1,4 @@
-"""What a loaded model says of its ops, and that the kernels take every call of every model."""
+"""coverage() of a loaded model is right, and the kernels take every call of every model."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ from minisd.ops import REFERENCE, choose, watch
 from minisd.transformer import Attention
 from minisd.vae import VAE
 
-META = torch.device("meta")  # the kernels' checks are those of a GPU there; nothing is launched
+META = torch.device("meta")  # the kernels check a call as on a GPU, and launch nothing
 # Every model that minisd names, and the one that it ships.
 MODELS = {c.name: c for c in vars(configs).values() if isinstance(c, Config)}
 MODELS["shipped"] = checkpoint.open_checkpoint(None).config
 EVERY_MODEL = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
 
 
-def test_a_loaded_model_says_what_every_call_took_and_why():
+def test_coverage_reports_the_ops_of_every_call_and_why():
     sd = minisd.load()
     calls = sd.coverage()
     functions = {GroupNorm: "group_norm_silu", Attention: "attention"}
@@ -33,7 +33,7 @@ def test_a_loaded_model_says_what_every_call_took_and_why():
         sd.coverage(height=3)
 
 
-def test_ops_by_name_say_that_kernels_were_not_asked_for():
+def test_coverage_of_ops_that_were_chosen_by_name():
     calls = coverage(SD1.unet, REFERENCE, 8, 8, torch.float32)
     assert {(call.took, call.why) for call in calls} == {
         ("reference", "the kernels were not asked for")}
@@ -61,8 +61,8 @@ def test_the_kernels_take_every_call_of_every_model(config):
 
 
 @EVERY_MODEL
-def test_the_kernels_take_every_model_packed_anew(config):
-    """What they do not take they would refuse here with a ValueError."""
+def test_the_kernels_take_every_model_repacked(config):
+    """They raise ValueError for a call that they do not take."""
     pytest.importorskip("triton")
     from bench.variants import fused_decode, fused_step
 

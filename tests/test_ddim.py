@@ -1,4 +1,4 @@
-"""The schedule and the step are those of diffusers' DDIMScheduler, set as officially."""
+"""The schedule and the step equal diffusers' DDIMScheduler with the official settings."""
 
 import pytest
 import torch
@@ -8,17 +8,17 @@ from reference_models import error, official_scheduler, randn
 from minisd import ddim
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
 
-A = ddim.alphas_cumprod(ScheduleConfig())
+ABAR = ddim.alphas_cumprod(ScheduleConfig())
 
 
 def test_alphas_cumprod():
-    assert A.dtype == torch.float64 and A.shape == (1000,)
-    assert (A.diff() < 0).all()
+    assert ABAR.dtype == torch.float64 and ABAR.shape == (1000,)
+    assert (ABAR.diff() < 0).all()
     # The two ends, as CompVis/stable-diffusion registers them.
-    assert A[0].item() == pytest.approx(0.99915, abs=1e-9)
-    assert A[999].item() == pytest.approx(0.0046601, rel=1e-5)
+    assert ABAR[0].item() == pytest.approx(0.99915, abs=1e-9)
+    assert ABAR[999].item() == pytest.approx(0.0046601, rel=1e-5)
     official = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    assert error(A, official.alphas_cumprod) <= 1e-6  # whose table is float32
+    assert error(ABAR, official.alphas_cumprod) <= 1e-6  # its table is float32
 
 
 def test_every_number_of_steps():
@@ -28,7 +28,7 @@ def test_every_number_of_steps():
         scheduler.set_timesteps(steps)
         assert visited == scheduler.timesteps.tolist()
         assert len(visited) == steps and visited[-1] == 1
-    assert ddim.timesteps(1000) == list(range(999, -1, -1))  # diffusers would ask for t = 1000
+    assert ddim.timesteps(1000) == list(range(999, -1, -1))  # diffusers has t = 1000 here
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -43,23 +43,23 @@ def test_step(steps, eta, prediction_type):
     for i in {0, steps // 2, steps - 1}:
         t, t_next = visited[i], visited[i + 1] if i + 1 < steps else 0
         theirs = scheduler.step(prediction, t, x, eta=eta, variance_noise=noise if eta else None)
-        a, a_next = A[t].item(), A[t_next].item()
+        abar, abar_next = ABAR[t].item(), ABAR[t_next].item()
         ours = ddim.step(
-            x, prediction, a, a_next, prediction_type, eta, noise if eta else None
+            x, prediction, abar, abar_next, prediction_type, eta, noise if eta else None
         )
         assert error(ours, theirs.prev_sample) <= 1e-10
-        x0, _ = ddim.predicted_x0_eps(x, prediction, a, prediction_type)
+        x0, _ = ddim.predicted_x0_eps(x, prediction, abar, prediction_type)
         assert error(x0, theirs.pred_original_sample) <= 1e-10
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_split_undoes_add_noise(prediction_type):
     x0, noise = randn(2, 4, 3, 3), randn(2, 4, 3, 3, seed=1)
-    for a in A[::111].tolist():
-        x = ddim.add_noise(x0, noise, a)
-        v = a**0.5 * noise - (1 - a) ** 0.5 * x0  # Salimans & Ho 2022, eq. in section 4
+    for abar in ABAR[::111].tolist():
+        x = ddim.add_noise(x0, noise, abar)
+        v = abar**0.5 * noise - (1 - abar) ** 0.5 * x0  # Salimans & Ho 2022, eq. in section 4
         prediction = v if prediction_type == "v_prediction" else noise
-        found = ddim.predicted_x0_eps(x, prediction, a, prediction_type)
+        found = ddim.predicted_x0_eps(x, prediction, abar, prediction_type)
         assert error(found[0], x0) <= 1e-10
         assert error(found[1], noise) <= 1e-10
 
@@ -69,4 +69,4 @@ def test_add_noise():
     x0, noise = randn(2, 4, 3, 3), randn(2, 4, 3, 3, seed=1)
     for t in (0, 1, 500, 999):
         theirs = scheduler.add_noise(x0, noise, torch.tensor([t, t]))
-        assert error(ddim.add_noise(x0, noise, A[t].item()), theirs) <= 1e-12
+        assert error(ddim.add_noise(x0, noise, ABAR[t].item()), theirs) <= 1e-12

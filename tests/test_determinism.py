@@ -1,4 +1,4 @@
-"""The same call gives the same picture; what may change its last bits, and by how much."""
+"""The same call gives the same image; what changes its last bits, and by how much."""
 
 import copy
 
@@ -12,8 +12,8 @@ from minisd.latents import Noise
 from minisd.vae import VAE
 
 PROMPT = "a red heart on a blue background"
-# Float32 sums in another order differ in the last bits, and each step's guidance enlarges them.
-# Measured after 10 steps: 6e-6, of latents that vary by 1.5; another seed differs by 1.4 and more.
+# Another order of float32 sums changes the last bits, and the guidance of each step amplifies that.
+# Measured after 10 steps: 6e-6, where latents vary by 1.5; another seed changes them by over 1.4.
 BOUND = 1e-4
 
 
@@ -29,7 +29,7 @@ def test_the_same_seed_gives_the_same_bytes(sd):
     assert all(sd(PROMPT, seed=7, **call).images[0].tobytes() == first for _ in range(2))
 
 
-def test_a_picture_alone_and_in_a_batch(sd):
+def test_an_image_alone_and_in_a_batch(sd):
     call = dict(num_inference_steps=10, output_type="latent")
     batch = sd(PROMPT, seed=7, num_images_per_prompt=4, **call).images
     for i, of_batch in enumerate(batch):
@@ -63,7 +63,7 @@ def test_the_noise_depends_on_neither_batch_nor_dtype(dtype):
 
 
 class Count(TorchDispatchMode):
-    """Counts the reductions to one truth value."""
+    """Counts the reductions to one boolean."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ class Count(TorchDispatchMode):
 @pytest.mark.parametrize("steps", [1, 6])
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 def test_finiteness_is_one_reduction_a_stage(steps, scale):
-    """One for the contexts, one for the last latents and one for each decoded picture."""
+    """One for the contexts, one for the last latents, and one for each decoded image."""
     with Count() as count:
         small_model(SMALL)("a", num_inference_steps=steps, guidance_scale=scale, seed=0,
                            num_images_per_prompt=2)
@@ -97,7 +97,7 @@ def test_an_overflow_in_the_weights_names_its_stage(part, stage):
 
 
 def half_model(gain: float):
-    """A small model in float16 whose VAE ends in numbers of about ``gain`` squared."""
+    """A small model in float16; the output of its VAE is of about ``gain`` squared."""
     sd = copy.deepcopy(small_model(SMALL))
     for layer in (sd.vae.decoder.conv_norm_out, sd.vae.decoder.conv_out):
         layer.weight *= gain
@@ -109,7 +109,7 @@ def half_model(gain: float):
 @pytest.mark.parametrize("gain, dtypes", [
     (1, [torch.float16]), (5000, [torch.float16, torch.float32]),
 ])
-def test_a_vae_that_overflows_is_asked_once_more_in_float32(monkeypatch, gain, dtypes):
+def test_a_vae_that_overflows_runs_again_in_float32(monkeypatch, gain, dtypes):
     seen, decode = [], VAE.decode
 
     def watched(vae, latent):

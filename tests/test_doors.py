@@ -1,4 +1,4 @@
-"""What an application touches besides a call: names, loading, moving, and models to disk."""
+"""The API besides a call: public names, loading, moving to a device or dtype, saving."""
 
 import os
 import re
@@ -26,7 +26,7 @@ CALL = dict(num_inference_steps=3, guidance_scale=5.0, height=64, width=64)
 # --- names
 
 
-def test_every_public_name_is_there_and_listed():
+def test_every_public_name_exists_and_is_listed():
     assert set(minisd.__all__) <= set(dir(minisd))
     for name in minisd.__all__:
         assert getattr(minisd, name).__name__ == name
@@ -45,25 +45,25 @@ def test_one_base_of_all_errors(kind, also):
 # --- loading
 
 
-def test_a_short_name_that_is_not_there_says_what_to_run(monkeypatch, tmp_path):
+def test_a_short_name_that_is_not_downloaded_names_the_command(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "cached", lambda name: None)
     with pytest.raises(FileNotFoundError, match="run `minisd download sd1.5` first"):
         minisd.load("sd1.5")
 
 
-def test_a_short_name_that_is_there_is_loaded(monkeypatch, tmp_path):
+def test_a_short_name_that_is_downloaded_is_loaded(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     small_model(SMALL).save(tmp_path / "model")
     monkeypatch.setattr(hub, "cached", {"sd1.5": tmp_path / "model"}.get)
     assert minisd.load("sd1.5").config.unet == SMALL.unet
-    (tmp_path / "sd1.5").mkdir()  # a folder of that name is meant before the model
+    (tmp_path / "sd1.5").mkdir()  # a folder of that name takes precedence
     with pytest.raises(minisd.WeightError, match="sd1.5 has no model_index.json"):
         minisd.load("sd1.5")
 
 
 @pytest.mark.parametrize("tile", [0, -1, 2.5, "64", True])
-def test_a_bad_tile_is_refused(tile):
+def test_a_bad_tile_is_rejected(tile):
     with pytest.raises(ValueError, match="tile must be an integer from 1"):
         minisd.load(tile=tile)
 
@@ -91,7 +91,7 @@ def test_none_is_the_models_own_default():
     ((64, 64), {}, (64, 64)),
     ((200, 100), {}, (200, 100)),
     ((90, 37), {}, (88, 36)),                    # the nearest multiples of 4
-    ((1, 300), {}, (4, 300)),                    # at least one of them
+    ((1, 300), {}, (4, 300)),                    # at least one multiple
     ((200, 100), {"width": 40}, (40, 20)),
     ((200, 100), {"height": 20}, (40, 20)),
     ((200, 100), {"width": 64, "height": 64}, (64, 64)),
@@ -121,7 +121,7 @@ def test_to_another_dtype_and_back():
     assert error(other.unet.conv_in.weight, sd.unet.conv_in.weight) < 1e-6  # rounded once
 
 
-def test_ops_are_chosen_again_and_a_refusal_moves_nothing():
+def test_ops_are_chosen_again_and_an_error_moves_nothing():
     sd = small_model(replace(SMALL, name="to be moved too"))
     sd.to(dtype="float32")
     assert sd.unet.mid_block.resnets[0].ops is TORCH and sd.unet.ops.name == "torch"
@@ -131,7 +131,7 @@ def test_ops_are_chosen_again_and_a_refusal_moves_nothing():
     assert sd.dtype == torch.float32
 
 
-def test_a_fused_model_says_that_it_is_neither_moved_nor_saved(tmp_path):
+def test_a_fused_model_can_neither_be_moved_nor_saved(tmp_path):
     sd = minisd.load(ops="fused", device="cpu")
     for call in (lambda: sd.to(dtype="float32"), lambda: sd.save(tmp_path / "a")):
         with pytest.raises(ValueError, match='load it with ops="torch"'):
@@ -141,7 +141,7 @@ def test_a_fused_model_says_that_it_is_neither_moved_nor_saved(tmp_path):
     assert minisd.load().release() is None
 
 
-# --- save: what is written is read by minisd and by diffusers, and both draw the same image
+# --- save: minisd and diffusers read what is written, and make the same image
 
 
 INPAINT = replace(SMALL, unet=replace(SMALL.unet, in_channels=9))
@@ -187,7 +187,7 @@ def test_a_saved_folder(model, tmp_path):
     again = minisd.load(tmp_path / "model", device="cpu")
     for part, module in model.parts.items():
         assert same_state(module, again.parts[part]), part
-    # The exact name, and the padding that an SD2 folder cannot say otherwise, are in the config.
+    # The folder has every field of the config but its name.
     assert replace(again.config, name="") == replace(model.config, name="")
     assert torch.equal(draw(again), draw(model))
     official = kind_of(model).from_pretrained(tmp_path / "model")
@@ -220,7 +220,7 @@ def test_the_shipped_model_saved_is_the_shipped_model(tmp_path):
 
 
 def test_the_names_of_an_official_file(tmp_path):
-    """Every tensor of an SD1 and an SD2 file under the name and in the shape of the manifests."""
+    """Every tensor of an SD1 and of an SD2 file has the name and shape of the manifests."""
     from files import all_shapes
 
     for config in (SD1, SD2_V):
@@ -231,7 +231,7 @@ def test_the_names_of_an_official_file(tmp_path):
         assert found == wanted
 
 
-def test_the_file_says_what_the_unet_predicts(tmp_path):
+def test_the_file_stores_the_prediction_type(tmp_path):
     sd = minisd.load(device="cpu")
     assert sd.config.schedule.prediction_type == "v_prediction"
     sd.save(tmp_path / "a.safetensors")

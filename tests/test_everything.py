@@ -1,4 +1,4 @@
-"""bench.everything without a GPU: the command rehearsed, a stage that overruns, changes to try."""
+"""bench.everything without a GPU: a rehearsal, a stage that overruns, the changes to try."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_rehearsal(tmp_path):
-    """Stages in order, one date and one commit on every row, and no more files than come back."""
+    """Stages run in order; all rows have one date and one commit; no other files are written."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.everything", "--stages", "others", "equality", "--minutes",
          "4", "--out", tmp_path / "day", "--commit", "abc"], cwd=ROOT, text=True,
@@ -42,7 +42,7 @@ def test_rehearsal(tmp_path):
     assert done.stdout == log and "all right" in log
 
 
-def test_a_stage_that_overruns_is_ended_with_all_that_it_started(monkeypatch):
+def test_a_stage_that_overruns_is_killed_with_its_children(monkeypatch):
     monkeypatch.setattr(everything, "GRACE", 0.2)
     said = []
     script = ("import subprocess, sys, time; sys.stdin.readline(); "
@@ -58,7 +58,7 @@ def test_a_stage_that_overruns_is_ended_with_all_that_it_started(monkeypatch):
     assert not child.exists() or "Z" in (child / "stat").read_text().split()[2]
 
 
-def test_a_stage_that_ends_before_its_turn_is_told_by_its_code():
+def test_a_stage_that_ends_before_its_turn_reports_its_exit_code():
     said = []
     stage = everything.Running("short", [sys.executable, "-c", "raise SystemExit(3)"],
                                lambda *line: said.append(line))
@@ -91,7 +91,7 @@ def fused():
 
 
 def test_a_change_is_made_and_computes_the_same(fused):
-    """And is forgotten after."""
+    """And it ends with its context."""
     change = next(c for c in inside.CHANGES if c.label.startswith("doubled"))
     plain, before = fused(), fused_unet.Up.forward
     with change.made(None):
@@ -100,8 +100,8 @@ def test_a_change_is_made_and_computes_the_same(fused):
     assert 0 < error(changed, plain) <= 1e-11 * plain.abs().max()
 
 
-def test_what_is_compiled_for_a_change_is_named():
-    """Those that launch other kernels need no model to be made."""
+def test_changes_have_distinct_labels_and_valid_settings():
+    """Changes of launch settings need no model."""
     for change in inside.CHANGES:
         if change.compiles:
             with change.made(None):

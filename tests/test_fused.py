@@ -1,4 +1,4 @@
-"""The fused UNet and decoder are the readable ones: in float64, whatever is asked how."""
+"""The fused UNet and decoder equal the readable ones, in float64, for every config and size."""
 
 import copy
 import gc
@@ -36,7 +36,7 @@ from minisd.sd import StableDiffusion
 from minisd.unet import UNet, Upsample
 from minisd.vae import VAE
 
-BOUND = 1e-12  # rounding in float64: nothing is approximated
+BOUND = 1e-12  # rounding of float64: the same function
 CONFIGS = {
     "SD1": SMALL.unet,
     "SD2": SMALL_V.unet,  # linear projections, other heads
@@ -45,7 +45,7 @@ CONFIGS = {
     "no attention but the middle's": replace(DENOISER, has_attention=(False,) * 3),
     "one level": replace(DENOISER, block_out_channels=(16,), has_attention=(True,), num_heads=(2,)),
 }
-SIZES = [(8, 12), (9, 7), (5, 6), (1, 1)]  # whole, odd at every level, odd at one, and nothing
+SIZES = [(8, 12), (9, 7), (5, 6), (1, 1)]  # even, odd at every level, odd at one, the smallest
 
 
 @pytest.fixture(params=CONFIGS)
@@ -74,9 +74,9 @@ def test_fused_unet(unet, size, contexts):
     assert all(torch.equal(p, weights[name]) for name, p in unet.named_parameters())
 
 
-def test_what_is_made_once_serves_every_step(unet):
+def test_precomputed_tensors_serve_every_step(unet):
     x, _, context = inputs(unet, (6, 8), 2)
-    each = [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]  # of two steps, what they take of x and the answers
+    each = [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]  # two steps: weights of x, uncond and cond
     latents, extra = x[:, :4], x[:, 4:] if x.shape[1] == 9 else None
     steps = Steps(FusedUNet(unet, PLAIN), context, [981, 1], each, extra)
     for i, t in enumerate((981, 1)):
@@ -89,27 +89,27 @@ def test_what_is_made_once_serves_every_step(unet):
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 def test_a_step_is_a_weighted_sum(kind, eta, scale):
     alphas = [0.02, 0.4, 0.9991]
-    x, without, given, fresh = (randn(2, 4, 3, 3, seed=seed) for seed in range(4))
-    guided = without + scale * (given - without)
+    x, uncond, cond, noise = (randn(2, 4, 3, 3, seed=seed) for seed in range(4))
+    guided = uncond + scale * (cond - uncond)
     for row, (a, a_next) in zip(weights(alphas, kind, eta, scale), pairwise(alphas), strict=True):
-        terms = [x, given] if scale == 1.0 else [x, without, given]
-        terms += [fresh] if eta > 0 else []
-        exact = ddim.step(x, guided, a, a_next, kind, eta, fresh if eta > 0 else None)
+        terms = [x, cond] if scale == 1.0 else [x, uncond, cond]
+        terms += [noise] if eta > 0 else []
+        exact = ddim.step(x, guided, a, a_next, kind, eta, noise if eta > 0 else None)
         assert error(sum(w * y for w, y in zip(row, terms, strict=True)), exact) <= BOUND
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_what_a_graph_is_given(eta, monkeypatch):
-    """Its buffers hold what each step and each prompt brings; here a replay is one more call."""
+def test_the_inputs_of_a_graph(eta, monkeypatch):
+    """Its buffers get the inputs of each step and prompt; here a replay is one more call."""
     for name in ("Stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock)
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: nullcontext())
     unet = randomise(UNet(SMALL.unet, REFERENCE))
     x, _, prompt = inputs(unet, (4, 6), 2)
-    fused, fresh = FusedUNet(unet, PLAIN), randn(*x.shape, seed=2) if eta > 0 else None
+    fused, noise = FusedUNet(unet, PLAIN), randn(*x.shape, seed=2) if eta > 0 else None
     table = weights([0.1, 0.5, 0.9], "epsilon", eta, 7.5)
     one, other = (Steps(fused, context, [981, 1], table) for context in (prompt, -prompt))
-    given = [((y, steps.times[i], steps.table[i], fresh), steps.fixed)
+    given = [((y, steps.times[i], steps.table[i], noise), steps.fixed)
              for steps, y, i in ((one, x, 0), (one, 2 * x, 1), (other, x, 1), (one, x, 0))]
     graph = Graph(partial(advance, fused), *given[0], None)
     graph.graph.replay = lambda: graph.out.copy_(advance(fused, *graph.changing, *graph.fixed))
@@ -117,11 +117,11 @@ def test_what_a_graph_is_given(eta, monkeypatch):
         assert torch.equal(graph.replay(changing, fixed), advance(fused, *changing, *fixed))
 
 
-def test_a_graph_is_of_the_device_of_its_tensors(monkeypatch):
-    """Whichever is current: streams are made, steps recorded and replayed on that of x.
+def test_a_graph_is_recorded_on_the_device_of_its_tensors(monkeypatch):
+    """With any current device: streams are made, steps recorded and replayed on the device of x.
 
-    The capture has a stream of its own, on which nothing was done before: cuBLAS keeps a workspace
-    for each stream, and one from outside the graph may be freed under it.
+    The capture has a new stream: cuBLAS keeps a workspace for each stream, and a workspace from
+    outside the graph may be freed while the graph still uses it.
     """
     held, seen = [], []
 
@@ -151,7 +151,7 @@ def test_a_graph_is_of_the_device_of_its_tensors(monkeypatch):
 
 
 def test_graphs_are_a_bounded_cache(monkeypatch):
-    """One for a key; the least recently used goes; a copy and a pickle are empty; one pool."""
+    """One graph for a key, LRU; copies and pickles are empty; all graphs share one memory pool."""
     made, pools = [], iter("ab")
 
     class Recorded:
@@ -165,10 +165,10 @@ def test_graphs_are_a_bounded_cache(monkeypatch):
     monkeypatch.setattr("minisd_kernels.graphs.Graph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     graphs = Graphs()
-    for key in [*range(MOST), 0, MOST, 0]:  # 1 is forgotten, 0 is not
+    for key in [*range(MOST), 0, MOST, 0]:  # 1 is evicted, 0 is not
         assert graphs(key, lambda x, y: x + y, [key], [1]) == key + 1
     assert made == ["a"] * (MOST + 1) and len(graphs) == MOST
-    with torch.inference_mode():  # buffers made there could not be written elsewhere
+    with torch.inference_mode():  # buffers made there are read-only elsewhere
         assert not graphs(1, lambda: torch.zeros(1), []).is_inference()
     assert len(made) == MOST + 2 and len(graphs) == MOST
     assert len(copy.deepcopy(graphs)) == len(pickle.loads(pickle.dumps(graphs))) == 0
@@ -194,18 +194,18 @@ def test_on_a_gpu_a_decoding_is_a_graph_for_each_size(monkeypatch):
     assert len(asked) == 3
 
 
-def test_a_decoder_that_moves_forgets_its_graphs(monkeypatch):
-    """They would read where the weights were."""
+def test_moving_a_decoder_clears_its_graphs(monkeypatch):
+    """They would read the old weights."""
     decoder = FusedDecoder(randomise(VAE(AUTOENCODER, REFERENCE)).decoder, PLAIN)
-    forgotten = []
-    monkeypatch.setattr(decoder.graphs, "clear", lambda: forgotten.append(True))
+    cleared = []
+    monkeypatch.setattr(decoder.graphs, "clear", lambda: cleared.append(True))
     decoder.float()
-    assert forgotten
+    assert cleared
 
 
 @pytest.mark.parametrize("oneDNN", [True, False])
 def test_packed_weights_in_float32(unet, oneDNN, monkeypatch):
-    """They are packed for a size: others, and it again, are as right; and so without oneDNN."""
+    """They are packed for one size, but right for others too; and also without oneDNN."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", oneDNN)
     unet = unet.float()
     fused = FusedUNet(unet, PLAIN)
@@ -234,20 +234,20 @@ def test_fused_decoder(config, size, dtype, bound):
 
 
 def test_fused_decoder_in_another_dtype():
-    """As the loop asks for one where float16 gave no finite picture."""
+    """The loop does this when float16 overflows."""
     vae = randomise(VAE(AUTOENCODER, REFERENCE))
     latent = randn(1, AUTOENCODER.latent_channels, 4, 4)
     exact = vae.decode(latent)
     vae.to(torch.bfloat16).decoder = FusedDecoder(vae.decoder, PLAIN)
     wide = copy.deepcopy(vae).to(torch.float64)
     rounded = randomise(VAE(AUTOENCODER, REFERENCE)).to(torch.bfloat16).double()
-    # Packed in bfloat16: the doubling convolutions' summed taps are rounded once more.
+    # The summed taps of the doubling convolutions were rounded to bfloat16 too.
     assert error(wide.decode(latent), rounded.decode(latent)) <= 0.02 * exact.abs().max()
     assert vae.decoder.conv_in.weight.dtype == torch.bfloat16
 
 
 def reachable(thing) -> list[torch.Tensor]:
-    """Every tensor that is kept alive by it."""
+    """Every tensor that ``thing`` keeps alive."""
     seen, left, tensors = set(), [thing], []
     while left:
         one = left.pop()
@@ -260,7 +260,7 @@ def reachable(thing) -> list[torch.Tensor]:
 
 
 def test_no_weight_is_kept_twice(unet):
-    """But for the doubling convolutions: 4x4 taps of their own, beside the 3x3 for odd sizes."""
+    """Except the doubling convolutions, which have 4x4 taps, and the 3x3 ones for odd sizes."""
     doubling = sum(m.conv.weight.numel() for m in unet.modules() if isinstance(m, Upsample))
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // x.itemsize
                 for x in reachable(FusedUNet(unet, PLAIN))}
@@ -291,7 +291,7 @@ def test_plain_group_norm(silu, shift, residual):
 
 
 def test_plain_group_norm_keeps_its_digits_far_from_zero():
-    """Where torch's own, in channels_last on a CPU, has none left."""
+    """Where torch's own, in channels_last on a CPU, cancels completely."""
     x = (1000 + randn(2, 8, 16, 16)).float().contiguous(memory_format=torch.channels_last)
     weight, bias = torch.ones(8), torch.zeros(8)
     exact = REFERENCE.group_norm_silu(x.double(), weight, bias, 2, 1e-5, True)
@@ -311,34 +311,34 @@ def test_plain_transformer_bodies():
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, unet=replace(DENOISER, in_channels=9))],
                          ids=["4 channels", "9 channels"])
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
-def test_pictures(config, guidance):
-    """The whole loop, packed or not: text to image, and inpainting."""
+def test_images(config, guidance):
+    """The whole loop, repacked or not: text to image, and inpainting."""
     from PIL import Image
 
     m = small_model(config)
     fused = StableDiffusion(config, m.tokenizer, m.text_encoder, FusedUNet(m.unet, PLAIN), m.vae)
     size = dict(width=24, height=16)
-    picture = Image.effect_noise((24, 16), 80).convert("RGB")
-    inpaint = dict(image=picture, mask_image=picture)
+    image = Image.effect_noise((24, 16), 80).convert("RGB")
+    inpaint = dict(image=image, mask_image=image)
     for task in ([inpaint] if config.unet.in_channels == 9 else [{}, inpaint]):
         call = dict(num_inference_steps=3, guidance_scale=guidance, seed=[3, 4], eta=0.5,
                     output_type="latent", **size, **task)
         assert error(fused(["a", "b"], **call).images, m(["a", "b"], **call).images) <= 1e-11
 
 
-def test_by_name_on_a_cpu():
+def test_fused_by_name_on_a_cpu():
     sd, fused = minisd.load(), minisd.load(ops="fused")
     assert isinstance(fused.unet, FusedUNet) and isinstance(sd.unet, UNet)
     assert isinstance(fused.vae.decoder, FusedDecoder)
-    pictures = [x("a red heart", seed=0, num_inference_steps=3, output_type="pt").images
+    images = [x("a red heart", seed=0, num_inference_steps=3, output_type="pt").images
                 for x in (sd, fused)]
-    assert error(*pictures) <= 1e-4
+    assert error(*images) <= 1e-4
     assert {call.took for call in fused.coverage()} == {"fused"}
     assert all("run on a GPU" in call.why or "triton" in call.why for call in fused.coverage())
 
 
-def test_a_picture_in_float16():
-    """20 steps of the shipped model; 69 dB when this was written."""
+def test_an_image_in_float16():
+    """20 steps of the shipped model; measured: 69 dB."""
     ask = dict(prompt="a red heart", seed=0, num_inference_steps=20, output_type="pt")
     exact = minisd.load()(**ask).images
     half = minisd.load(ops="fused", dtype="float16")(**ask).images

@@ -1,4 +1,4 @@
-"""A few seconds of every kind of damage; the long run's figures are in tests/README.md."""
+"""A few seconds of every kind of damage; tests/README.md has the counts of a long run."""
 
 import math
 from collections import Counter
@@ -8,10 +8,10 @@ import damage
 import fuzz
 import pytest
 
-# How many cases of each kind, and that there are both sorts of outcome where there should be.
+# Number of cases of each kind: enough for both outcomes, where both are possible.
 SHORT = {"headers": 600, "bodies": 20, "tensors": 16, "prompts": 300, "images": 300, "steps": 30,
          "metadata": 60}  # fmt: skip
-ONE_OUTCOME = {"tensors": "refused", "steps": "same", "metadata": "same"}
+ONE_OUTCOME = {"tensors": "rejected", "steps": "same", "metadata": "same"}
 
 
 @pytest.mark.parametrize("kind", fuzz.TARGETS)
@@ -20,22 +20,22 @@ def test_a_short_run(kind, tmp_path):
     fuzz.run_kind(state, kind, getattr(damage, kind)(tmp_path), SHORT[kind], seconds=math.inf)
     assert state["wrong"] == []
     rows = state["kinds"][kind]
-    assert rows["done"] == rows["same"] + rows["refused"] == SHORT[kind]
-    outcomes = {ONE_OUTCOME[kind]} if kind in ONE_OUTCOME else {"same", "refused"}
+    assert rows["done"] == rows["same"] + rows["rejected"] == SHORT[kind]
+    outcomes = {ONE_OUTCOME[kind]} if kind in ONE_OUTCOME else {"same", "rejected"}
     assert {outcome for outcome in fuzz.RIGHT if rows[outcome]} == outcomes
 
 
-def test_the_figures_that_are_kept_are_of_a_complete_run():
+def test_the_table_is_of_a_complete_run():
     text = (Path(__file__).parent / "README.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     kept = {row[0]: [int(n.replace(",", "")) for n in row[1:6]]
             for row in rows if len(row) == 7 and row[0] in fuzz.TARGETS}  # fmt: skip
     assert {kind: numbers[0] for kind, numbers in kept.items()} == fuzz.TARGETS
-    for cases, refused, same, others, different in kept.values():
-        assert cases == refused + same and others == different == 0
+    for cases, rejected, same, others, different in kept.values():
+        assert cases == rejected + same and others == different == 0
 
 
-def test_a_case_is_the_same_again_and_others_are_not(tmp_path):
+def test_a_case_is_reproducible_and_differs_from_others(tmp_path):
     case = damage.headers(tmp_path)
 
     def content(seed, number):
@@ -46,15 +46,15 @@ def test_a_case_is_the_same_again_and_others_are_not(tmp_path):
     assert len({content(seed, number) for seed in (0, 1) for number in (7, 8)}) == 4
 
 
-def test_what_is_wrong_is_counted_and_listed(tmp_path, monkeypatch):
-    """A reader that lets something pass, and one that raises something else, are both found."""
-    def planted(error):
-        def refused(*_):
+def test_wrong_cases_are_counted_and_listed(tmp_path, monkeypatch):
+    """A reader that accepts a bad file, and one that raises another error, are both found."""
+    def raising(error):
+        def read(*_):
             raise error
-        return refused
+        return read
 
     state = {"seed": 0, "kinds": {}, "wrong": []}
-    monkeypatch.setattr(damage, "read_header", planted(KeyError("x")))
+    monkeypatch.setattr(damage, "read_header", raising(KeyError("x")))
     fuzz.run_kind(state, "headers", damage.headers(tmp_path), 2, seconds=math.inf)
     monkeypatch.undo()
     monkeypatch.setattr(damage, "read_tensor", lambda stored, dtype: 0 * damage.torch.empty(1))

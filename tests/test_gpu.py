@@ -1,9 +1,8 @@
-"""What only a GPU can show: compiled kernels compute what the interpreted ones do, at full size.
+"""Tests that need a GPU: compiled kernels, at full size too.
 
     python -m pytest tests/test_gpu.py          # -n 6 with pytest-xdist: most of it is compiling
 
-Skipped where there is no GPU. The tables of values are those of interpreted_*.py, whose tests run
-here once more, with all their tensors on the GPU.
+Skipped without a GPU. The tests of interpreted_*.py run here again, with all tensors on the GPU.
 """
 
 import copy
@@ -36,10 +35,10 @@ from minisd.vae import VAE
 
 DEVICE = torch.device("cuda")
 DTYPES = pytest.mark.parametrize("dtype", launch.DTYPES, ids=lambda dtype: str(dtype)[6:])
-# They count what the interpreter does, or rely on its exact float32.
+# These count operations of the interpreter, or rely on its exact float32.
 INTERPRETER_ALONE = ("cost_is", "corrections_of", "precisions", "_unets", "_decoder")
 
-with patch.object(launch, "interpreted", lambda kernel: True):  # those files insist on it
+with patch.object(launch, "interpreted", lambda kernel: True):  # those files require it
     for name in ("attention", "group_norm", "fused"):
         for test, function in vars(importlib.import_module(f"interpreted_{name}")).items():
             if test.startswith("test_") and not any(word in test for word in INTERPRETER_ALONE):
@@ -48,8 +47,8 @@ with patch.object(launch, "interpreted", lambda kernel: True):  # those files in
 
 @pytest.fixture(autouse=True)
 def _on_the_gpu():
-    """New tensors lie on the GPU, float32 is float32 (by default convolutions use tf32), and cuDNN
-    gives the same bits twice, which it does not by default in float32."""
+    """New tensors are on the GPU, convolutions use float32 (by default TF32), and cuDNN is
+    deterministic, which in float32 it is not by default."""
     with DEVICE, torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=True):
         yield
     torch.cuda.empty_cache()  # other processes test on the same GPU
@@ -64,7 +63,7 @@ def test_full_size(case, dtype):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_precisions(precision):
-    """tf32 keeps 10 bits of a factor; three products of it make up for most of the rest."""
+    """TF32 keeps 10 bits of a factor; three TF32 products (tf32x3) recover most of the rest."""
     q, k, v = (torch.randn(2, 130, 80) for _ in range(3))
     exact = REFERENCE.attention(q.double(), k.double(), v.double(), 1)
     bounds = {"ieee": 1e-5, "tf32x3": 1e-4, "tf32": 2e-2}
@@ -76,7 +75,7 @@ def test_precisions(precision):
     shapes.group_norms("SD1.5")[0], shapes.group_norms("SD1.5")[-1],
 ], ids=lambda case: case.label)
 def test_the_same_bits_fifty_times_and_in_a_graph(case):
-    """A result that moves is a race."""
+    """A result that changes is a race condition."""
     inputs = case.inputs(DEVICE, torch.float16)
     first = case.ours(*inputs)
     assert all(torch.equal(first, case.ours(*inputs)) for _ in range(50))
@@ -89,7 +88,7 @@ def test_the_same_bits_fifty_times_and_in_a_graph(case):
 
 
 def test_items_more_than_two_to_the_31_elements_apart():
-    """A 32-bit offset from item to item would read elsewhere, or fault."""
+    """A 32-bit offset from item to item would overflow."""
     room = torch.empty(2**31 + 2**20, dtype=torch.float16)
     q = torch.randn(2, 64, 80, dtype=torch.float16)
     far = room.as_strided(q.shape, (2**31, 80, 1)).copy_(q)
@@ -100,7 +99,7 @@ def test_items_more_than_two_to_the_31_elements_apart():
 
 
 def unet(ops: Ops, weights: dict[str, torch.Tensor]) -> UNet:
-    """SD1's, around these weights."""
+    """SD1's UNet with these weights."""
     with torch.device("meta"):
         model = UNet(SD1.unet, ops)
     model.load_state_dict(weights, strict=True, assign=True)
@@ -108,7 +107,7 @@ def unet(ops: Ops, weights: dict[str, torch.Tensor]) -> UNet:
 
 
 def draw(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Random weights for SD1's UNet that keep the size of what passes through."""
+    """Random weights for SD1's UNet that keep the scale of activations."""
     with torch.device("meta"):
         empty = UNet(SD1.unet, REFERENCE).state_dict()
     weights = {}
@@ -139,12 +138,12 @@ def test_unet(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_fused_unet_in_a_graph(dtype):
-    """SD1 at 512x512: one graph serves other timesteps, prompts and weights of the answers, and
-    always gives the same bits."""
+    """SD1 at 512x512: one graph serves other timesteps, prompts and weights of x, uncond and cond,
+    and always gives the same bits."""
     weights, x = draw(dtype), torch.randn(1, 4, 64, 64).to(dtype)
     prompts = torch.randn(2, 2, 77, 768).to(dtype)
     fused = FusedUNet(unet(TORCH, weights), triton_bodies())
-    rows = [[0.3, -1.0, 2.0], [0.7, -6.5, 7.5]]  # guidance, and a share of x
+    rows = [[0.3, -1.0, 2.0], [0.7, -6.5, 7.5]]  # weights of x, uncond and cond
     asked = [Steps(fused, prompt, [981, 1], rows) for prompt in prompts]
     answers = {(p, i): asked[p](x.float(), i) for p, i in ((0, 0), (0, 1), (1, 1))}
     assert len(fused.graphs) == 1
@@ -167,7 +166,7 @@ def test_fused_unet_in_a_graph(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_fused_decoder(dtype):
-    """SD1's, to 512x512; a graph decodes another latent too, and a copy in float32 has its own."""
+    """SD1 at 512x512: the graph decodes other latents too, and a copy in float32 has its own."""
     with DEVICE:
         vae = VAE(SD1.vae, TORCH).to(dtype).requires_grad_(False)
     latent = torch.randn(1, 4, 64, 64).to(dtype)
@@ -188,7 +187,7 @@ def test_fused_decoder(dtype):
 
 @pytest.mark.parametrize("ops", ["triton", "fused"])
 def test_image_in_float16(ops):
-    """The shipped model's."""
+    """Of the shipped model."""
     with torch.device("cpu"):  # where noise is drawn
         ask = dict(prompt="a red heart", seed=0, num_inference_steps=20, output_type="pt")
         exact = minisd.load(device="cuda", dtype="float32", ops="torch")(**ask).images
@@ -199,7 +198,7 @@ def test_image_in_float16(ops):
 
 
 def test_a_graph_outlives_the_workspaces_of_others():
-    """torch.compile frees those of cuBLAS; a graph that wrote into one would write anywhere."""
+    """torch.compile frees the workspaces of cuBLAS; a graph must not write into one."""
     with torch.device("cpu"):
         ask = dict(prompt="a red heart", seed=0, num_inference_steps=4, output_type="pt")
         sd = minisd.load(device="cuda", dtype="float16", ops="fused")

@@ -51,7 +51,7 @@ LEFT_ALONE = {
 
 
 class Hub(ThreadingHTTPServer):
-    """One repository, as the Hub serves it, and the faults that a test asks for."""
+    """One repository, served like the Hub does, with the faults that a test sets."""
 
     daemon_threads = True
 
@@ -60,7 +60,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files = {**READ_BY_MINISD, **LEFT_ALONE}
         self.status = {}  # path of a request -> the error status it gets
-        self.cut_once = set()  # files of which the first answer stops half-way
+        self.cut_once = set()  # files whose first answer stops half-way
         self.requests = []  # (method, path of the request, its Range header)
 
     def fetched(self) -> set[str]:
@@ -96,7 +96,7 @@ class _Request(BaseHTTPRequestHandler):
             self._answer(404, b"{}", {})
 
     def _info(self):
-        """The Hub publishes the sha256 of large files (here: of the weights) and sizes of all."""
+        """The Hub publishes the sha256 of large files (here: the weights), and the size of all."""
         siblings = []
         for name, body in self.server.files.items():
             row = {"rfilename": name, "size": len(body), "blobId": hashlib.sha1(body).hexdigest()}
@@ -144,18 +144,18 @@ def hub():
 PROGRAM = """
 import json, sys
 from minisd import hub
-lines, told = [], {}
+lines, result = [], {}
 try:
-    told["folder"] = str(hub.download(sys.argv[1], log=lines.append))
+    result["folder"] = str(hub.download(sys.argv[1], log=lines.append))
 except hub.HubError as error:
-    told["error"] = str(error)
+    result["error"] = str(error)
 cached = hub.cached(sys.argv[1])
-print(json.dumps({"lines": lines, "cached": cached and str(cached), **told}))
+print(json.dumps({"lines": lines, "cached": cached and str(cached), **result}))
 """
 
 
 def _python(*line, **environment) -> str:
-    """What a fresh process prints: huggingface_hub reads the environment when it is imported."""
+    """What a new process prints: huggingface_hub reads the environment when it is imported."""
     root = str(Path(minisd.hub.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root} | environment
     command = [sys.executable, *line]
@@ -166,7 +166,7 @@ def _python(*line, **environment) -> str:
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """Download ``REPOSITORY`` in a process of its own; what it returned, logged or raised."""
+    """Download ``REPOSITORY`` in a new process; return what it returned, logged or raised."""
 
     def download(**environment):
         here = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
@@ -181,12 +181,12 @@ def _files(folder: str | Path) -> dict[str, bytes]:
 
 
 def test_fetches_what_minisd_reads_and_no_more(hub, run):
-    told = run()
-    assert _files(told["folder"]) == READ_BY_MINISD
+    result = run()
+    assert _files(result["folder"]) == READ_BY_MINISD
     assert hub.fetched() == set(READ_BY_MINISD)
-    # And it says which revision this is, and what came, in the words of the sha256sum command.
-    assert told["lines"][0] == f"{REPOSITORY} at revision {COMMIT}"
-    assert sorted(told["lines"][1:]) == sorted(
+    # It logs the revision, and the files in the format of the command sha256sum.
+    assert result["lines"][0] == f"{REPOSITORY} at revision {COMMIT}"
+    assert sorted(result["lines"][1:]) == sorted(
         f"{hashlib.sha256(body).hexdigest()}  {name}" for name, body in READ_BY_MINISD.items()
     )
 
@@ -202,9 +202,9 @@ def test_a_cut_connection_is_resumed_where_it_stopped(hub, run):
 
 def test_a_second_call_fetches_only_what_is_missing(hub, run, tmp_path):
     hub.status = {f"/{REPOSITORY}/resolve/{COMMIT}/{VAE}": 400}
-    told = run()
-    assert told["error"].startswith(f"{REPOSITORY} was not downloaded, run it again to go on (")
-    assert told["cached"] is None
+    result = run()
+    assert result["error"].startswith(f"{REPOSITORY} was not downloaded, run it again to go on (")
+    assert result["cached"] is None
     # The client stops at the first error, so how much had arrived by then may vary.
     arrived = set(_files(tmp_path / "hub" / "models--owner--model" / "snapshots" / COMMIT))
     hub.status, hub.requests = {}, []
@@ -236,24 +236,24 @@ def test_a_damaged_file_is_named_and_replaced(run):
         (400, "was not downloaded, run it again to go on (BadRequestError: "),
     ],
 )
-def test_refusals_of_the_server(status, words, hub, run, tmp_path):
+def test_errors_of_the_server(status, words, hub, run, tmp_path):
     hub.status = {f"/api/models/{REPOSITORY}": status}
-    told = run()
-    assert told["error"].startswith(f"{REPOSITORY} {words}") and "\n" not in told["error"]
+    result = run()
+    assert result["error"].startswith(f"{REPOSITORY} {words}") and "\n" not in result["error"]
     assert _files(tmp_path) == {}
 
 
 def test_no_connection(hub, run):
-    hub.server_close()  # the port stays known and answers no more
+    hub.server_close()  # the port no longer answers
     assert "was not downloaded, run it again to go on (Connect" in run()["error"]
 
 
 def test_offline_asks_nothing(hub, run):
     online = run()
     hub.requests = []
-    told = run(HF_HUB_OFFLINE="1")
-    assert told["error"].startswith(f"{REPOSITORY} was not downloaded: HF_HUB_OFFLINE is set")
-    assert told["cached"] == online["folder"]
+    result = run(HF_HUB_OFFLINE="1")
+    assert result["error"].startswith(f"{REPOSITORY} was not downloaded: HF_HUB_OFFLINE is set")
+    assert result["cached"] == online["folder"]
     assert hub.requests == []
 
 

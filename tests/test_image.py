@@ -1,4 +1,4 @@
-"""Pictures in: what is converted, to what, and what is refused in one sentence."""
+"""Reading images: conversions, and files that are rejected with one sentence."""
 
 import io
 import random
@@ -31,10 +31,10 @@ def noise(width, height, bands=3):
 
 
 @pytest.mark.parametrize("size", [(64, 48), (37, 91), (200, 120)], ids=["same", "up", "down"])
-def test_pictures_become_the_tensors_of_diffusers(size):
-    picture = noise(*size)
-    theirs = VaeImageProcessor().preprocess(picture, height=48, width=64)
-    ours = to_tensor(picture, 64, 48)
+def test_images_become_the_tensors_of_diffusers(size):
+    image = noise(*size)
+    theirs = VaeImageProcessor().preprocess(image, height=48, width=64)
+    ours = to_tensor(image, 64, 48)
     assert ours.shape == (1, 3, 48, 64) and ours.dtype == torch.float32
     assert torch.equal(ours, theirs)
 
@@ -52,7 +52,7 @@ def test_masks_become_the_tensors_of_diffusers(size, bands):
     assert torch.equal(ours, processor.preprocess(mask, height=48, width=64))
 
 
-def test_a_mask_is_cut_between_127_and_128():
+def test_the_threshold_of_a_mask_is_between_127_and_128():
     mask = Image.fromarray(np.array([[0, 127, 128, 255]], dtype=np.uint8))
     assert mask_to_tensor(mask, 4, 1).flatten().tolist() == [0, 0, 1, 1]
 
@@ -63,23 +63,23 @@ def test_a_mask_of_any_mode_is_read():
         assert mask_to_tensor(white.convert(mode), 8, 8).all(), mode
 
 
-def half_clear():
-    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
-    return picture
+def half_transparent():
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    return image
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "PA"])
-def test_what_is_clear_turns_white(tmp_path, mode):
+def test_transparent_pixels_become_white(tmp_path, mode):
     path = tmp_path / "clear.png"
     if mode == "PA":  # PNG has no such mode
-        picture = open_image(half_clear().convert("PA"))
+        image = open_image(half_transparent().convert("PA"))
     else:
-        half_clear().convert(mode).save(path)
-        picture = open_image(path)
-    assert picture.mode == "RGB"
-    assert picture.getpixel((1, 0)) == (255, 255, 255)
-    assert picture.getpixel((0, 0)) != (255, 255, 255)
+        half_transparent().convert(mode).save(path)
+        image = open_image(path)
+    assert image.mode == "RGB"
+    assert image.getpixel((1, 0)) == (255, 255, 255)
+    assert image.getpixel((0, 0)) != (255, 255, 255)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I"])
@@ -89,7 +89,7 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, mode):
     assert np.asarray(open_image(path))[0, :, 0].tolist() == [0, 100, 255]
 
 
-def test_cmyk_turns_rgb(tmp_path):
+def test_cmyk_becomes_rgb(tmp_path):
     path = tmp_path / "print.tiff"
     Image.new("CMYK", (1, 1), (0, 255, 255, 0)).save(path)
     assert open_image(path).getpixel((0, 0)) == (255, 0, 0)
@@ -102,10 +102,10 @@ def test_the_first_frame_is_taken(tmp_path):
     assert open_image(path).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_photo_is_turned_upright(tmp_path):
+def test_the_orientation_of_a_photo_is_applied(tmp_path):
     path = tmp_path / "photo.jpg"
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: shown turned by 90 degrees clockwise
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees clockwise
     photo = Image.new("RGB", (16, 8), "white")
     photo.paste("black", (0, 0, 8, 8))
     photo.save(path, exif=exif)
@@ -114,14 +114,14 @@ def test_a_photo_is_turned_upright(tmp_path):
     assert upright.getpixel((4, 2))[0] < 50 < 200 < upright.getpixel((4, 13))[0]
 
 
-def test_the_given_picture_is_left_alone():
-    picture = half_clear()
-    before = picture.tobytes()
-    open_image(picture)
-    assert (picture.mode, picture.tobytes()) == ("RGBA", before)
+def test_the_given_image_is_unchanged():
+    image = half_transparent()
+    before = image.tobytes()
+    open_image(image)
+    assert (image.mode, image.tobytes()) == ("RGBA", before)
 
 
-# Refusing
+# Rejected
 
 
 def png_bytes(width=8, height=8):
@@ -150,7 +150,7 @@ def test_a_bad_file_is_one_sentence_with_its_name(tmp_path, content):
 
 
 @pytest.mark.parametrize("limit", [100, 40])  # Pillow warns above its limit, raises above twice
-def test_too_many_pixels_are_refused_before_they_are_read(tmp_path, monkeypatch, limit):
+def test_too_many_pixels_are_rejected_before_they_are_read(tmp_path, monkeypatch, limit):
     path = tmp_path / "bomb.png"
     noise(11, 10).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -159,19 +159,19 @@ def test_too_many_pixels_are_refused_before_they_are_read(tmp_path, monkeypatch,
         open_image(path)
 
 
-def test_an_address_is_refused():
+def test_an_address_is_rejected():
     for address in ("https://example.com/a.png", "file:///a.png", "data:image/png;base64,AAAA"):
         with pytest.raises(ImageError, match="download"):
             open_image(address)
 
 
-def test_what_is_no_picture_is_a_type_error():
+def test_other_types_are_a_type_error():
     for source in (None, 3, b"a.png", np.zeros((8, 8, 3))):
         with pytest.raises(TypeError, match=type(source).__name__):
             open_image(source)
 
 
-def test_pictures_without_pixels_or_range_are_refused():
+def test_images_without_pixels_and_of_floats_are_rejected():
     with pytest.raises(ImageError, match="no pixels"):
         open_image(Image.new("RGB", (0, 4)))
     with pytest.raises(ImageError, match="float"):
@@ -183,7 +183,7 @@ def test_a_missing_file_is_file_not_found(tmp_path):
         open_image(tmp_path / "none.png")
 
 
-def test_mutated_files_raise_nothing_but_image_error(tmp_path):
+def test_mutated_files_raise_only_image_error(tmp_path):
     draw = random.Random(0)
     save(noise(24, 24), tmp_path / "good.png", SETTINGS)
     good = (tmp_path / "good.png").read_bytes()

@@ -1,4 +1,4 @@
-"""Runs that are killed, that meet each other in one folder, or that find the disk full."""
+"""Runs that are killed, that share one folder, or whose disk is full."""
 
 import os
 import random
@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from test_cli import fails, model  # noqa: F401  (a fixture)
 
-from minisd import image as pictures
 from minisd.__main__ import main
+from minisd.image import read_settings, save
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
@@ -25,29 +25,29 @@ def test_five_kills_damage_nothing_and_the_set_is_completed(tmp_path):
 
 
 def test_processes_in_one_folder_neither_overwrite_nor_lose(tmp_path):
-    """Two draw the same pictures: the first to save one goes on. A third draws others."""
+    """Two runs make the same images; the first to save one continues. A third makes others."""
     other = [*kills.LINE[:-3], "1001", *kills.LINE[-2:]]
     children = [kills.start(tmp_path, *line) for line in (kills.LINE, kills.LINE, other)]
     outs = [child.communicate(timeout=120) for child in children]
     codes = [child.returncode for child in children]
     assert codes[2] == 0 and 0 in codes[:2] and set(codes) <= {0, 5}, outs
     assert all("exists" in err for (_, err), code in zip(outs, codes) if code)
-    made = [kills.told(out)[False] for out, _ in outs]
+    made = [kills.reported(out)[False] for out, _ in outs]
     assert sum(map(len, made)) == len(set.union(*made)) == len(kills.whole(tmp_path))
     assert len(made[2]) == kills.COUNT and kills.leftovers(tmp_path) == []
 
 
-def test_leftovers_go_at_the_start_even_where_there_is_nothing_to_do(model, capsys):  # noqa: F811
+def test_leftovers_are_removed_at_the_start_even_of_a_complete_run(model, capsys):  # noqa: F811
     line = ["x", "-o", "a.png", "--seed", "1"]
     assert main(line) == 0
     dead = subprocess.Popen(["true"])
     dead.wait()
-    Path(f".minisd-{dead.pid}-ab.tmp").write_text("half a picture")
+    Path(f".minisd-{dead.pid}-ab.tmp").write_text("half an image")
     assert main(line) == 0
     assert "kept" in capsys.readouterr().out and os.listdir() == ["a.png"]
 
 
-def test_leftovers_that_may_not_be_removed_are_left(tmp_path, monkeypatch):
+def test_leftovers_without_permission_to_remove_are_left(tmp_path, monkeypatch):
     dead = subprocess.Popen(["true"])
     dead.wait()
     (tmp_path / f".minisd-{dead.pid}-ab.tmp").write_text("another user's, in a sticky folder")
@@ -59,15 +59,15 @@ def test_leftovers_that_may_not_be_removed_are_left(tmp_path, monkeypatch):
         unlink(path, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", forbidden)
-    pictures.save(Image.new("RGB", (8, 8)), tmp_path / "a.png", {})
-    assert pictures.read_settings(tmp_path / "a.png") == {}
+    save(Image.new("RGB", (8, 8)), tmp_path / "a.png", {})
+    assert read_settings(tmp_path / "a.png") == {}
 
 
 def mount(folder: Path, options: str) -> None:
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
                           capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"no small disk may be mounted here: {done.stderr.strip()}")
+        pytest.skip(f"no permission to mount a small disk: {done.stderr.strip()}")
 
 
 @pytest.fixture
@@ -81,10 +81,10 @@ def disk(tmp_path):
         subprocess.run(["umount", folder], capture_output=True)
 
 
-def test_a_disk_that_fills_up_keeps_the_finished(model, disk, capsys, monkeypatch):  # noqa: F811
+def test_a_disk_that_fills_up_keeps_finished_images(model, disk, capsys, monkeypatch):  # noqa: F811
     mount(disk, "size=64k")
     noise = Image.effect_noise((64, 64), 99).convert("RGB")
-    monkeypatch.setattr(Image, "new", lambda *_, **__: noise)  # what the stand-in model draws
+    monkeypatch.setattr(Image, "new", lambda *_, **__: noise)  # what the mock model draws
     line = ["x", "-o", f"{disk}/", "--seed", "1", "--count", "99"]
     assert main(line) == 5
     out, err = capsys.readouterr()
@@ -93,10 +93,10 @@ def test_a_disk_that_fills_up_keeps_the_finished(model, disk, capsys, monkeypatc
     assert 2 <= len(names) and sorted(os.listdir(disk)) == names
     for name in names:
         Image.open(disk / name).load()
-        assert pictures.read_settings(disk / name)["prompt"] == "x"
+        assert read_settings(disk / name)["prompt"] == "x"
 
 
-def test_a_full_disk_is_refused_before_the_model_is_loaded(model, disk, capsys):  # noqa: F811
+def test_a_full_disk_is_rejected_before_the_model_is_loaded(model, disk, capsys):  # noqa: F811
     mount(disk, "size=64k")
     with open(disk / "full", "wb", buffering=0) as file, pytest.raises(OSError):
         while file.write(bytes(4096)):
@@ -105,7 +105,7 @@ def test_a_full_disk_is_refused_before_the_model_is_loaded(model, disk, capsys):
     assert model.loaded == [] and os.listdir(disk) == ["full"]
 
 
-def test_a_read_only_disk_is_refused_before_the_model_is_loaded(model, disk, capsys):  # noqa: F811
+def test_a_read_only_disk_is_rejected_before_the_model_is_loaded(model, disk, capsys):  # noqa: F811
     mount(disk, "ro")
     fails(capsys, ["x", "-o", f"{disk}/a.png"], 5, "is not writable")
     assert model.loaded == [] and os.listdir(disk) == []

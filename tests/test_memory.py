@@ -1,4 +1,4 @@
-"""What a call will need is told before it begins, and running out is explained."""
+"""A call predicts the memory that it needs; out-of-memory errors explain what to change."""
 
 import json
 import os
@@ -20,7 +20,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 
 
 def child(code: str, **environment: str) -> list:
-    """What a fresh process prints as JSON."""
+    """What a new process prints as JSON."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1", **environment})
@@ -33,7 +33,7 @@ import json, minisd
 from PIL import Image
 from tests.peaks import growth
 sd = minisd.load()
-growth(sd)  # what the libraries make on their first call
+growth(sd)  # warm-up of the libraries
 sizes = [growth(sd, height=256, width=256, num_images_per_prompt=4),  # the UNet needs most
          growth(sd, height=384, width=512)]                           # the VAE does
 sd.vae.tile = 32
@@ -44,13 +44,13 @@ print(json.dumps(sizes))
 
 
 @linux
-def test_what_is_reckoned_is_what_is_measured():
-    # glibc keeps freed blocks below 32 MB unless told otherwise: its holes are not the model's.
+def test_predicted_memory_is_measured_memory():
+    # By default glibc keeps freed blocks below 32 MB, which are not the model's.
     for need, measured in child(MEASURED, MALLOC_MMAP_THRESHOLD_="65536"):
         assert 0.75 <= need / measured <= 1.25
 
 
-def test_the_count_follows_every_argument():
+def test_the_prediction_depends_on_every_argument():
     def need(shape=(1, 4, 64, 64), prompts=1, guided=True, itemsize=4, **options):
         return memory.activations(SD1, shape, prompts, guided, itemsize, **options)
 
@@ -65,7 +65,7 @@ def test_the_count_follows_every_argument():
     assert need(stores_scores=True) > 2 * plain
 
 
-def test_what_cannot_fit_is_refused_before_any_work(monkeypatch):
+def test_a_call_that_does_not_fit_is_rejected_before_any_work(monkeypatch):
     sd = small_model(SMALL)
     monkeypatch.setattr(memory, "free", lambda device: 4_000_000)
     with monkeypatch.context() as patched:
@@ -107,9 +107,9 @@ def test_what_is_free(monkeypatch):
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
     RuntimeError("MPS backend out of memory"), RuntimeError("std::bad_alloc"),
-    RuntimeError("could not create a primitive"),  # oneDNN's, for want of memory
+    RuntimeError("could not create a primitive"),  # oneDNN's, out of memory
 ], ids=repr)
-def test_running_out_is_explained_and_the_model_works_afterwards(monkeypatch, error):
+def test_out_of_memory_is_explained_and_the_model_works_afterwards(monkeypatch, error):
     sd = small_model(SMALL)
 
     def fail(*_):
@@ -156,14 +156,14 @@ print(json.dumps([said, draw(64).images[0].size]))
 
 
 @linux
-def test_a_process_that_really_runs_out_goes_on():
+def test_a_process_continues_after_a_real_out_of_memory():
     said, size = child(EXHAUSTED)
     assert size == [64, 64] and len(said) == 2
     assert all(memory.REMEDIES in text for text in said)
 
 
 @linux
-def test_memory_does_not_grow_with_the_pictures():
+def test_memory_does_not_grow_from_image_to_image():
     done = subprocess.run([sys.executable, "-m", "tests.leaks", "25"], capture_output=True,
                           text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert int(done.stdout.split(": ")[1].split()[0]) < 10_000_000, done

@@ -1,4 +1,4 @@
-"""Every official tensor has its parameter, and every parameter its tensor."""
+"""Official tensors and parameters map one to one."""
 
 from dataclasses import replace
 
@@ -28,7 +28,8 @@ from minisd.vae import VAE
 OFFICIAL = pytest.mark.parametrize(
     "config", [SD1, SD1_INPAINT, SD2, SD2_INPAINT], ids=lambda config: config.name
 )
-# Numbers of levels, of blocks in a level, and levels without attention, which move the upsampler.
+# Other numbers of levels, of blocks in a level, and levels without attention (which change the
+# index of the upsampler).
 SHAPES = [
     SMALL,
     SMALL_V,
@@ -104,7 +105,7 @@ def test_folder_names_are_ours_but_for_the_text_prefix_and_old_attention(config)
     ],
     ids=["SD1", "SD2"],
 )
-def test_of_the_official_tensors_only_these_are_dropped(config, unused):
+def test_only_these_official_tensors_are_dropped(config, unused):
     dropped = names.dropped(config)
     text, *others = official_shapes(config).values()
     assert not any(dropped.fullmatch(name) for part in others for name in part)
@@ -150,7 +151,7 @@ def same(state, module):
         "cond_stage_model.model.transformer.resblocks.23.ln_1.weight", "text_projection.weight",
     ],
 )  # fmt: skip
-def test_what_training_left_is_dropped(name):
+def test_training_state_is_dropped(name):
     assert names.dropped(SD2).fullmatch(name)
 
 

@@ -1,4 +1,4 @@
-"""The reference ops are the formulas, in NumPy float64; the torch ops are the reference ops."""
+"""Reference ops and torch ops equal the formulas in NumPy float64."""
 
 import re
 import sys
@@ -12,16 +12,16 @@ import minisd
 from minisd.ops import REFERENCE, TORCH, Call, choose, watch
 from minisd.unet import UNet
 
-# Floating point noise of a few hundred sums of numbers of size one.
+# Rounding errors of sums of a few hundred numbers of size one.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
 PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=lambda ops: ops.name)
 DTYPE = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 
 ATTENTION = [  # (B, Lq, Lk, heads, d, causal)
-    (1, 1, 1, 1, 1, False),  # nothing to sum
+    (1, 1, 1, 1, 1, False),  # a single element
     (3, 7, 5, 3, 20, False),  # no size a power of two, more queries than keys
     (2, 5, 77, 8, 40, False),  # cross-attention of SD1
-    (1, 77, 77, 12, 64, True),  # its text encoder
+    (1, 77, 77, 12, 64, True),  # SD1's text encoder
     (2, 130, 130, 1, 24, False),  # one head, as in the autoencoder
     (2, 9, 9, 2, 160, True),  # SD1's widest head
 ]
@@ -36,7 +36,7 @@ GROUP_NORM = [  # (shape, groups)
 
 
 def attention_inputs(batch, lq, lk, heads, d, dtype):
-    """Off-centre, and views with strides of their own, as chunks of one projection are."""
+    """With a mean, and as strided views, like the chunks of one projection."""
     width = heads * d
     q = (-2.3 + 0.5 * randn(batch, lq, 2 * width, dtype=dtype))[..., :width]
     kv = 0.7 + randn(batch, lk, 2 * width, seed=1, dtype=dtype)
@@ -105,7 +105,7 @@ def test_group_norm_in_channels_last(ops):
 
 @PAIR
 def test_group_norm_keeps_its_digits_far_from_zero(ops):
-    """E[x^2] - E[x]^2 in float32 would be wrong in the first digit here."""
+    """E[x^2] - E[x]^2 in float32 is wrong in the first digit here."""
     x = 1000 + 0.5 * randn(2, 8, 16, 16, dtype=torch.float32)
     weight, bias = randn(8, seed=1, dtype=torch.float32), randn(8, seed=2, dtype=torch.float32)
     out = ops.group_norm_silu(x, weight, bias, 2, 1e-5, False)
@@ -114,7 +114,7 @@ def test_group_norm_keeps_its_digits_far_from_zero(ops):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_survives_large_scores(dtype):
-    """q k^T is 5 million here, where float16 ends at 65504."""
+    """q k^T is 5 million here; the largest float16 is 65504."""
     q, k = (300 + 10 * randn(1, 6, 64, seed=seed, dtype=dtype) for seed in (0, 1))
     v = randn(1, 6, 64, seed=2, dtype=dtype)
     out = REFERENCE.attention(q, k, v, 1)
@@ -124,7 +124,7 @@ def test_half_precision_survives_large_scores(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_group_norm(dtype):
-    x = 200 + 100 * randn(2, 8, 9, 9, dtype=dtype)  # whose squares end past 65504
+    x = 200 + 100 * randn(2, 8, 9, 9, dtype=dtype)  # its squares exceed 65504
     weight, bias = (randn(8, seed=seed, dtype=dtype) for seed in (1, 2))
     out = REFERENCE.group_norm_silu(x, weight, bias, 2, 1e-5, True)
     assert out.dtype == dtype
@@ -141,7 +141,7 @@ def test_choose():
         choose("numpy", CPU)
 
 
-def test_auto_is_torch_where_no_gpu_is_and_says_why():
+def test_auto_is_torch_without_a_gpu_and_says_why():
     ops = choose("auto", CPU)
     assert (ops.attention, ops.group_norm_silu) == (TORCH.attention, TORCH.group_norm_silu)
     calls = []
@@ -151,7 +151,7 @@ def test_auto_is_torch_where_no_gpu_is_and_says_why():
     assert "run on a GPU" in ops.why or "triton" in ops.why
 
 
-def test_by_name_the_kernels_never_fall_back():
+def test_kernels_chosen_by_name_never_fall_back():
     with pytest.raises(ValueError, match='ops="triton" cannot be had: .*(run on a GPU|triton)'):
         choose("triton", CPU)
 
@@ -160,7 +160,7 @@ def test_by_name_the_kernels_never_fall_back():
 def test_without_triton(name, monkeypatch):
     for module in [m for m in sys.modules if m.startswith("minisd_kernels")]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "triton", None)  # now an import of it fails
+    monkeypatch.setitem(sys.modules, "triton", None)  # now importing it fails
     sentence = r"no module named triton; pip install 'minisd\[kernels\]' brings it"
     if name == "triton":
         with pytest.raises(ValueError, match=sentence):
@@ -170,7 +170,7 @@ def test_without_triton(name, monkeypatch):
 
 
 def test_auto_on_a_proven_gpu_chooses_call_by_call(monkeypatch):
-    """"meta" stands in for the GPU: the kernels' checks pass there and nothing is launched."""
+    """The device "meta" mocks a GPU: the kernels' checks pass there, and nothing is launched."""
     pytest.importorskip("triton")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
@@ -183,9 +183,9 @@ def test_auto_on_a_proven_gpu_chooses_call_by_call(monkeypatch):
     for d, dtype in ((40, torch.float16), (42, torch.float16), (40, torch.float64)):
         x = torch.empty(2, 16, 2 * d, dtype=dtype, device=gpu)
         assert ops.attention(x, x, x, 2).shape == x.shape
-    picture, row = torch.empty(2, 64, 3, 3, device=gpu), torch.empty(64, device=gpu)
-    assert ops.group_norm_silu(picture, row, row, 32, 1e-5, True).shape == picture.shape
-    assert ops.group_norm_silu(picture[..., ::2], row, row, 32, 1e-5, False).shape[-1] == 2
+    image, row = torch.empty(2, 64, 3, 3, device=gpu), torch.empty(64, device=gpu)
+    assert ops.group_norm_silu(image, row, row, 32, 1e-5, True).shape == image.shape
+    assert ops.group_norm_silu(image[..., ::2], row, row, 32, 1e-5, False).shape[-1] == 2
     assert [(call.took, call.why) for call in calls] == [
         ("triton", ""),
         ("torch", "a head of width 42: it must be a multiple of 4 up to 256, or 512"),
@@ -198,7 +198,7 @@ def test_auto_on_a_proven_gpu_chooses_call_by_call(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e5m2], ids=str)
 def test_auto_is_torch_in_a_dtype_that_the_kernels_do_not_take(dtype, monkeypatch):
-    """All of it, as a model packed anew has no other body to fall back on."""
+    """For all ops, because a repacked model has no other ops to fall back on."""
     pytest.importorskip("triton")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
@@ -216,16 +216,16 @@ def test_auto_is_torch_in_a_dtype_that_the_kernels_do_not_take(dtype, monkeypatc
 
 
 def test_auto_leaves_interpreted_kernels_alone(monkeypatch):
-    """With TRITON_INTERPRET set they would run on a CPU, in minutes a picture."""
+    """With TRITON_INTERPRET set they run on a CPU, and an image takes minutes."""
     pytest.importorskip("triton")
     monkeypatch.setattr("minisd_kernels.launch.interpreted", lambda kernel: True)
     assert "interpreted" in choose("auto", CPU).why
 
 
 @pytest.mark.parametrize("dtype, packed", [("float64", False), ("float32", True)])
-def test_a_model_loaded_with_auto_is_packed_where_the_kernels_take_its_dtype(
+def test_a_model_loaded_with_auto_is_repacked_if_the_kernels_take_its_dtype(
         dtype, packed, monkeypatch):
-    """Here a CPU stands in for a proven GPU, and nothing is run."""
+    """A CPU mocks a proven GPU, and nothing is run."""
     pytest.importorskip("triton")
     monkeypatch.setattr("minisd.ops._not_proven", lambda device: "")
     monkeypatch.setattr("minisd_kernels.launch.interpreted", lambda kernel: True)

@@ -1,4 +1,4 @@
-"""From prompt to latents and pixels, minisd is diffusers' pipelines: one model, built both ways.
+"""From prompt to latents and pixels, minisd equals diffusers' pipelines.
 
 Every case runs both with the same weights, prompts and seeds, in float64.
 """
@@ -42,23 +42,23 @@ def _noise(monkeypatch):
     draw_noise_in_float32(monkeypatch)
 
 
-def picture() -> Image.Image:
+def image() -> Image.Image:
     pixels = 255 * randn(HEIGHT, WIDTH, 3, seed=5).sigmoid()
     return Image.fromarray(pixels.byte().numpy())
 
 
 def mask() -> Image.Image:
-    """Greys on both sides of the threshold, 127.5, and right at it."""
+    """Greys on both sides of the threshold, 127.5, and next to it."""
     levels = np.linspace(0, 255, WIDTH).round().astype(np.uint8)
     levels[:4] = 127, 128, 127, 128
     return Image.fromarray(np.tile(levels, (HEIGHT, 1)))
 
 
-def both(kind, config, call, pictures=1, output_type="latent", ops=TORCH, ours=None, theirs=None):
-    """What minisd and diffusers make of a call; ``ours`` and ``theirs`` only one of them hears."""
+def both(kind, config, call, count=1, output_type="latent", ops=TORCH, ours=None, theirs=None):
+    """The results of minisd and diffusers; ``ours`` and ``theirs`` are arguments of one only."""
     sd, call = small_model(config, ops), CALL | {"output_type": output_type} | call
     out = sd(seed=7, **call | (ours or {}))
-    assert out.seeds == [7 + i for i in range(pictures)]
+    assert out.seeds == [7 + i for i in range(count)]
     generators = [torch.Generator().manual_seed(seed) for seed in out.seeds]
     official = official_pipeline(kind, sd)(generator=generators, **call | (theirs or {}))
     return out.images, official.images
@@ -76,7 +76,7 @@ def test_text_to_image(config, ops):
 
 
 OPTIONS = {
-    "no guidance": dict(guidance_scale=1.0),  # the half without the prompt is not computed at all
+    "no guidance": dict(guidance_scale=1.0),  # uncond is not computed
     "no negative prompt": dict(negative_prompt=None),
     "one step": dict(num_inference_steps=1),
     "steps that do not divide 1000": dict(num_inference_steps=7),
@@ -97,12 +97,12 @@ def test_options(config, option):
 
 @MODELS
 def test_prompts_in_batches(config):
-    """All of the first prompt, then of the second; a generator for each picture."""
+    """All images of the first prompt, then of the second; a generator for each image."""
     call = dict(
         prompt=["a heart", "two stars", "a boat at night"], negative_prompt=["a", "b", "c"],
         num_images_per_prompt=2, eta=0.3, num_inference_steps=4,
     )
-    ours, official = text_to_image(config, call, pictures=6)
+    ours, official = text_to_image(config, call, count=6)
     assert ours.shape == (6, 4, HEIGHT // 4, WIDTH // 4)
     assert error(ours, official) <= BOUND
 
@@ -111,7 +111,7 @@ def test_prompts_in_batches(config):
 def test_latents_are_given(config):
     latents = randn(2, 4, HEIGHT // 4, WIDTH // 4, seed=3)
     call = dict(num_images_per_prompt=2, latents=latents, eta=1.0)
-    assert error(*text_to_image(config, call, pictures=2)) <= BOUND
+    assert error(*text_to_image(config, call, count=2)) <= BOUND
 
 
 def test_contexts_instead_of_text():
@@ -135,10 +135,10 @@ def test_pixels(config):
 @MODELS
 @pytest.mark.parametrize("strength, eta", [(0.85, 0.0), (0.55, 0.5), (1.0, 0.0), (0.1, 0.0)])
 def test_image_to_image(config, strength, eta):
-    call = dict(image=picture(), strength=strength, eta=eta, num_images_per_prompt=2)
+    call = dict(image=image(), strength=strength, eta=eta, num_images_per_prompt=2)
     assert error(*both(
-        StableDiffusionImg2ImgPipeline, config, call, pictures=2,
-        ours=dict(width=WIDTH, height=HEIGHT),  # diffusers takes the picture's own size
+        StableDiffusionImg2ImgPipeline, config, call, count=2,
+        ours=dict(width=WIDTH, height=HEIGHT),  # diffusers takes the size of the image
     )) <= BOUND
 
 
@@ -148,11 +148,11 @@ def test_image_to_image(config, strength, eta):
 ])
 def test_inpainting(config, strength, eta):
     call = dict(
-        image=picture(), mask_image=mask(), strength=strength, eta=eta, num_images_per_prompt=2,
+        image=image(), mask_image=mask(), strength=strength, eta=eta, num_images_per_prompt=2,
         width=WIDTH, height=HEIGHT,
     )
     assert error(*both(
-        StableDiffusionInpaintPipeline, config, call, pictures=2,
-        # diffusers encodes as many pictures as it is given, minisd one for each seed.
-        theirs=dict(image=[picture()] * 2, mask_image=[mask()] * 2),
+        StableDiffusionInpaintPipeline, config, call, count=2,
+        # diffusers encodes as many images as it is given, minisd one for each seed.
+        theirs=dict(image=[image()] * 2, mask_image=[mask()] * 2),
     )) <= BOUND

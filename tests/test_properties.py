@@ -1,6 +1,6 @@
-"""What holds for every number, not only for the chosen ones: the schedule, sizes and name maps.
+"""Property-based tests of the schedule, the sizes and the name maps.
 
-Settings in a PNG have theirs in test_save.py.
+Those of settings in a PNG are in test_save.py.
 """
 
 import torch
@@ -21,53 +21,54 @@ NOISE = torch.tensor([1, -2, 0.5, 0, 3, -0.1, 1e-3, -1], dtype=torch.float64)
 
 @st.composite
 def schedules(draw):
-    """Noise shares of a schedule with any betas."""
+    """abar (alpha-bar) of a schedule with any betas."""
     low, high = sorted((draw(BETAS), draw(BETAS)))
     return ddim.alphas_cumprod(ScheduleConfig(beta_start=low, beta_end=high)).tolist()
 
 
 @given(st.integers(1, 1000))
-def test_timesteps_fall_in_equal_strides_and_stay_inside(steps):
-    walked = ddim.timesteps(steps)
-    assert len(walked) == steps and 0 <= walked[-1] <= 1 and walked[0] <= 999
-    assert {a - b for a, b in zip(walked, walked[1:])} <= {1000 // steps}
+def test_timesteps_have_equal_strides_and_stay_in_range(steps):
+    visited = ddim.timesteps(steps)
+    assert len(visited) == steps and 0 <= visited[-1] <= 1 and visited[0] <= 999
+    assert {a - b for a, b in zip(visited, visited[1:])} <= {1000 // steps}
 
 
 @given(schedules())
-def test_the_signal_falls_all_the_way(alphas):
+def test_abar_falls_and_stays_between_0_and_1(alphas):
     assert 1 > alphas[0] and alphas[-1] > 0 and alphas == sorted(alphas, reverse=True)
 
 
 @given(schedules(), KINDS, st.data())
-def test_a_perfect_prediction_walks_along_the_noise(alphas, kind, data):
-    """Told the truth, the sampler is at each stop where adding noise would have put it."""
-    stops = data.draw(st.lists(st.integers(0, 999), min_size=2, max_size=8, unique=True))
-    first, *later = sorted(stops, reverse=True)
-    a, x = alphas[first], ddim.add_noise(LATENT, NOISE, alphas[first])
+def test_with_a_perfect_prediction_a_step_equals_add_noise(alphas, kind, data):
+    """With the true eps or v, x after each step is x0 with the noise of that timestep."""
+    visited = data.draw(st.lists(st.integers(0, 999), min_size=2, max_size=8, unique=True))
+    first, *later = sorted(visited, reverse=True)
+    abar, x = alphas[first], ddim.add_noise(LATENT, NOISE, alphas[first])
     for t in later:
-        truth = NOISE if kind == "epsilon" else a**0.5 * NOISE - (1 - a) ** 0.5 * LATENT
-        x, a = ddim.step(x, truth, a, alphas[t], kind), alphas[t]
-        assert error(x, ddim.add_noise(LATENT, NOISE, a)) <= 1e-6
+        v = abar**0.5 * NOISE - (1 - abar) ** 0.5 * LATENT
+        truth = NOISE if kind == "epsilon" else v
+        x, abar = ddim.step(x, truth, abar, alphas[t], kind), alphas[t]
+        assert error(x, ddim.add_noise(LATENT, NOISE, abar)) <= 1e-6
 
 
 @given(schedules(), st.integers(0, 998), st.floats(0, 1))
-def test_fresh_noise_replaces_as_much_as_it_adds(alphas, t, eta):
-    """With eta the share of noise stays what the schedule says: only its direction is new."""
-    a, a_next = alphas[t + 1], alphas[t]
+def test_new_noise_replaces_predicted_noise(alphas, t, eta):
+    """With any eta the variance of the noise is 1 - abar of the next timestep."""
+    abar, abar_next = alphas[t + 1], alphas[t]
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    x = (1 - a) ** 0.5 * one  # nothing but noise, of variance 1 - a
-    kept = ddim.step(x, one, a, a_next, "epsilon", eta, zero)
-    fresh = ddim.step(x, one, a, a_next, "epsilon", eta, one) - kept
-    assert error(kept**2 + fresh**2, one * (1 - a_next)) <= 1e-9
+    x = (1 - abar) ** 0.5 * one  # pure noise, of variance 1 - abar
+    kept = ddim.step(x, one, abar, abar_next, "epsilon", eta, zero)
+    new = ddim.step(x, one, abar, abar_next, "epsilon", eta, one) - kept
+    assert error(kept**2 + new**2, one * (1 - abar_next)) <= 1e-9
 
 
 @given(st.integers(-100, 2 * arguments.MAX_SIDE), st.sampled_from([1, 4, 8, 16]))
-def test_a_side_is_taken_or_the_nearest_are_named(value, multiple):
+def test_a_side_is_valid_or_the_nearest_are_named(value, multiple):
     try:
         assert arguments.side("width", value, multiple, 1) == value
         assert value % multiple == 0 and value > 0
-    except ValueError as refusal:
-        near = str(refusal).partition("nearest valid: ")[2].rstrip(")").split(" or ")
+    except ValueError as caught:
+        near = str(caught).partition("nearest valid: ")[2].rstrip(")").split(" or ")
         for other in map(int, near):
             assert arguments.side("width", other, multiple, 1) == other
         assert min(abs(int(other) - value) for other in near) < multiple or not (
@@ -89,7 +90,7 @@ def configs(draw):
 @effort(max_examples=30, deadline=None)
 @given(configs())
 def test_every_parameter_has_an_official_name(found):
-    """One in a UNet; in a VAE each, though its attention has been published under several."""
+    """One name in a UNet; at least one in a VAE, whose attention was published under several."""
     unet, vae = found
     with torch.device("meta"):
         parts = {"unet": UNet(unet, TORCH), "vae": VAE(vae, TORCH)}

@@ -1,4 +1,4 @@
-"""Official single files are recognised by their shapes, and what they predict by what is known."""
+"""Single files are recognised by their shapes; the prediction type has several sources."""
 
 import json
 import os
@@ -15,7 +15,7 @@ TELLTALE = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.
 
 @pytest.fixture
 def official(tmp_path):
-    """A file with the tensors of an official checkpoint, all zero but the telltale bias."""
+    """A file with the tensors of an official checkpoint, all zero except the telltale bias."""
 
     def make(config, bias=0.0):
         head = header(all_shapes(config))
@@ -41,12 +41,12 @@ def test_official_models_are_recognised_and_complete(config, official):
 
 
 @pytest.mark.parametrize(("bias", "config"), [(0.08, SD2), (0.1, SD2_V)])
-def test_v_is_guessed_from_a_bias_and_called_a_guess(bias, config, official):
+def test_v_is_guessed_from_a_bias_and_reported_as_a_guess(bias, config, official):
     found = open_checkpoint(official(SD2, bias))
     assert found.config == config and found.prediction_source.startswith("a guess")
 
 
-def test_v_is_not_guessed_where_no_official_model_predicts_it(official):
+def test_v_is_not_guessed_for_versions_without_a_v_model(official):
     for config in (SD1, SD2_INPAINT):
         assert open_checkpoint(official(config, 0.5)).config == config
 
@@ -60,7 +60,7 @@ def test_v_is_not_guessed_where_no_official_model_predicts_it(official):
         ("model:\n  target: x\n  # parameterization: v\n", "epsilon"),
     ],
 )
-def test_yaml_beside_the_file_outranks_the_guess(text, predicts, official):
+def test_yaml_beside_the_file_has_priority_over_the_guess(text, predicts, official):
     path = official(SD2, 0.5)
     path.with_suffix(".yaml").write_text(text)
     found = open_checkpoint(path)
@@ -68,7 +68,7 @@ def test_yaml_beside_the_file_outranks_the_guess(text, predicts, official):
     assert found.prediction_source == f"from {path.with_suffix('.yaml')}"
 
 
-def test_scheduler_outranks_the_yaml_and_the_caller_both(official):
+def test_priority_is_the_caller_then_the_scheduler_then_the_yaml(official):
     path = official(SD2)
     path.with_suffix(".yaml").write_text("parameterization: eps")
     scheduler = path.parent / "scheduler" / "scheduler_config.json"

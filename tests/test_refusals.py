@@ -1,7 +1,7 @@
-"""Every refusal from both ends: by minisd.load and a call, and as one line of the command line.
+"""Every rejected model and call, through minisd.load and through the command line.
 
-Each is of the exact type, in one line, before a weight is read; nothing is written, a model that
-was loaded before draws, and after them all a model is loaded and draws.
+Each error has the exact type and one line, before a weight is read. Nothing is written. A model
+that was loaded before still works, and after all errors a model can be loaded.
 """
 
 import json
@@ -41,7 +41,7 @@ def loaded(good):
     return minisd.load(good)
 
 
-# What is wrong with the weights: how it is made of a good folder, its type, words of the message.
+# Wrong weights: a function that makes them from a good folder; type and words of the error.
 
 
 def bad_file(content):
@@ -119,7 +119,7 @@ WEIGHTS = {
 
 
 def everything(folder):
-    """Each file below a folder, with its size and time of change."""
+    """Each file below a folder, with its size and modification time."""
     paths = sorted(folder.rglob("*"))
     return [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
@@ -135,7 +135,7 @@ def test_weights(case, good, loaded, tmp_path, capsys, monkeypatch):
     make, kind, words = WEIGHTS[case]
     path = make(shutil.copytree(good, tmp_path / "model"))
     before = everything(tmp_path)
-    if case != "NaN":  # which only the values tell
+    if case != "NaN":  # only the values are wrong
         monkeypatch.setattr(checkpoint, "read_tensor", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(kind, match=words) as caught:
         minisd.load(path)
@@ -143,10 +143,10 @@ def test_weights(case, good, loaded, tmp_path, capsys, monkeypatch):
     assert main(["x", "-m", str(path), "-o", str(tmp_path / "a.png")]) == 3
     assert str(path) in one_line(capsys)
     assert everything(tmp_path) == before
-    draws(loaded)
+    works(loaded)
 
 
-def draws(sd):
+def works(sd):
     assert sd("a", num_inference_steps=1, seed=0, height=8, width=8).images[0].size == (8, 8)
 
 
@@ -164,16 +164,16 @@ def test_absurd_headers_cost_no_memory(tmp_path):
             tracemalloc.stop()
 
 
-def test_a_loaded_model_needs_its_file_no_more(good, tmp_path):
-    """A file that is mapped and then cut short would kill the process here."""
+def test_a_loaded_model_no_longer_needs_its_file(good, tmp_path):
+    """If the file were mapped, cutting it would kill the process."""
     folder = shutil.copytree(good, tmp_path / "model")
     sd = minisd.load(folder)
     for path in folder.glob("*/*.safetensors"):
         os.truncate(path, 0)
-    draws(sd)
+    works(sd)
 
 
-# On the command line: what the model's configs rule out is refused before its weights are read.
+# On the command line: errors that follow from the model's configs come before weights are read.
 
 SHORT = ["--size", "8x8", "--steps", "1", "--quiet"]
 LINES = [
@@ -214,17 +214,17 @@ def test_an_inpainting_model_without_a_mask(tmp_path, capsys):
     assert "give it image and mask_image" in one_line(capsys)
 
 
-def test_after_all_refusals_the_same_process_draws(good, tmp_path, capsys):
+def test_after_errors_the_same_process_works(good, tmp_path, capsys):
     for line, code, _ in LINES[:5]:
         assert main([*line, "-m", str(good), "-o", str(tmp_path / "a.png")]) == code
     assert main([*SHORT, "x", "-m", str(good), "-o", str(tmp_path / "a.png")]) == 0
     assert read_settings(tmp_path / "a.png")["prompt"] == "x"
 
 
-def test_a_prompt_of_5000_words_is_cut_and_one_line_says_what_was_dropped(good, tmp_path, capsys):
+def test_a_prompt_of_5000_words_is_cut_and_a_warning_quotes_the_rest(good, tmp_path, capsys):
     prompt = " ".join(["cat"] * 75 + ["dog"] * 4925)
     assert main([*SHORT, prompt, "-m", str(good), "-o", str(tmp_path / "a.png")]) == 0
-    told = capsys.readouterr().err
-    assert told.startswith("minisd: warning: the prompt is 5000 tokens long and the model reads 75")
-    assert told.count("\n") == 1 and told.count("dog") == 4925 and "cat" not in told
+    text = capsys.readouterr().err
+    assert text.startswith("minisd: warning: the prompt is 5000 tokens long and the model reads 75")
+    assert text.count("\n") == 1 and text.count("dog") == 4925 and "cat" not in text
     assert read_settings(tmp_path / "a.png")["prompt"] == prompt

@@ -1,4 +1,4 @@
-"""Pictures out: rounded, whole or absent, and carrying the settings that made them."""
+"""Writing images: rounded, complete or absent, and with the settings that made them."""
 
 import json
 import os
@@ -17,30 +17,29 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_image import SETTINGS, noise
 
-from minisd import image as pictures
 from minisd.errors import ImageError
-from minisd.image import read_settings, save, to_tensor
+from minisd.image import check_writable, read_settings, save, to_pil, to_tensor
 
 
 def test_pixels_are_rounded():
     values = torch.tensor([0.0, 1 / 255, 0.4999 / 255, 0.5001 / 255, 254.6 / 255, 1.0])
     pixels = values.reshape(1, 1, 1, 6).expand(2, 3, 1, 6)
-    images = pictures.to_pil(pixels)
+    images = to_pil(pixels)
     assert len(images) == 2 and images[0].size == (6, 1)
     assert np.asarray(images[1])[0, :, 2].tolist() == [0, 1, 0, 1, 255, 255]
 
 
 def test_eight_bits_survive_the_round_trip():
-    picture = noise(16, 8)
-    back = pictures.to_pil((to_tensor(picture, 16, 8) + 1) / 2)[0]
-    assert back.tobytes() == picture.tobytes()
+    image = noise(16, 8)
+    back = to_pil((to_tensor(image, 16, 8) + 1) / 2)[0]
+    assert back.tobytes() == image.tobytes()
 
 
-def test_a_saved_png_is_the_picture_and_nothing_is_left_over(tmp_path):
+def test_a_saved_png_is_the_image_and_no_other_file_is_left(tmp_path):
     path = tmp_path / "heart.png"
-    picture = noise(64, 48)
-    save(picture, path, SETTINGS)
-    assert Image.open(path).tobytes() == picture.tobytes()
+    image = noise(64, 48)
+    save(image, path, SETTINGS)
+    assert Image.open(path).tobytes() == image.tobytes()
     assert read_settings(path) == SETTINGS
     assert os.listdir(tmp_path) == ["heart.png"]
 
@@ -68,7 +67,7 @@ def parameters(path, **changes):
     return Image.open(path).text["parameters"]
 
 
-def test_the_parameters_are_what_other_programs_read(tmp_path):
+def test_the_parameters_are_in_the_format_of_other_programs(tmp_path):
     assert parameters(tmp_path / "a.png") == (
         "a red heart\n"
         "Steps: 20, Sampler: DDIM, CFG scale: 7.5, Seed: 7, Size: 64x48, Model: v1-5,"
@@ -82,7 +81,7 @@ def test_the_parameters_are_what_other_programs_read(tmp_path):
     )
 
 
-def test_an_existing_file_is_refused_unless_overwritten(tmp_path):
+def test_an_existing_file_is_rejected_unless_overwritten(tmp_path):
     path = tmp_path / "a.png"
     path.write_text("precious")
     with pytest.raises(FileExistsError, match="a.png"):
@@ -94,7 +93,7 @@ def test_an_existing_file_is_refused_unless_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
-def test_a_name_taken_during_the_save_is_refused(tmp_path, monkeypatch, links):
+def test_a_name_taken_during_the_save_is_rejected(tmp_path, monkeypatch, links):
     path = tmp_path / "a.png"
     link = os.link
 
@@ -134,35 +133,35 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch, error):
         assert caught.value.errno == 28 and "a.png" in str(caught.value)
 
 
-def test_settings_that_json_cannot_hold_are_refused_before_a_file_is_made(tmp_path):
+def test_settings_that_json_cannot_hold_are_rejected_before_a_file_is_made(tmp_path):
     with pytest.raises(TypeError):
         save(noise(8, 8), tmp_path / "a.png", SETTINGS | {"prompt": object()})
     assert os.listdir(tmp_path) == []
 
 
-def test_unwritable_names_are_refused(tmp_path, monkeypatch):
-    pictures.check_writable(tmp_path / "a.png")
-    pictures.check_writable(tmp_path / "A.PNG")
+def test_unwritable_names_are_rejected(tmp_path, monkeypatch):
+    check_writable(tmp_path / "a.png")
+    check_writable(tmp_path / "A.PNG")
     for name in ("a.jpg", "a", "a.png.webp"):
         with pytest.raises(ValueError, match="only PNG"):
-            pictures.check_writable(tmp_path / name)
+            check_writable(tmp_path / name)
     with pytest.raises(NotADirectoryError, match="none"):
-        pictures.check_writable(tmp_path / "none" / "a.png")
+        check_writable(tmp_path / "none" / "a.png")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(IsADirectoryError):
-        pictures.check_writable(tmp_path / "folder.png", overwrite=True)
+        check_writable(tmp_path / "folder.png", overwrite=True)
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere")
     with pytest.raises(FileExistsError):
-        pictures.check_writable(tmp_path / "dangling.png")
+        check_writable(tmp_path / "dangling.png")
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(PermissionError, match="not writable"):
-        pictures.check_writable(tmp_path / "a.png")
+        check_writable(tmp_path / "a.png")
 
 
-def test_leftovers_of_dead_processes_are_removed_and_of_living_ones_kept(tmp_path):
+def test_leftovers_of_dead_processes_are_removed_and_of_running_ones_kept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / f".minisd-{dead.pid}-ab.tmp").write_text("half a picture")
+    (tmp_path / f".minisd-{dead.pid}-ab.tmp").write_text("half an image")
     kept = {f".minisd-{os.getppid()}-ab.tmp", ".minisd-notes-ab.tmp", ".minisd-9-ab.txt"}
     for name in kept:
         (tmp_path / name).write_text("")
@@ -174,17 +173,17 @@ KILLED = """
 import itertools, sys
 from PIL import Image
 from minisd.image import save
-picture = Image.effect_noise((256, 256), 99).convert("RGB")
+image = Image.effect_noise((256, 256), 99).convert("RGB")
 for i in itertools.count():
-    save(picture, f"{sys.argv[1]}/{i}.png", {"prompt": str(i)})
+    save(image, f"{sys.argv[1]}/{i}.png", {"prompt": str(i)})
     print(i, flush=True)
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_a_kill_leaves_only_whole_pictures(tmp_path):
+def test_a_kill_leaves_only_complete_images(tmp_path):
     draw = random.Random(0)
-    root = str(Path(pictures.__file__).parents[1])
+    root = str(Path(__file__).parents[1])
     whole = 0
     for i in range(5):
         folder = tmp_path / str(i)
@@ -203,7 +202,7 @@ def test_a_kill_leaves_only_whole_pictures(tmp_path):
     assert whole >= 5
 
 
-def test_settings_of_other_makers_are_an_image_error(tmp_path):
+def test_settings_of_other_programs_are_an_image_error(tmp_path):
     for i, text in enumerate([None, "not json", "[1]", "[" * 100_000]):
         chunks = PngInfo()
         if text is not None:

@@ -1,8 +1,8 @@
-"""The aligned shape comments are true: each is compared with the tensor that its line makes.
+"""The aligned shape comments are true: each is compared with the tensor of its statement.
 
 A comment such as `# (B, h*w, C)` ends a statement and gives the shape of its result. Within one
-call of a function a letter stands for one number. The models run at their official sizes, without
-any data (torch's meta device), so the numbers in comments are checked too.
+call of a function a letter has one value. The models run at their official sizes on torch's meta
+device, so the numbers in comments are checked too.
 """
 
 import ast
@@ -27,7 +27,7 @@ from minisd.unet import UNet
 from minisd.vae import VAE
 
 MINISD = Path(minisd.__file__).parent
-# The files, and the letters of height and width of an argument x where they are not bound later.
+# The files; and the letters for height and width of an argument x, where nothing binds them later.
 MODELS = {MINISD / "ops.py": "", MINISD / "clip.py": "", MINISD / "transformer.py": "hw",
           MINISD / "unet.py": "hw", MINISD / "vae.py": "HW"}
 LOOP = {MINISD / "sd.py": "", MINISD / "latents.py": "", MINISD / "tokenizer.py": ""}
@@ -56,7 +56,7 @@ def shape_lines(path: Path) -> list[Line]:
 
 
 def agrees(dim: str, size: int, known: dict[str, int]) -> bool:
-    """Whether a dimension of a comment can be of that size; binds a letter when first seen."""
+    """Whether a dimension of a comment can have that size; binds new letters."""
     if match := re.fullmatch(r"(\d?)([A-Za-z]+)", dim):  # B or 2B
         times = int(match[1] or 1)
         return known.setdefault(match[2], size // times) * times == size
@@ -66,7 +66,7 @@ def agrees(dim: str, size: int, known: dict[str, int]) -> bool:
 
 
 def complaint(line: Line, value, known: dict[str, int]) -> str:
-    """What is wrong with the comment on a value, or nothing."""
+    """What is wrong with the comment on a value; empty if it is right."""
     sizes = tuple((value[-1] if isinstance(value, tuple) else value).shape)
     dims = line.dims
     if dims[-1] == "...":
@@ -79,7 +79,7 @@ def complaint(line: Line, value, known: dict[str, int]) -> str:
 
 
 def trace(files: dict[Path, str], run) -> list[str]:
-    """Everything wrong with the shape comments of the files while ``run()`` runs."""
+    """The faults of the files' shape comments, found while ``run()`` runs."""
     lines = {str(path): shape_lines(path) for path in files}
     letters = {str(path): pair for path, pair in files.items()}
     missed, wrong = {line.where for found in lines.values() for line in found}, []
@@ -97,7 +97,7 @@ def trace(files: dict[Path, str], run) -> list[str]:
             for value in values:
                 own = dict(known)
                 wrong.append(complaint(pending, value, own))
-            if len(values) == 1:  # q, k and v share a comment, not a number of tokens
+            if len(values) == 1:  # q, k and v share a comment, but not the number of tokens
                 known.update(own)
 
         def step(frame, event, arg):
@@ -106,8 +106,8 @@ def trace(files: dict[Path, str], run) -> list[str]:
                 raised = raised or arg[0] is not StopIteration
                 return step
             at = frame.f_lineno if event == "line" else -1
-            # From Python 3.12 a comprehension has no frame of its own: when it raises, its line
-            # comes once more, which gives back the names that it had taken.
+            # Since Python 3.12 a comprehension has no frame of its own: when it raises, its line is
+            # reported again, when its variables are restored.
             if pending and pending.first <= at <= pending.last:
                 return step
             if pending and not raised:
@@ -169,7 +169,7 @@ def test_a_wrong_comment_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("statement", ["x =", "y =", "return"])
-def test_a_statement_that_raises_makes_nothing(statement, tmp_path):
+def test_a_statement_that_raises_has_no_result(statement, tmp_path):
     path, scope = tmp_path / "raises.py", {}
     path.write_text(f"def f(x):\n    {statement} [1 / 0 for _ in x]  # (B)\n")
     exec(compile(path.read_text(), str(path), "exec"), scope)

@@ -1,4 +1,4 @@
-"""The model in the box: small enough, loadable by diffusers as it stands, and the same there."""
+"""The shipped model: its size, and the same images in diffusers, which loads it unchanged."""
 
 import subprocess
 import sys
@@ -39,14 +39,14 @@ def test_size_and_licence_of_the_folder():
     assert not [p.name for p in files if p.suffix not in (".json", ".safetensors", ".txt")]
 
 
-def test_the_same_picture_in_diffusers(sd, pipeline):
+def test_the_same_image_in_diffusers(sd, pipeline):
     ours = sd(PROMPT, num_inference_steps=10, seed=3, negative_prompt="green")
     theirs = pipeline(
         PROMPT, num_inference_steps=10, generator=torch.Generator().manual_seed(3),
         negative_prompt="green",
     )
     a, b = (np.asarray(out.images[0]).astype(int) for out in (ours, theirs))
-    # The two add up float32 in another order; rounding to 8 bits may then fall either way.
+    # The order of float32 sums differs; rounding to 8 bits may then differ by one level.
     assert a.shape == b.shape and np.abs(a - b).max() <= 1
 
 
@@ -71,7 +71,7 @@ def test_an_unknown_word_warns(sd, tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sd.tokenizer([PROMPT, "", " A  Red HEART\n"])
-        Tokenizer.clip(49407)(["wrods"])  # of a vocabulary that spells what it does not know
+        Tokenizer.clip(49407)(["wrods"])  # its vocabulary spells unknown words
     assert main(["wrods", "-o", str(tmp_path / "x.png"), "--steps", "1", "--quiet"]) == 0
     assert "warning: this model was not taught 'wrods'" in capsys.readouterr().err
 
@@ -84,7 +84,7 @@ def test_the_background_is_the_colour_asked_for(sd):
     assert centre[0] > 1.5 * centre[2]
 
 
-def test_reference_and_torch_ops_draw_the_same(sd):
+def test_reference_and_torch_ops_give_the_same_latents(sd):
     call = dict(num_inference_steps=4, seed=1, output_type="latent")
     a, b = sd(PROMPT, **call).images, minisd.load(ops="reference")(PROMPT, **call).images
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
@@ -102,7 +102,7 @@ def test_from_the_command_line_and_back(tmp_path, capsys):
     assert {"red", "heart", "background"} <= set(capsys.readouterr().out.split())
 
 
-def test_a_reader_who_has_seen_enough_is_no_error():
+def test_a_closed_pipe_is_no_error():
     child = subprocess.Popen([sys.executable, "-m", "minisd", "words"], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE)
     child.stdout.close()
@@ -111,7 +111,7 @@ def test_a_reader_who_has_seen_enough_is_no_error():
 
 
 def test_decoding_in_tiles(sd):
-    """Twelve tiles beside one piece: 35 dB with this model, 39 with tiles half as large again."""
+    """Twelve tiles against one: 35 dB with this model; 39 dB with tiles of 1.5 times the side."""
     ask = dict(seed=0, height=128, width=192, num_inference_steps=10, output_type="latent")
     latent = sd(PROMPT, **ask).images
     whole = sd.vae.decode(latent)

@@ -1,4 +1,4 @@
-"""The ids of a prompt are those of transformers' CLIPTokenizer, whatever the prompt is."""
+"""The ids of any prompt equal those of transformers' CLIPTokenizer."""
 
 import gzip
 import json
@@ -83,7 +83,7 @@ KINDS = {
 
 
 def _string(kind, rng):
-    """Pieces of one kind, mixed with a few of every other; one in ten is longer than 77 tokens."""
+    """Pieces of one kind, mixed with a few of other kinds; one in ten has more than 77 tokens."""
     count = rng.randint(100, 200) if rng.random() < 0.1 else rng.randint(0, 12)
     pieces = []
     for _ in range(count):
@@ -98,8 +98,8 @@ def _merges() -> list[str]:
 
 
 def _vocab(merges) -> dict[str, int]:
-    """CLIP's numbering, from its description: printable bytes as themselves, the others moved past
-    U+00FF in order; each again as the end of a word; the merges; the markers."""
+    """CLIP's ids, from its description: printable bytes as themselves, the others as characters
+    from U+0100 on; each again as the end of a word; the merges; the special tokens."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = len(set(range(256)) - set(printable))
     symbols = [chr(point) for point in printable + list(range(0x100, 0x100 + moved))]
@@ -119,7 +119,7 @@ def _write_folder(folder: Path, vocab, merges, **settings) -> Path:
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory) -> Path:
-    """A tokenizer/ folder with the official vocabulary, as SD1's is."""
+    """A tokenizer/ folder with the official vocabulary, like SD1's."""
     merges = _merges()
     return _write_folder(tmp_path_factory.mktemp("official") / "v1", _vocab(merges), merges)
 
@@ -181,7 +181,7 @@ def test_exclamation_mark_is_not_padding(official):
 
 
 @pytest.mark.parametrize("count", [75, 76, 5000])
-def test_truncation_keeps_the_end_and_names_what_was_dropped(count, sd1):
+def test_truncation_keeps_the_end_token_and_quotes_the_dropped_text(count, sd1):
     prompt = " ".join(["cat"] * 75 + ["dog"] * (count - 76) + ["Fin"] * (count > 75))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -195,7 +195,7 @@ def test_truncation_keeps_the_end_and_names_what_was_dropped(count, sd1):
 
 
 def test_dropped_text_is_quoted_as_typed(sd1):
-    # Lower-casing, NFC and white space shift positions; the warning quotes the prompt itself.
+    # Lower-casing, NFC and white space shift positions; the warning quotes the original prompt.
     start = "E\u0301  " * 75
     with pytest.warns(UserWarning, match="dropped: 'NAI\u0308VE \U0001f469'"):
         sd1(start + "NAI\u0308VE \U0001f469")
@@ -216,7 +216,7 @@ def test_dropped_text_is_quoted_as_typed(sd1):
         (["", "\udc00"], ValueError, r"prompt\[1\] .* at position 0"),
     ],
 )
-def test_refused_prompts(prompts, error, words, sd1):
+def test_rejected_prompts(prompts, error, words, sd1):
     with pytest.raises(error, match=words):
         sd1(prompts)
 
@@ -245,7 +245,7 @@ def test_folder_as_transformers_5_writes_it(theirs, tmp_path, sd1):
     assert torch.equal(tokenizer("It's 2 cats!"), sd1("It's 2 cats!"))
 
 
-# --- a vocabulary of its own: a, b, c, their word ends, "ab</w>", and no other letter -------------
+# --- a small vocabulary: a, b, c, the same at the end of a word, "ab</w>", and no other letter ---
 
 SMALL_VOCAB = {symbol: index for index, symbol in enumerate(
     ["a", "b", "c", "a</w>", "b</w>", "c</w>", "ab</w>", "<s>", "</s>", "_"]
@@ -321,7 +321,7 @@ def test_malformed_tokenizer_json(model, tmp_path):
 
 def test_damaged_folder_loads_or_raises_value_error(small):
     rng = random.Random(0)
-    outcomes = {"loads": 0, "refused": 0}
+    outcomes = {"loads": 0, "rejected": 0}
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         original = (small / name).read_bytes()
         for _ in range(200):
@@ -334,6 +334,6 @@ def test_damaged_folder_loads_or_raises_value_error(small):
                 outcomes["loads"] += 1
             except WeightError as error:
                 assert str(small) in str(error)
-                outcomes["refused"] += 1
+                outcomes["rejected"] += 1
         (small / name).write_bytes(original)
     assert min(outcomes.values()) > 20, outcomes

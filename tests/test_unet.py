@@ -1,4 +1,4 @@
-"""The UNet is diffusers' UNet2DConditionModel: module by module, at small sizes and real widths."""
+"""The UNet equals diffusers' UNet2DConditionModel, module by module."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def pair(config, ops, dtype=torch.float64):
 
 
 def inputs(config, h, w, dtype=torch.float64, tokens=7):
-    """Three pictures at three timesteps, the two ends of the schedule among them."""
+    """Three latents at three timesteps, including both ends of the schedule."""
     x = randn(3, config.in_channels, h, w, seed=1, dtype=dtype)
     context = randn(3, tokens, config.cross_attention_dim, seed=2, dtype=dtype)
     return x, torch.tensor([0, 481, 999]), context

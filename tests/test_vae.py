@@ -1,4 +1,4 @@
-"""The autoencoder is diffusers' AutoencoderKL, both ways, and so is its posterior."""
+"""The autoencoder equals diffusers' AutoencoderKL: encoder, posterior and decoder."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def pair(config=AUTOENCODER, ops=TORCH, dtype=torch.float64):
     return ours, with_weights(official_vae(config), ours)
 
 
-def picture(h=24, w=20, dtype=torch.float64):
+def image(h=24, w=20, dtype=torch.float64):
     return randn(3, 3, h, w, seed=1, dtype=dtype).tanh()
 
 
@@ -36,7 +36,7 @@ def picture(h=24, w=20, dtype=torch.float64):
 @DTYPES
 def test_every_module_of_the_encoder(ops, dtype, bound):
     ours, official = pair(ops=ops, dtype=dtype)
-    errors = errors_by_module(ours.encoder, official.encoder, picture(dtype=dtype))
+    errors = errors_by_module(ours.encoder, official.encoder, image(dtype=dtype))
     assert len(errors) > 30 and "conv_out" in errors
     assert max(errors.values()) <= bound, max(errors, key=errors.get)
 
@@ -57,14 +57,14 @@ def test_encode_and_decode(levels):
     ours, official = pair(config)
     f = config.downscale
     assert f == 2 ** (levels - 1)
-    image, noise = picture(3 * f, 5 * f), randn(3, 4, 3, 5, seed=2)
-    posterior, scale = official.encode(image).latent_dist, official.config.scaling_factor
-    mean, logvar = ours.moments(image)
+    x, noise = image(3 * f, 5 * f), randn(3, 4, 3, 5, seed=2)
+    posterior, scale = official.encode(x).latent_dist, official.config.scaling_factor
+    mean, logvar = ours.moments(x)
     assert error(mean, posterior.mean) <= 1e-10
     assert error(logvar, posterior.logvar) <= 1e-10
-    assert error(ours.encode(image), scale * posterior.mode()) <= 1e-10
+    assert error(ours.encode(x), scale * posterior.mode()) <= 1e-10
     sample = scale * (posterior.mean + posterior.std * noise)
-    assert error(ours.encode(image, noise), sample) <= 1e-10
+    assert error(ours.encode(x, noise), sample) <= 1e-10
     assert error(ours.decode(noise), official.decode(noise / scale).sample) <= 1e-10
 
 
@@ -73,13 +73,13 @@ def test_log_variance_is_clamped_as_officially(shift):
     ours, official = pair()
     for model in (ours, official):
         model.quant_conv.bias[4:] += shift
-    posterior = official.encode(picture()).latent_dist
-    mean, logvar = ours.moments(picture())
+    posterior = official.encode(image()).latent_dist
+    mean, logvar = ours.moments(image())
     assert logvar.unique().numel() == 1
     assert error(logvar, posterior.logvar) <= 1e-10
     noise = randn(*mean.shape, seed=2)
     sample = 0.18215 * (posterior.mean + posterior.std * noise)
-    assert error(ours.encode(picture(), noise), sample) <= 1e-10 * max(1, posterior.std.max())
+    assert error(ours.encode(image(), noise), sample) <= 1e-10 * max(1, posterior.std.max())
 
 
 def test_a_res_block_of_the_official_width():
@@ -103,7 +103,7 @@ def test_names_and_shapes_of_the_official_model():
 
 
 class Doubling(torch.nn.Module):
-    """A decoder of which every pixel is known: the mean of its channels, eight times as large."""
+    """A mock decoder: the mean of the channels, eight times as large."""
 
     def forward(self, z):
         return F.interpolate(z.mean(1, keepdim=True).repeat(1, 3, 1, 1), scale_factor=8)
@@ -111,7 +111,7 @@ class Doubling(torch.nn.Module):
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 8), (5, 31), (20, 1), (17, 17)], ids=str)
 @pytest.mark.parametrize("side", [1, 4, 8])
-def test_tiles_cover_the_picture_evenly(size, side):
+def test_tiles_cover_the_image_evenly(size, side):
     vae = randomise(VAE(AUTOENCODER, TORCH))
     vae.decoder = Doubling()
     vae.config = replace(vae.config, block_out_channels=(1,) * 4)  # doubles three times
@@ -126,7 +126,7 @@ def test_tiles_cover_the_picture_evenly(size, side):
 
 
 def test_decoding_in_tiles():
-    """Of the size of a tile it is the same; past it, nearly, the more so the larger the tile."""
+    """With one tile it is equal; with more, the error falls with the size of the tile."""
     vae, errors = randomise(VAE(AUTOENCODER, TORCH)), []
     latent = randn(1, AUTOENCODER.latent_channels, 24, 10)
     whole = vae.decode(latent)
