@@ -118,7 +118,7 @@ class Contest:
         for batch in sizes:
             for name, entrant in self.entered.items():
                 if name == COMPILED:
-                    self.add(name, "not run", batch=batch, note="compiled for single pictures")
+                    self.add(name, "not run", batch=batch, note="compiled for single images")
                 elif late():
                     self.add(name, "not run", batch=batch, note="the time was up (--minutes)")
                 else:

@@ -17,31 +17,31 @@ from minisd_kernels import launch
 from minisd_kernels.flash_attention import PRECISIONS, cost, flash_attention, plan, refusal
 
 NAN = float("nan")
-# Where q, k and v lie. Around every one of them there is NaN, which any sum would pass on.
+# The memory layouts of q, k and v. NaN surrounds each of them: a wrong read makes the result NaN.
 LAYOUTS = {
     "alone": ([0], [1], [2]),  # three tensors, contiguous
-    "gaps": ([0], [1], [2]),  # three, with gaps between rows and items, others in each
+    "gaps": ([0], [1], [2]),  # three, with different gaps between rows and items
     "pair": ([0], [1, 2]),  # k and v side by side in the rows of one projection
     "packed": ([0, 1, 2],),  # all three
 }
 ROWS = [  # B, Lq, Lk, heads, d, layout, causal: why
     (1, 1, 1, 1, 8, "alone", False),  # one score; half a piece
-    (2, 5, 77, 3, 4, "gaps", True),  # the narrowest: of a piece most is other heads'
-    (1, 130, 130, 3, 12, "packed", False),  # rows of which most begin at no multiple of 16 bytes
+    (2, 5, 77, 3, 4, "gaps", True),  # the narrowest: most of a piece belongs to other heads
+    (1, 130, 130, 3, 12, "packed", False),  # most rows are not aligned to 16 bytes
     (2, 65, 77, 2, 20, "pair", False),  # one piece of 32, as two of 16 are no narrower
-    (2, 65, 77, 2, 16, "pair", False),  # the text's 77 keys, one tile; a query more than a tile
-    (1, 63, 128, 1, 24, "gaps", False),  # the most keys in one tile; a query less than a tile
-    (1, 64, 129, 2, 32, "alone", False),  # one key more: online softmax, the last tile of one key
+    (2, 65, 77, 2, 16, "pair", False),  # the prompt's 77 keys, one tile; a tile and one query
+    (1, 63, 128, 1, 24, "gaps", False),  # the most keys in one tile; a tile less one query
+    (1, 64, 129, 2, 32, "alone", False),  # one key more: online softmax; the last tile has one key
     (2, 130, 130, 2, 40, "packed", False),  # SD1's first width: two pieces, the second ragged
     (1, 9, 77, 5, 40, "pair", False),  # and its cross-attention; heads no power of two
     (2, 130, 130, 2, 44, "packed", False),  # the shipped model's: 32 + 16, no multiple of 8
     (1, 9, 77, 4, 44, "pair", False),  # and its cross-attention
     (3, 7, 192, 1, 48, "gaps", False),  # two whole pieces; whole tiles of keys only
-    (1, 5, 191, 2, 56, "alone", False),  # one piece, ragged, is best; a key less than whole tiles
+    (1, 5, 191, 2, 56, "alone", False),  # one ragged piece; whole tiles less one key
     (1, 77, 77, 5, 64, "packed", True),  # the text encoder
-    (1, 150, 150, 1, 64, "packed", True),  # a diagonal through several tiles
-    (1, 20, 150, 1, 72, "gaps", True),  # keys that no query sees, a whole tile of them
-    (1, 150, 20, 1, 72, "gaps", True),  # queries past the last key
+    (1, 150, 150, 1, 64, "packed", True),  # the diagonal crosses several tiles
+    (1, 20, 150, 1, 72, "gaps", True),  # a whole tile of keys that no query sees
+    (1, 150, 20, 1, 72, "gaps", True),  # more queries than keys
     (1, 9, 77, 2, 80, "pair", False),  # SD1's second width: 64 + 16, both whole, one tile
     (1, 9, 140, 1, 80, "alone", False),  # and online
     (1, 9, 130, 1, 88, "gaps", False),  # 64 + 32, the second ragged
@@ -49,7 +49,7 @@ ROWS = [  # B, Lq, Lk, heads, d, layout, causal: why
     (1, 3, 20, 1, 128, "gaps", True),  # too wide for one tile: online with less than a tile
     (1, 9, 77, 1, 136, "alone", False),  # 128 + 16, the second ragged
     (1, 5, 150, 1, 160, "pair", False),  # SD1's widest: 128 + 32, both whole
-    (1, 5, 65, 2, 168, "gaps", False),  # the first in slices: chunk and slice both ragged
+    (1, 5, 65, 2, 168, "gaps", False),  # the first width in slices: chunk and slice both ragged
     (1, 5, 65, 2, 172, "pair", False),  # and with no multiple of 8
     (1, 9, 70, 1, 192, "alone", True),  # whole chunks, a ragged slice
     (1, 5, 129, 1, 256, "pair", False),  # two whole slices
@@ -58,7 +58,7 @@ ROWS = [  # B, Lq, Lk, heads, d, layout, causal: why
 
 
 def inputs(batch, lq, lk, heads, d, layout, dtype):
-    """Off-centre, and among NaN."""
+    """q, k and v with a mean, surrounded by NaN."""
     q, k = (-2.3 + 0.5 * torch.randn(batch, n, heads * d) for n in (lq, lk))
     tensors = [q, k, 0.7 + torch.randn(batch, lk, heads * d)]
     views = []
@@ -70,7 +70,7 @@ def inputs(batch, lq, lk, heads, d, layout, dtype):
 
 
 def attend(q, k, v, heads, scale=None, causal=False):
-    """The kernel's result among canaries and over NaN; q, k and v stay as they were."""
+    """The kernel's result, written over NaN and surrounded by canaries; q, k, v must not change."""
     assert refusal(q, k, v, heads) is None
     kept = [x.clone() for x in (q, k, v)]
     out = embed(torch.full_like(q, NAN), (0, 128, 8), CANARY)  # as many rows as a tile has
@@ -107,7 +107,7 @@ def test_values(batch, lq, lk, heads, d, layout, causal, dtype):
 
 @pytest.mark.parametrize("d, tile", [(40, (32, 16)), (80, (16, 128)), (168, (16, 32))])
 def test_values_with_another_tile(d, tile, monkeypatch):
-    """A tile measured to be faster may have any size, but all of 77 keys are in one."""
+    """A launch setting may have tiles of any size; 77 keys are always in one."""
     for row in launch.DEFAULT:
         if row[0] in ("attention", "sliced"):
             monkeypatch.setitem(launch.DEFAULT, row, launch.Tile(*tile, 4, 1))
@@ -117,14 +117,14 @@ def test_values_with_another_tile(d, tile, monkeypatch):
 @DTYPES
 @pytest.mark.parametrize("d", [16, 40])
 def test_many_keys(d, dtype):
-    """Values around 0 nearly cancel: a rounded weight or sum shows, which a mean would hide."""
+    """Values with mean 0 nearly cancel, so that a rounded weight or sum shows."""
     q, k, v = inputs(1, 40, 1024, 1, d, "alone", dtype)
     check("attention, 1024 keys", q, k, v - 0.7, 1, 0.1)
 
 
 @DTYPES
 @pytest.mark.parametrize("lk", [77, 130])
-def test_a_scale_of_ones_own(lk, dtype):
+def test_another_scale(lk, dtype):
     check("attention", *inputs(1, 5, lk, 1, 40, "alone", dtype), 1, 0.05)
 
 
@@ -133,11 +133,11 @@ def test_a_scale_of_ones_own(lk, dtype):
     (70, 72, torch.float32),
 ])  # one tile, online, in slices, and float32
 def test_logits_of_ten_thousand(lk, d, dtype):
-    """q k^T is past 65504, float16's end, and still each query weighs many keys."""
+    """q k^T exceeds 65504, the largest float16, and each query still attends to many keys."""
     q, k, v = torch.randn(1, 5, 2, d), torch.randn(1, lk, 2, d), torch.randn(1, lk, 2, d)
     q[..., 0] = 1e4 * d**0.5 / 800
     k[..., 0] = -800  # the second head's logits are all negative
-    k[:, ::2, 0, 0] = 800  # the first one's are of either sign
+    k[:, ::2, 0, 0] = 800  # the first head's have both signs
     q, k, v = (x.to(dtype).flatten(2) for x in (q, k, v))
     check("attention, logits of 1e4", q, k, v, 2)
 
@@ -147,7 +147,7 @@ def test_logits_of_ten_thousand(lk, d, dtype):
     (70, 40, torch.float32),
 ])
 def test_the_function_gives_the_same_bits_every_time(lk, d, dtype):
-    """From run to run, and wherever the result lies."""
+    """From run to run, and at any address of the result."""
     q, k, v = inputs(2, 9, lk, 2, d, "pair", dtype)
     first, second = (flash_attention(q, k, v, 2, causal=True) for _ in range(2))
     assert first.is_contiguous() and first.dtype == dtype
@@ -157,7 +157,7 @@ def test_the_function_gives_the_same_bits_every_time(lk, d, dtype):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_precisions(precision):
-    """Accepted: the interpreter multiplies float32 exactly, whatever it is."""
+    """Every precision is accepted; the interpreter multiplies float32 exactly with any of them."""
     q, k, v = inputs(1, 5, 9, 2, 8, "alone", torch.float32)
     out = flash_attention(q, k, v, 2, precision=precision)
     compare("attention", out, torchs(q, k, v, 2), exact(q, k, v, 2))
@@ -188,5 +188,5 @@ def test_cost_is_what_the_kernel_does(lk, online, monkeypatch):
 
 
 def test_the_corrections_of_the_interpreter_are_needed():
-    """When this fails, Triton's interpreter has learned bfloat16: remove them from interpreter."""
+    """When this fails, Triton's interpreter is right with bfloat16: remove the corrections."""
     assert corrections_needed() == (True, True)

@@ -20,7 +20,7 @@ from minisd.vae import Decoder
 
 NAN = float("nan")
 LAYER_NORM = [  # rows, C: why
-    (1, 1),  # nothing to normalise
+    (1, 1),  # a single element
     (3, 8),  # fewer rows than a tile
     (70, 320),  # SD1's first width, no power of two; ragged rows
     (5, 640),

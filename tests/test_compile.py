@@ -1,7 +1,7 @@
-"""What the compiler makes of the kernels: within bounds, which are themselves checked.
+"""The compiled kernels are within bounds, and the check of the bounds finds what is not.
 
-Compiling needs kernels that no interpreter has taken over, so it happens in processes of its own,
-each with an empty cache.
+An interpreted kernel cannot be compiled, so compiling runs in processes of its own, each with an
+empty cache.
 """
 
 import os
@@ -46,7 +46,7 @@ raise SystemExit(max(main(["--only", only]) for only in sys.argv[1:]))
 
 
 def test_a_cache_is_filled_ahead(tmp_path):
-    """What a GPU of that kind would launch is in it: a second compilation has nothing to do."""
+    """It has the kernels that such a GPU launches: a second compilation finds them."""
     done = python("""
 from bench import compile, variants
 calls = dict(list(variants.variants().items())[:2])
@@ -66,7 +66,7 @@ triton.compile(code, compile.TARGETS["sm_90"].gpu, options)
     ("'attention', 32] = Tile(16, 64, 4, 2)", "sm_90", "no HGMMA"),  # wgmma takes 64 rows
     ("'attention', 32] = Tile(64, 128, 8, 5)", "sm_89", "shared memory past 101376"),
 ])
-def test_settings_that_break_a_bound_are_named_and_end_with_1(setting, target, said, tmp_path):
+def test_settings_that_break_a_bound_are_named_with_exit_code_1(setting, target, said, tmp_path):
     done = python(f"""
 import sys
 from minisd_kernels.launch import DEFAULT, Tile
@@ -79,7 +79,7 @@ raise SystemExit(main(["--only", "{target} flash_attention_kernel float16 heads:
     assert said in report and "D=40" in report
 
 
-def test_what_is_within_bounds_is_not_reported():
+def test_kernels_within_bounds_are_not_reported():
     assert compile.broken(GOOD) == []
     assert compile.broken(GOOD._replace(dtype="float32", matrix=0)) == []
 
@@ -110,18 +110,19 @@ CODE = """
 
 @pytest.mark.parametrize("lo, base, found", [
     ("UR14", "UR15", []),
-    ("UR13", "UR15", ["UR13 at 0040"]),  # what ptxas 12.8 left
-    ("UR14", "UR4", ["UR4 at 0070"]),  # written, but not on the way around 0020
+    ("UR13", "UR15", ["UR13 at 0040"]),  # the bug of ptxas 12.8
+    ("UR14", "UR4", ["UR4 at 0070"]),  # written, but not on the path that skips 0020
 ])
 def test_registers_that_nothing_wrote(lo, base, found):
-    """The product has A in registers: of its four it reads UR6 and UR7; 0090 is never reached."""
+    """The HGMMA has A in registers, so it reads only UR6 and UR7 of UR4 to UR7; 0090 is
+    unreachable."""
     code = sass.instructions(CODE.format(lo=lo, base=base))
     assert len(code) == 10 and sass.unwritten(code) == found
 
 
 @pytest.mark.parametrize("target, registers, shared, warps, fit", [
-    ("sm_90", 128, 65536, 8, 2),  # just fits twice: 128 * 256 * 2 = 65536
-    ("sm_90", 129, 65536, 8, 1),  # a warp's registers are given out by 256, 8 a thread
+    ("sm_90", 128, 65536, 8, 2),  # fits twice: 128 * 256 * 2 = 65536
+    ("sm_90", 129, 65536, 8, 1),  # a warp's registers are allocated in units of 256, 8 a thread
     ("sm_90", 32, 0, 1, 32),  # never more than 32
     ("sm_90", 32, 75 * 1024, 4, 3),  # 3 * (75 + 1) = 228 KiB
     ("sm_89", 32, 0, 8, 6),  # 48 warps

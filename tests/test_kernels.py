@@ -1,4 +1,4 @@
-"""The kernels as far as they go without a GPU: values by interpretation, refusals, plans, costs."""
+"""The kernels without a GPU: values in the interpreter, rejected calls, plans, costs."""
 
 import os
 import re
@@ -21,7 +21,7 @@ INTERPRETED = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 
 @pytest.fixture(scope="module")
 def children():
-    """The interpreted files, side by side, with the flag that this process must not have."""
+    """The files interpreted_*.py in parallel processes, with the flag TRITON_INTERPRET."""
     with ExitStack() as stack:
         children = {file: stack.enter_context(subprocess.Popen(
             [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file],
@@ -41,7 +41,7 @@ def test_interpreted(file, children):
 
 
 def grow(d: int, batch: int = 1) -> torch.Tensor:
-    """A tensor (batch, 1, 16) whose next row would begin d elements further on."""
+    """A tensor (batch, 1, 16) with a stride of d elements from row to row."""
     return torch.empty_strided((batch, 1, 16), (2**40, d, 1), device="meta")
 
 
@@ -49,7 +49,7 @@ X = torch.zeros(2, 5, 16)
 META = X.to("meta")
 LEARNT = X.clone().requires_grad_()
 LONG = grow(2**31 - 1)
-ATTENTION = [  # the sentence, and what it is said of
+ATTENTION = [  # the message; q, k, v, heads
     ("q, k and v are (B, L, H*d)", X[0], X[0], X[0], 2),
     ("q, k and v are (B, L, H*d)", X, X, X[None], 2),
     ("shapes do not fit: q (2, 5, 16), k (2, 5, 16), v (2, 4, 16)", X, X, X[:, 1:], 2),
@@ -71,7 +71,7 @@ ATTENTION = [  # the sentence, and what it is said of
 ]
 
 P, ROW = torch.zeros(2, 8, 6, 4), torch.zeros(8)
-GROUP_NORM = [  # the sentence, x, weight, bias, groups, and what else
+GROUP_NORM = [  # the message; x, weight, bias, groups, options
     ("x is (B, C, ...) with something in it, not (8,)", ROW, ROW, ROW, 2, {}),
     ("x is (B, C, ...) with something in it, not (2, 8, 0, 4)", P[:, :, :0], ROW, ROW, 2, {}),
     ("8 channels do not split into 3 groups", P, ROW, ROW, 3, {}),
@@ -108,14 +108,14 @@ def nothing_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("sentence, q, k, v, heads", ATTENTION)
-def test_attention_refuses(sentence, q, k, v, heads, nothing_runs):
+def test_attention_rejects(sentence, q, k, v, heads, nothing_runs):
     with torch.enable_grad(), pytest.raises(ValueError) as raised:
         fa.flash_attention(q, k, v, heads)
     assert str(raised.value) == f"flash_attention: {sentence}"
 
 
 @pytest.mark.parametrize("sentence, x, weight, bias, groups, options", GROUP_NORM)
-def test_group_norm_refuses(sentence, x, weight, bias, groups, options, nothing_runs):
+def test_group_norm_rejects(sentence, x, weight, bias, groups, options, nothing_runs):
     with torch.enable_grad(), pytest.raises(ValueError) as raised:
         gn.group_norm_silu(x, weight, bias, groups, **options)
     assert str(raised.value) == f"group_norm_silu: {sentence}"
@@ -127,14 +127,14 @@ def test_group_norm_refuses(sentence, x, weight, bias, groups, options, nothing_
     (dict(scale=float("nan")), "scale must be positive, not nan"),
     (dict(precision="fp16"), "precision is one of ('ieee', 'tf32x3', 'tf32'), not 'fp16'"),
 ])
-def test_attention_refuses_options(options, sentence, nothing_runs):
+def test_attention_rejects_options(options, sentence, nothing_runs):
     with pytest.raises(ValueError, match=re.escape(f"flash_attention: {sentence}")):
         fa.flash_attention(META, META, META, 2, **options)
 
 
 @pytest.mark.parametrize("dtype", launch.DTYPES, ids=str)
 def test_attention_on_meta(dtype):
-    """As on a GPU, but for the launch. A gradient is refused only where one would be recorded."""
+    """As on a GPU, without the launch. Under no_grad, tensors that require a gradient are taken."""
     q, k, v = torch.empty(2, 9, 3 * 80, dtype=dtype, device="meta").requires_grad_().chunk(3, -1)
     out = fa.flash_attention(q[:, :4], k, v, 2)
     assert (out.shape, out.dtype, out.device.type) == ((2, 4, 80), dtype, "meta")
@@ -144,7 +144,7 @@ def test_attention_on_meta(dtype):
 @pytest.mark.parametrize("dtype", launch.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 8), (2, 8, 5), (2, 8, 6, 4), (2, 8, 90, 90)], ids=str)
 def test_group_norm_on_meta(shape, dtype):
-    """A run of channels of a larger picture gives a whole picture in the same layout."""
+    """A slice of the channels of a larger tensor gives a contiguous result in the same layout."""
     row = torch.empty(8, dtype=dtype, device="meta")
     batch, _, *sides = shape
     nchw = torch.empty(batch, 24, *sides, dtype=dtype, device="meta")[:, 8:16]
@@ -157,7 +157,7 @@ def test_group_norm_on_meta(shape, dtype):
 
 
 def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
-    """Triton launches on the current device, wherever the arguments lie."""
+    """By default Triton launches on the current device, not on that of the arguments."""
     held, launches = [], []
 
     @contextmanager
@@ -177,7 +177,7 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
 
 
 def test_the_longest_item():
-    """The last offset that 32 bits hold is taken; one more is refused, in the tables above."""
+    """The last offset of 32 bits is accepted; the tables above reject one more."""
     q = grow(2**31 - 1, batch=3)
     assert fa.flash_attention(q, q, q, 2).shape == q.shape
     x = torch.empty_strided((3, 8, 7), (2**40, 2**28 - 1, 1), device="meta")
@@ -186,7 +186,7 @@ def test_the_longest_item():
 
 
 def test_pieces_are_the_narrowest():
-    """Of all the ways to cover d by one or two powers of two, and one where two are no narrower."""
+    """The narrowest cover of d by one or two powers of two; one piece if two are no narrower."""
     powers = [16 << i for i in range(6)]
     for d in range(4, 513, 4):
         a, b = fa.pieces(d)
@@ -212,4 +212,4 @@ def test_group_norm_cost(residual, s):
     x = torch.empty(2, 40, 9, 7, dtype=torch.float16)
     moved = [x, x] + [x] * residual + [x] * s  # read, written, and again for each of the two
     cost = gn.cost(x.numel(), x.itemsize, residual=residual, s=s)
-    assert cost.bytes == sum(picture.nbytes for picture in moved)
+    assert cost.bytes == sum(tensor.nbytes for tensor in moved)

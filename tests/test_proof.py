@@ -1,4 +1,4 @@
-"""proven.json: what a row says, and that it speaks of the kernels that were measured alone."""
+"""proven.json: its rows, and that a row proves only the kernels that were measured."""
 
 import inspect
 import json
@@ -26,13 +26,13 @@ ROW = dict(kernels="0" * 64, device="NVIDIA H100", torch="2.13.0", triton="3.9.0
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    """A file of our own in the place of the shipped one."""
+    """A temporary file in place of the shipped one."""
     monkeypatch.setattr(proof, "FILE", tmp_path / "proven.json")
     return proof.FILE
 
 
 def test_the_shipped_file():
-    """Every row is whole; and the file is in the wheel."""
+    """Every row is complete, and the file is in the wheel."""
     rows = json.loads(proof.FILE.read_text())
     for capability, row in rows.items():
         major, minor = map(int, capability.split("."))
@@ -101,7 +101,7 @@ def edited(monkeypatch, old: str, new: str) -> str:
     with monkeypatch.context() as patch:
         patch.setattr(inspect, "getsource", getsource)
         after = proof.fingerprint()
-    assert any(found), "no kernel says that"
+    assert any(found), "no kernel has that text"
     return after
 
 
@@ -129,7 +129,7 @@ def test_a_changed_line_of_a_kernel_changes_the_fingerprint(monkeypatch):
         assert edited(monkeypatch, old, new) != before
 
 
-def test_a_kernel_that_moves_to_another_file_changes_nothing(monkeypatch):
+def test_moving_a_kernel_to_another_file_does_not_change_the_fingerprint(monkeypatch):
     before = proof.fingerprint()
     monkeypatch.setattr(layer_norm, "_join", group_norm_silu._join, raising=False)  # imported there
     assert proof.fingerprint() == before
@@ -153,7 +153,7 @@ def test_a_setting_of_a_launch_changes_the_fingerprint(monkeypatch):
 
 
 def test_every_kernel_is_found():
-    """As many as the files say."""
+    """As many as the files decorate."""
     for family in proof.FAMILIES:
         assert len(proof.jitted(family)) == inspect.getsource(family).count("\n@triton.jit")
     found = {path for path in proof.FILE.parent.glob("*.py") if "\n@triton.jit" in path.read_text()}
