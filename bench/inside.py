@@ -7,6 +7,7 @@ a step that it saves.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,6 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from minisd_kernels import fused_unet
-from minisd_kernels.bodies import PLAIN
 from minisd_kernels.launch import Tile
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench import tune
 from bench.check import one_line
 from bench.contest import FUSED, Contest
+from minisd.ops import TORCH
 
 
 class Change(NamedTuple):
@@ -41,22 +42,22 @@ def tile(piece: int, *setting: int) -> Change:
 
 
 @contextmanager
-def bodies(model, **others: Callable) -> Iterator[None]:
+def functions(model, **others: Callable) -> Iterator[None]:
     """Other functions in the transformer blocks of the fused UNet."""
-    layers = model.sd.unet.attentions
-    before = layers[0].bodies
+    layers = model.sd._fused().unet.attentions
+    before = layers[0].ops
     for layer in layers:
-        layer.bodies = before._replace(**others)
+        layer.ops = replace(before, **others)
     try:
         yield
     finally:
         for layer in layers:
-            layer.bodies = before
+            layer.ops = before
 
 
 def by_sdpa(backend: SDPBackend, *args) -> Tensor:
     with sdpa_kernel(backend):
-        return PLAIN.attention(*args)
+        return TORCH.attention(*args)
 
 
 def doubled(self: fused_unet.Up, s: fused_unet.Pending, size=None) -> fused_unet.Pending:
@@ -78,13 +79,13 @@ CHANGES = [
            lambda model: patch.object(fused_unet.Up, "forward", doubled), True),
     tile(32, 64, 128, 4, 2), tile(32, 64, 64, 4, 3), tile(64, 64, 128, 4, 2),
     tile(128, 64, 64, 4, 2),
-    Change("attention by cuDNN", "-0.5", lambda model: bodies(
+    Change("attention by cuDNN", "-0.5", lambda model: functions(
         model, attention=partial(by_sdpa, SDPBackend.CUDNN_ATTENTION))),
-    Change("attention by flash", "-0.5", lambda model: bodies(
+    Change("attention by flash", "-0.5", lambda model: functions(
         model, attention=partial(by_sdpa, SDPBackend.FLASH_ATTENTION))),
     Change("layer_norm by torch", "-0.3",
-           lambda model: bodies(model, layer_norm=PLAIN.layer_norm)),
-    Change("geglu by torch", "-0.3", lambda model: bodies(model, geglu=PLAIN.geglu)),
+           lambda model: functions(model, layer_norm=TORCH.layer_norm)),
+    Change("geglu by torch", "-0.3", lambda model: functions(model, geglu=TORCH.geglu)),
     Change("as it is, again", "", lambda model: nullcontext(), True),
 ]
 

@@ -27,8 +27,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels import flash_attention, group_norm_silu, launch
-from minisd_kernels.bodies import PLAIN, triton_bodies
+from minisd_kernels import flash_attention, launch
 from minisd_kernels.fused_step import Steps, advance
 from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.fused_vae import FusedDecoder
@@ -40,10 +39,10 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import record
 from bench.models import GUIDANCE
-from minisd import ddim
+from minisd import ddim, steps as readable_steps
+from minisd.backends import kernels
 from minisd.config import SD1, SD2_V, Config
 from minisd.ops import REFERENCE, TORCH, Ops
-from minisd.sd import StableDiffusion
 from minisd.unet import UNet
 from minisd.vae import Decoder
 
@@ -51,8 +50,7 @@ MODELS = {"SD1.5, 512x512": (SD1, 64), "SD2.1, 768x768": (SD2_V, 96)}
 COLUMNS = ["model", "rung", "launches", "bytes", "flops", "torch", "triton", "commit", "date"]
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 OVERWRITTEN = {"copy_", "fill_", "zero_"}  # what these change, they do not read
-OPS = {"reference": REFERENCE, "torch": TORCH, "triton": Ops(
-    "triton", flash_attention.flash_attention, group_norm_silu.group_norm_silu)}
+OPS = {"reference": REFERENCE, "torch": TORCH, "triton": kernels()}
 
 
 class Count(NamedTuple):
@@ -163,11 +161,11 @@ class Step:
         return launches
 
     def readable(self, unet: UNet) -> Callable[[Tensor], Tensor]:
-        """As `StableDiffusion._denoise` has it."""
-        sd = StableDiffusion(self.config, None, None, unet, None)
-        kind, (a_next, a) = self.config.schedule.prediction_type, sd.alphas_cumprod[:2]
-        return lambda x: ddim.step(x, sd._predict(x, self.timesteps[0], self.context, GUIDANCE),
-                                   a, a_next, kind)
+        """As the loop asks it."""
+        abars = ddim.alphas_cumprod(self.config.schedule)[[1, 0]].tolist()
+        steps = readable_steps.Steps(unet, self.context, None, self.timesteps, abars,
+                                     self.config.schedule.prediction_type, GUIDANCE, 0.0)
+        return lambda x: steps(x, 0)
 
     def steps(self, fused: FusedUNet) -> Steps:
         return Steps(fused, self.context, self.timesteps, [[1.0, 1.0 - GUIDANCE, GUIDANCE]])
@@ -210,8 +208,8 @@ def rungs(config: Config, side: int) -> Iterator[tuple[str, Count]]:
         yield "diffusers eager", step.count(step.readable(theirs)).total
     for name, ops in OPS.items():
         yield f'ops="{name}"', step.count(step.readable(step.unet(ops))).total
-    for name, bodies in {"torch": PLAIN, "triton": triton_bodies()}.items():
-        fused = FusedUNet(step.unet(TORCH), bodies)
+    for name, ops in {"torch": TORCH, "triton": kernels()}.items():
+        fused = FusedUNet(step.unet(TORCH), ops)
         yield f"fused UNet, {name} bodies", step.count(step.anew(fused)).total
     yield "prompt and times made once", step.count(step.once(fused)).total
     around, graph = step.replay(fused)
@@ -224,8 +222,8 @@ def decodings(config: Config, side: int) -> Iterator[tuple[str, Count]]:
     with torch.device("meta"):
         latent = torch.empty(1, config.vae.latent_channels, side, side, dtype=torch.float16)
         decoders = {f'ops="{name}"': Decoder(config.vae, ops).half() for name, ops in OPS.items()}
-        for name, bodies in {"torch": PLAIN, "triton": triton_bodies()}.items():
-            fused = FusedDecoder(Decoder(config.vae, TORCH).half(), bodies)
+        for name, ops in {"torch": TORCH, "triton": kernels()}.items():
+            fused = FusedDecoder(Decoder(config.vae, TORCH).half(), ops)
             decoders[f"fused decoder, {name} bodies"] = fused
     for name, decoder in decoders.items():
         with Launches() as launches:

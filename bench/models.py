@@ -10,19 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from minisd_kernels.fused_step import Steps
-from minisd_kernels.fused_unet import FusedUNet
-from minisd_kernels.fused_vae import fuse
+from minisd_kernels import fused_step
 from torch import Tensor, nn
 
 import minisd
-from minisd import ops
-from minisd.clip import TextEncoder
+from minisd.backends import resolve
 from minisd.config import SD1, SD2_V, Config
+from minisd.loading import build
+from minisd.ops import TORCH
 from minisd.sd import StableDiffusion
+from minisd.steps import Steps
 from minisd.tokenizer import Tokenizer
-from minisd.unet import UNet
-from minisd.vae import VAE
 
 PROMPT = "a red heart on a blue background"
 GUIDANCE = 7.5
@@ -57,11 +55,11 @@ class Model:
         """Those of the shipped model; or random ones that keep the scale of activations."""
         if self.shipped:
             return {part: {name: p.to(device, dtype) for name, p in module.state_dict().items()}
-                    for part, module in parts_of(self.shipped).items()}
+                    for part, module in self.shipped.parts.items()}
         generator = torch.Generator(device).manual_seed(0)
         return {part: {name: random(name, p.shape, generator, dtype)
                        for name, p in module.state_dict().items()}
-                for part, module in empty_parts(self.config, ops.TORCH).items()}
+                for part, module in build(self.config, TORCH).items()}
 
     def noise(self, batch: int) -> Tensor:
         """x_T (B, 4, h, w), float32 on the CPU."""
@@ -96,16 +94,6 @@ def random(name: str, shape: torch.Size, generator: torch.Generator, dtype: torc
     return x.to(dtype)
 
 
-def empty_parts(config: Config, body: ops.Ops) -> dict[str, nn.Module]:
-    with torch.device("meta"):
-        return {"text_encoder": TextEncoder(config.text, body), "unet": UNet(config.unet, body),
-                "vae": VAE(config.vae, body)}
-
-
-def parts_of(sd: StableDiffusion) -> dict[str, nn.Module]:
-    return {"text_encoder": sd.text_encoder, "unet": sd.unet, "vae": sd.vae}
-
-
 def with_copies(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """The module, on the meta device so far, with its own copies of the weights."""
     copies = {name: p.clone() for name, p in weights.items()}
@@ -118,12 +106,10 @@ class Ours:
 
     def __init__(self, model: Model, weights: Weights, name: str, device: torch.device):
         self.model, self.device = model, device
-        body = ops.choose(name, device, next(iter(weights["unet"].values())).dtype)
+        backend = resolve(name, None, device, next(iter(weights["unet"].values())).dtype)
         parts = {part: with_copies(module, weights[part])
-                 for part, module in empty_parts(model.config, body).items()}
-        if name == "fused":
-            parts["unet"] = fuse(parts["unet"], parts["vae"], body)
-        self.sd = StableDiffusion(model.config, model.tokenizer, **parts)
+                 for part, module in build(model.config, backend.ops).items()}
+        self.sd = StableDiffusion(model.config, model.tokenizer, **parts, backend=backend)
 
     def image(self, batch: int, steps: int) -> Tensor:
         """(B, 3, H, W) in [0, 1]: text encoder, all the steps, decoder."""
@@ -136,17 +122,20 @@ class Ours:
         """One prediction with guidance (1, 4, h, w)."""
         context = self.sd._context(["", PROMPT], None)                      # (2, 77, D)
         x = self.model.noise(1).to(self.device, torch.promote_types(context.dtype, torch.float32))
-        if isinstance(self.sd.unet, FusedUNet):
+        if fused := self.sd._fused():
             # uncond + GUIDANCE (cond - uncond), and no x: the prediction itself.
-            steps = Steps(self.sd.unet, context, [500], [[0.0, 1.0 - GUIDANCE, GUIDANCE]])
+            steps = fused_step.Steps(
+                fused.unet, context, [500], [[0.0, 1.0 - GUIDANCE, GUIDANCE]])
             return lambda: steps(x, 0)
-        return lambda: self.sd._predict(x, 500, context, GUIDANCE)
+        readable = Steps(self.sd.unet, context, None, [500], [], "epsilon", GUIDANCE, 0.0)
+        return lambda: readable.predict(x, 500)
 
     def decode(self) -> Callable[[], Tensor]:
         """(1, 3, H, W), about [-1, 1]."""
-        latent = self.model.noise(1).to(self.sd._weight)
-        return lambda: self.sd.vae.decode(latent)
+        latent, fused = self.model.noise(1).to(self.sd._weight), self.sd._fused()
+        return lambda: self.sd.vae.decode(latent, fused.decoder if fused else None)
 
     def release(self) -> None:
         """Free the CUDA graphs."""
-        getattr(self.sd.unet, "graphs", {}).clear()
+        if fused := self.sd._fused():
+            fused.unet.graphs.clear()

@@ -14,7 +14,6 @@ from unittest import mock
 
 import torch
 from minisd_kernels import flash_attention, launch
-from minisd_kernels.bodies import triton_bodies
 from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.fused_vae import FusedDecoder
 from torch.nn import functional as F
@@ -26,8 +25,9 @@ from triton.runtime.jit import create_function_from_signature
 
 import minisd
 from bench import inside, shapes, tune
+from minisd.backends import kernels
 from minisd.config import SD1, SD2_V, Config
-from minisd.ops import TORCH, choose
+from minisd.ops import TORCH
 from minisd.unet import UNet
 from minisd.vae import Decoder
 
@@ -63,7 +63,7 @@ def fused_step(config: Config, side: int, batch: int = 1) -> None:
     """One forward of the repacked UNet, of so many images with guidance."""
     with META:
         unet = UNet(config.unet, TORCH).half().requires_grad_(False)
-    unet = FusedUNet(unet, triton_bodies())
+    unet = FusedUNet(unet, kernels())
     with META, ChannelsLast():
         x = torch.empty(batch, config.unet.in_channels, side, side, dtype=torch.float16)
         context = torch.empty(2 * batch, 77, config.unet.cross_attention_dim, dtype=torch.float16)
@@ -74,7 +74,7 @@ def fused_decode(config: Config, side: int) -> None:
     """One image by the repacked decoder."""
     with META:
         decoder = Decoder(config.vae, TORCH).half().requires_grad_(False)
-    decoder = FusedDecoder(decoder, triton_bodies())
+    decoder = FusedDecoder(decoder, kernels())
     with META, ChannelsLast():
         decoder(torch.empty(1, config.vae.latent_channels, side, side, dtype=torch.float16))
 
@@ -101,7 +101,7 @@ def work() -> Iterator[Callable[[], object]]:
 
 def readable(config: Config, side: int) -> None:
     """One step and one decoding of the readable model by the kernels, and both of its prompts."""
-    ops = choose("triton", META)
+    ops = kernels()
     with META:
         unet = UNet(config.unet, ops).half().requires_grad_(False)
         unet(torch.empty(2, config.unet.in_channels, side, side).half(), torch.empty(2),

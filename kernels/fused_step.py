@@ -13,6 +13,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+from minisd_kernels import graphs
 from minisd_kernels.fused_unet import FusedUNet
 from torch import Tensor
 
@@ -63,7 +64,7 @@ class Steps:
     def __call__(self, x: Tensor, i: int, noise: Tensor | None = None) -> Tensor:
         """Latents x (B, C, h, w), in float32 or more, to the next; ``noise`` has the same form."""
         changing = x, self.times[i], self.table[i], noise
-        if x.device.type != "cuda":
+        if not graphs.records(x):
             return advance(self.unet, *changing, *self.fixed)
         extra, *prompt = self.fixed
         size = *x.shape, x.dtype, *prompt[0].shape[:2], noise is None, extra is None

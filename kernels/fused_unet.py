@@ -18,19 +18,18 @@ It is built from a loaded `minisd.unet.UNet`; nothing is trained or approximated
 B latents, M contexts (B or 2B), C channels, h w height and width, L = h*w rows, D context width
 """
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels.bodies import Bodies, add_up
 from minisd_kernels.graphs import Graphs
-from minisd_kernels.packed import Conv, Linear
+from minisd_kernels.packed import Conv, Linear, joined
 from torch import Tensor, nn
 
 from minisd import vae
+from minisd.ops import Ops, add_up
 from minisd.transformer import GEGLU, SpatialTransformer, TransformerBlock
 from minisd.unet import Downsample, ResBlock, UNet, Upsample, timestep_embedding
 
@@ -73,31 +72,31 @@ def bias_of(layer: nn.Conv2d | nn.Linear) -> Tensor:
 class Norm(nn.Module):
     """GroupNorm of a pending sum, then SiLU if asked; returns the sum too."""
 
-    def __init__(self, layer: nn.GroupNorm, silu: bool, bodies: Bodies):
+    def __init__(self, layer: nn.GroupNorm, silu: bool, ops: Ops):
         super().__init__()
         self.weight, self.bias = nn.Buffer(layer.weight.detach()), nn.Buffer(layer.bias.detach())
         self.settings = (layer.num_groups, layer.eps, silu)
-        self.body = bodies.group_norm_silu
+        self.function = ops.group_norm_silu
 
     def forward(self, s: Pending, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
         args = (s.x, self.weight, self.bias, *self.settings)
         if s.shift is None and s.residual is None:
-            return cast(Tensor, self.body(*args)), s.x
-        both = self.body(*args, s.shift, s.residual, True if into is None else into)
+            return cast(Tensor, self.function(*args)), s.x
+        both = self.function(*args, s.shift, s.residual, True if into is None else into)
         return cast(tuple[Tensor, Tensor], both)
 
 
 class Res(nn.Module):
     """ResBlock. What follows its first convolution is one shift: (C,), or a row for each of B."""
 
-    def __init__(self, block: ResBlock | vae.ResBlock, bodies: Bodies):
+    def __init__(self, block: ResBlock | vae.ResBlock, ops: Ops):
         super().__init__()
-        self.norm1, self.norm2 = (Norm(n, True, bodies) for n in (block.norm1, block.norm2))
+        self.norm1, self.norm2 = (Norm(n, True, ops) for n in (block.norm1, block.norm2))
         self.conv1, self.conv2 = Conv(block.conv1.weight), Conv(block.conv2.weight)
         self.bias, self.shortcut = nn.Buffer(bias_of(block.conv2)), None
         if isinstance(block.conv_shortcut, nn.Conv2d):
             bias = self.bias + bias_of(block.conv_shortcut)
-            self.shortcut = Linear(block.conv_shortcut.weight, bias)
+            self.shortcut = Linear(block.conv_shortcut.weight, bias=bias)
 
     def forward(self, s: Pending, shift: Tensor, into: Tensor | None = None) -> Pending:
         y, x = self.norm1(s, into)
@@ -111,32 +110,32 @@ class Res(nn.Module):
 class Attn(nn.Module):
     """SpatialTransformer: self-attention, cross-attention and feed-forward, each with its sum."""
 
-    def __init__(self, module: SpatialTransformer, bodies: Bodies):
+    def __init__(self, module: SpatialTransformer, ops: Ops):
         super().__init__()
         (block,) = of_kind(TransformerBlock, module.transformer_blocks)
-        self.bodies, self.heads = bodies, block.attn1.heads
-        self.norm = Norm(module.norm, False, bodies)
+        self.ops, self.heads = ops, block.attn1.heads
+        self.norm = Norm(module.norm, False, ops)
         self.norms = nn.ModuleList([block.norm1, block.norm2, block.norm3])
         self.proj_in = Linear(module.proj_in.weight)
         one, two = block.attn1, block.attn2
         (out1,), (out2,) = (of_kind(nn.Linear, attn.to_out) for attn in (one, two))
-        self.qkv = Linear(torch.cat([one.to_q.weight, one.to_k.weight, one.to_v.weight]))
+        self.qkv = Linear(one.to_q.weight, one.to_k.weight, one.to_v.weight)
         self.out1 = Linear(out1.weight)
         self.q = Linear(two.to_q.weight)
-        self.kv = Linear(torch.cat([two.to_k.weight, two.to_v.weight]))
+        self.kv = Linear(two.to_k.weight, two.to_v.weight)
         self.out2 = Linear(out2.weight)
         # The norms add the biases of the products before them.
         biases = [bias_of(layer) for layer in (module.proj_in, out1, out2)]
         self.shifts = nn.Buffer(torch.stack(biases))                         # (3, C)
         (widen,), (narrow,) = of_kind(GEGLU, block.ff.net), of_kind(nn.Linear, block.ff.net)
-        self.widen = Linear(widen.proj.weight, widen.proj.bias)
+        self.widen = Linear(widen.proj.weight, bias=widen.proj.bias)
         self.narrow = Linear(narrow.weight)
         # (h + g N^T + b) W^T = (h + g N^T) W^T + W b: the first bias moves into the second.
         bias = bias_of(module.proj_out) + module.proj_out.weight.flatten(1) @ narrow.bias
-        self.proj_out = Linear(module.proj_out.weight, bias)
+        self.proj_out = Linear(module.proj_out.weight, bias=bias)
 
     def forward(self, s: Pending, prompt: Tensor) -> Pending:
-        attention = self.bodies.attention
+        attention = self.ops.attention
         y, x = self.norm(s)
         y, h = self._norm(0, self.proj_in(rows(y)))                          # (B, L, C)
         q, k, v = self.qkv(y).chunk(3, dim=-1)                               # (B, L, C)
@@ -148,13 +147,13 @@ class Attn(nn.Module):
         k, v = prompt.chunk(2, dim=-1)                                       # (M, 77, C)
         h2 = self.out2(attention(self.q(y), k, v, self.heads))               # (M, L, C)
         y, h = self._norm(2, h2, h)
-        h = self.narrow.add_to(h, self.bodies.geglu(self.widen(y)))          # (M, L, C)
+        h = self.narrow.add_to(h, self.ops.geglu(self.widen(y)))          # (M, L, C)
         return Pending(feature_map(self.proj_out(h), x), None, x)
 
     def _norm(self, i: int, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The i-th norm of x + its shift + residual, and the sum."""
         norm = self.norms[i]
-        return self.bodies.layer_norm(
+        return self.ops.layer_norm(
             x, norm.weight, norm.bias, norm.eps, residual, self.shifts[i])
 
 
@@ -198,25 +197,25 @@ Pair = tuple[Res, Attn | None]  # a res block, and the attention after it where 
 class FusedUNet:
     """Called like the readable UNet, or through `prompt`, `times` and `step`, which repeat no work.
 
-    ``bodies`` are the norms and attentions: `PLAIN` on a CPU, `triton_bodies()` on a GPU.
+    ``ops`` compute the norms, the attentions and GEGLU.
     """
 
     @torch.no_grad()
-    def __init__(self, unet: UNet, bodies: Bodies):
-        self.config, self.ops = unet.config, unet.ops
+    def __init__(self, unet: UNet, ops: Ops):
+        self.config, self.ops = unet.config, ops
         self.graphs = Graphs()  # recorded steps, by size; clear it to free their memory
         blocks = of_kind(ResBlock, unet.modules())
-        res = {m: Res(m, bodies) for m in blocks}
-        attn = {m: Attn(m, bodies) for m in of_kind(SpatialTransformer, unet.modules())}
+        res = {m: Res(m, ops) for m in blocks}
+        attn = {m: Attn(m, ops) for m in of_kind(SpatialTransformer, unet.modules())}
         self.attentions = [*attn.values()]
 
         self.time_embedding = unet.time_embedding
-        self.time_weight = torch.cat([m.time_emb_proj.weight for m in blocks])
+        self.time_weight = joined([m.time_emb_proj.weight for m in blocks])
         self.time_widths = [m.conv1.out_channels for m in blocks]
         self.time_bias = torch.cat([m.time_emb_proj.bias + bias_of(m.conv1) for m in blocks])
         self.conv_in = nn.utils.convert_conv2d_weight_memory_format(
-            copy.deepcopy(unet.conv_in), torch.channels_last)
-        self.norm_out = Norm(unet.conv_norm_out, True, bodies)
+            unet.conv_in, torch.channels_last)
+        self.norm_out = Norm(unet.conv_norm_out, True, ops)
         self.conv_out = Conv(unet.conv_out.weight)
         self.conv_out_bias = bias_of(unet.conv_out).view(-1, 1, 1)
 
@@ -236,8 +235,8 @@ class FusedUNet:
         self.up = [(layers(level), [Up(m.conv) for m in of_kind(Upsample, level.modules())])
                    for level in unet.up_blocks]
         # The channels of x and its skip together, in the order in which the skips are made.
-        joined = [m.norm1.num_channels for m in of_kind(ResBlock, unet.up_blocks.modules())]
-        self.joined = joined[::-1]
+        widths = [m.norm1.num_channels for m in of_kind(ResBlock, unet.up_blocks.modules())]
+        self.joined = widths[::-1]
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:

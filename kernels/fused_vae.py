@@ -1,4 +1,4 @@
-"""The VAE's decoder, repacked like the fused UNet and from the same parts; and `fuse`.
+"""The VAE's decoder, repacked like the fused UNet and from the same parts; and both together.
 
 fused_unet.py describes the differences: layout, pending sums, one matrix for q, k and v, and
 doubling in phases. The last saves most here: 386 of 2515 GFLOP.
@@ -6,11 +6,9 @@ doubling in phases. The last saves most here: 386 of 2515 GFLOP.
 B latents, C channels, h w height and width of the latent, L = h*w rows
 """
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
-from minisd_kernels.bodies import PLAIN, Bodies, triton_bodies
+from minisd_kernels import fused_step, graphs
 from minisd_kernels.fused_unet import (
     FusedUNet,
     Norm,
@@ -26,6 +24,7 @@ from minisd_kernels.graphs import Graphs
 from minisd_kernels.packed import Conv, Linear
 from torch import Tensor, nn
 
+from minisd import steps as readable_steps
 from minisd.ops import Ops
 from minisd.unet import UNet
 from minisd.vae import VAE, Attention, Decoder, ResBlock, Upsample
@@ -34,9 +33,9 @@ from minisd.vae import VAE, Attention, Decoder, ResBlock, Upsample
 class DecoderRes(nn.Module):
     """ResBlock; only its own bias follows the first convolution."""
 
-    def __init__(self, block: ResBlock, bodies: Bodies):
+    def __init__(self, block: ResBlock, ops: Ops):
         super().__init__()
-        self.block, self.shift = Res(block, bodies), nn.Buffer(bias_of(block.conv1))
+        self.block, self.shift = Res(block, ops), nn.Buffer(bias_of(block.conv1))
 
     def forward(self, s: Pending) -> Pending:
         return self.block(s, self.shift)
@@ -45,12 +44,12 @@ class DecoderRes(nn.Module):
 class DecoderAttn(nn.Module):
     """Attention of one head over all positions, added to its input."""
 
-    def __init__(self, module: Attention, bodies: Bodies):
+    def __init__(self, module: Attention, ops: Ops):
         super().__init__()
-        self.norm, self.attention = Norm(module.group_norm, False, bodies), bodies.attention
+        self.norm, self.attention = Norm(module.group_norm, False, ops), ops.attention
         (out,), three = of_kind(nn.Linear, module.to_out), (module.to_q, module.to_k, module.to_v)
-        self.qkv = Linear(torch.cat([m.weight for m in three]), torch.cat([m.bias for m in three]))
-        self.out = Linear(out.weight, out.bias)
+        self.qkv = Linear(*(m.weight for m in three), bias=torch.cat([m.bias for m in three]))
+        self.out = Linear(out.weight, bias=out.bias)
 
     def forward(self, s: Pending) -> Pending:
         y, x = self.norm(s)
@@ -59,39 +58,33 @@ class DecoderAttn(nn.Module):
 
 
 class FusedDecoder(nn.Module):
-    """Takes the place of a VAE's ``decoder``: latents (B, 4, h, w) -> images (B, 3, H, W).
+    """The same function as a VAE's ``decoder``: latents (B, 4, h, w) -> images (B, 3, H, W).
 
-    It is a module too: ``.to(dtype)`` makes a decoder in float32 where float16 overflows. On a GPU
-    a decoding is one graph per size.
+    On a GPU a decoding is one graph per size.
     """
 
     @torch.no_grad()
-    def __init__(self, decoder: Decoder, bodies: Bodies):
+    def __init__(self, decoder: Decoder, ops: Ops):
         super().__init__()
         self.conv_in = nn.utils.convert_conv2d_weight_memory_format(
             decoder.conv_in, torch.channels_last)
         first, second = of_kind(ResBlock, decoder.mid_block.resnets)
         (attention,) = of_kind(Attention, decoder.mid_block.attentions)
         self.blocks = nn.Sequential(
-            DecoderRes(first, bodies), DecoderAttn(attention, bodies), DecoderRes(second, bodies))
+            DecoderRes(first, ops), DecoderAttn(attention, ops), DecoderRes(second, ops))
         for level in decoder.up_blocks:
-            self.blocks.extend(DecoderRes(m, bodies) for m in of_kind(ResBlock, level.modules()))
+            self.blocks.extend(DecoderRes(m, ops) for m in of_kind(ResBlock, level.modules()))
             self.blocks.extend(Up(m.conv, odd=False) for m in of_kind(Upsample, level.modules()))
-        self.norm_out = Norm(decoder.conv_norm_out, True, bodies)
+        self.norm_out = Norm(decoder.conv_norm_out, True, ops)
         self.conv_out = Conv(decoder.conv_out.weight)
         self.bias = nn.Buffer(bias_of(decoder.conv_out).view(-1, 1, 1))
         self.graphs = Graphs()
 
     def forward(self, latent: Tensor) -> Tensor:
         wanted = torch.is_grad_enabled() and latent.requires_grad
-        if latent.device.type != "cuda" or wanted or torch.cuda.is_current_stream_capturing():
+        if wanted or not graphs.records(latent):
             return self._decode(latent)
         return self.graphs(("decode", *latent.shape, latent.dtype), self._decode, [latent])
-
-    def _apply(self, *args, **options) -> "FusedDecoder":
-        """``.to`` calls this: the weights leave the memory that a graph reads."""
-        self.graphs.clear()
-        return super()._apply(*args, **options)
 
     def _decode(self, latent: Tensor) -> Tensor:
         x = latent.contiguous(memory_format=torch.channels_last)
@@ -100,11 +93,16 @@ class FusedDecoder(nn.Module):
         return self.conv_out(y) + self.bias                                  # (B, 3, H, W)
 
 
-def fuse(unet: UNet, vae: VAE, ops: Ops) -> FusedUNet:
-    """The UNet, repacked around the same ops; a repacked decoder replaces the VAE's, in place."""
-    bodies = PLAIN if ops.why else triton_bodies()
-    bodies = bodies._replace(attention=ops.attention)
-    fused, decoder = FusedUNet(unet, bodies), FusedDecoder(cast(Decoder, vae.decoder), bodies)
-    decoder.graphs = fused.graphs
-    vae.decoder = decoder
-    return fused
+class Fused:
+    """The repacked networks of a model, with one cache of graphs: its steps and its decoder."""
+
+    def __init__(self, unet: UNet, vae: VAE, ops: Ops):
+        self.unet, self.decoder = FusedUNet(unet, ops), FusedDecoder(vae.decoder, ops)
+        self.decoder.graphs = self.unet.graphs
+
+    def steps(self, readable: readable_steps.Steps) -> fused_step.Steps:
+        """The same denoise steps by the repacked UNet."""
+        table = fused_step.weights(readable.abars, readable.prediction_type, readable.eta,
+                                   readable.guidance_scale)
+        return fused_step.Steps(
+            self.unet, readable.context, readable.timesteps, table, readable.extra)

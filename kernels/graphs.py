@@ -17,6 +17,11 @@ MOST = 8  # graphs kept; each holds the intermediate tensors of its call
 Pool: TypeAlias = "torch.cuda._POOL_HANDLE"
 
 
+def records(x: Tensor) -> bool:
+    """Whether a call on such tensors is recorded: on a CUDA device, while nobody else records."""
+    return x.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
 class Graph:
     """A recorded call, with input buffers of its own."""
 

@@ -1,14 +1,38 @@
 """Convolutions and matrix products whose weights lie in the order that the library wants.
 
+The readable model's parameters become views of these weights, so that both models together hold
+each weight once; where oneDNN packs, its copy comes on top.
+
 On a GPU that is channels_last. On a CPU it is oneDNN's blocked order for one size of input: torch's
 own calls reorder the weights every time, which at 256x256 takes longer than the convolutions of
 SD1.5 themselves. torch.compile packs weights with the same operators on a CPU; where they do not
 apply (not float32, no oneDNN), torch's usual calls run.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def joined(weights: Sequence[Tensor]) -> Tensor:
+    """Weights (C_out, C_in, ...) below each other: (the sum of C_out, C_in).
+
+    Where they are parameters, each becomes a view of its rows: no weight is kept twice.
+    """
+    if len(weights) == 1:
+        return weights[0].detach().flatten(1)
+    matrix = torch.cat([weight.detach().flatten(1) for weight in weights])
+    for weight, rows in zip(weights, matrix.split([len(weight) for weight in weights])):
+        _replace(weight, rows.view(weight.shape))
+    return matrix
+
+
+def _replace(weight: Tensor, same: Tensor) -> None:
+    """The same values in another place or order, for the readable model that owns the weight."""
+    if isinstance(weight, nn.Parameter):
+        weight.data = same
 
 
 def packs(x: Tensor) -> bool:
@@ -27,6 +51,7 @@ class Conv(nn.Module):
     def __init__(self, weight: Tensor, stride: int = 1, transposed: bool = False):
         super().__init__()
         self.weight = nn.Buffer(weight.detach().contiguous(memory_format=torch.channels_last))
+        _replace(weight, self.weight.detach())
         self.stride, self.transposed = stride, transposed
         self.size: torch.Size | None = None
 
@@ -59,10 +84,11 @@ class Conv(nn.Module):
 class Linear(nn.Module):
     """x W^T + b; W is packed for the number of rows when that is first seen or changes."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        """weight (C_out, C_in, ...), also that of a 1x1 convolution; bias (C_out,)."""
+    def __init__(self, *weights: Tensor, bias: Tensor | None = None):
+        """weights (C_out, C_in, ...), also of 1x1 convolutions, one below the other; bias (the sum
+        of C_out,)."""
         super().__init__()
-        self.weight = nn.Buffer(weight.detach().flatten(1))
+        self.weight = nn.Buffer(joined(weights))
         self.bias = None if bias is None else nn.Buffer(bias.detach())
         self.rows: int | None = None
 

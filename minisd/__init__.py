@@ -17,23 +17,21 @@ if TYPE_CHECKING:
     from minisd.sd import Output, StableDiffusion
 
 __version__ = "0.2.0"
+_HOMES = {
+    "Config": "config", "HubError": "errors", "ImageError": "errors", "MinisdError": "errors",
+    "Ops": "ops", "Output": "sd", "StableDiffusion": "sd", "WeightError": "errors",
+    "download": "hub", "load": "loading",
+}
 __all__ = ["Config", "HubError", "ImageError", "MinisdError", "Ops", "Output", "StableDiffusion",
            "WeightError", "download", "load"]
-
-_HOMES = {
-    "config": ("Config",), "errors": ("HubError", "ImageError", "MinisdError", "WeightError"),
-    "hub": ("download",), "loading": ("load",), "ops": ("Ops",),
-    "sd": ("Output", "StableDiffusion"),
-}
 
 
 def __getattr__(name: str) -> object:
     # Importing torch takes seconds: `import minisd`, and so `minisd --help`, does without it.
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"minisd.{home}"), name)
-    raise AttributeError(f"module 'minisd' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'minisd' has no attribute {name!r}")
+    return getattr(import_module(f"minisd.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__"]

@@ -1,6 +1,7 @@
 """The command line: a prompt in, PNG files out, one sentence when something is wrong."""
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -147,12 +148,16 @@ def _call_arguments(args: argparse.Namespace) -> dict:
 
 def _record(args: argparse.Namespace, call: dict) -> dict:
     """What a PNG remembers beside the model's settings; known before the model is loaded."""
+    paths = "\n".join(os.path.abspath(path) for path in (args.model, args.vae) if path)
+    weights = {"vae": _last_name(args.vae), "prediction_type": args.prediction_type,
+               "tile": args.tile}
     return {
         "model": _last_name(args.model) or "tiny",
         "image": _last_name(args.image),
         "mask": _last_name(args.mask),
-        "asked": {**call, "vae": _last_name(args.vae), "prediction_type": args.prediction_type,
-                  "tile": args.tile},
+        "asked": call | {key: value for key, value in weights.items() if value is not None},
+        # Tells models of one name apart, and does not tell where they lie.
+        "paths": hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()[:12],
         "version": minisd.__version__,
     }
 
@@ -185,7 +190,10 @@ def _is_made(path: Path, seed: int, args: argparse.Namespace, record: dict) -> b
     except (OSError, ValueError):
         return False
     wanted = {**record, "prompt": args.prompt, "seed": seed}
-    return all(made.get(key) == value for key, value in wanted.items())
+    # What was asked for may have been the default before, but what was asked before is no default.
+    asked, before = wanted.pop("asked"), made.pop("asked", None) or {}
+    wanted |= {key: value for key, value in asked.items() if value != before.get(key)}
+    return before.keys() <= asked.keys() and all(made.get(k) == v for k, v in wanted.items())
 
 
 def _exit_code(error: BaseException) -> int:

@@ -27,6 +27,9 @@ MAX_SEED = 2**32 - 1
 DEFAULT_STRENGTH = (0.8, 1.0)
 # Attention grows with the fourth power of the side; nothing beyond this can finish.
 MAX_SIDE = 8192
+# Without a size an image keeps its own, up to the area of this many times the side that the model
+# was trained on; a larger one is scaled down, because a model draws nothing sensible far from that.
+LARGEST_UNASKED = 2.5
 LARGEST = sys.float_info.max
 DTYPES = {
     "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
@@ -177,10 +180,12 @@ def _size(height: object, width: object, config: Config, image: Image | None) ->
     elif width is not None:
         scale = side("width", width, f, usual) / image.width
     else:
-        scale = min(1.0, MAX_SIDE / max(image.size))
-    sides = (min(max(round(scale * pixels / f), 1) * f, MAX_SIDE) for pixels in image.size)
-    w, h = sides
-    return h, w
+        scale = min(1.0, LARGEST_UNASKED * usual / math.sqrt(image.height * image.width))
+
+    def scaled(name: str, pixels: int) -> int:
+        return side(name, max(round(scale * pixels / f), 1) * f, f, usual)
+
+    return scaled("height", image.height), scaled("width", image.width)
 
 
 def side(name: str, value: object, multiple: int, default: int) -> int:

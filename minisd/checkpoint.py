@@ -104,7 +104,7 @@ def locate(path: str | PathLike) -> Path:
     """
     # os.path where pathlib would raise for names that can be none: too long, ~ of an unknown user.
     place = Path(os.path.expanduser(path))
-    if os.path.exists(place):
+    if os.path.exists(place) and str(path):
         return place
     hint = ""
     short = str(path) in hub.KNOWN

@@ -112,7 +112,7 @@ class Encoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, 77) -> context (B, 77, D), after the final LayerNorm."""
+    """Token ids (B, 77) on any device -> context (B, 77, D) there, after the final LayerNorm."""
 
     def __init__(self, config: TextConfig, ops: Ops):
         super().__init__()
@@ -121,5 +121,6 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, NORM_EPS)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.encoder(self.embeddings(ids))                               # (B, L, D)
-        return self.final_layer_norm(x)                                      # (B, L, D)
+        own = self.final_layer_norm.weight.device
+        x = self.encoder(self.embeddings(ids.to(own)))                       # (B, L, D)
+        return self.final_layer_norm(x).to(ids.device)                       # (B, L, D)

@@ -78,7 +78,7 @@ class Config:
     vae: VAEConfig = field(default_factory=VAEConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     sample_size: int = 512
-    # What a call uses that does not say: the values of the official scripts (txt2img.py).
+    # What a call uses that does not say; diffusers has the same for all of these models.
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
 

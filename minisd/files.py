@@ -50,8 +50,12 @@ def _publish(temporary: Path, path: Path, overwrite: bool) -> None:
         os.replace(temporary, path)
         return
     if temporary.is_dir():
-        os.mkdir(path)  # claims the name: a folder replaces an empty one, and no link is made to it
-        os.replace(temporary, path)
+        path.mkdir()  # claims the name; a folder then replaces an empty one
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            path.rmdir()
+            raise
         return
     try:
         os.link(temporary, path)

@@ -38,9 +38,9 @@ class Noise:
 class MaskBlending:
     """Inpainting with a model that knows no masks: the given image, wherever the mask is 0.
 
-    After each step the part to keep is replaced by a draw of q(x_t | x_0) of the given image, so
-    that the rest is denoised to fit it: "Blended Latent Diffusion", Avrahami et al. 2022,
-    https://arxiv.org/abs/2206.02779.
+    After each step the part to keep is replaced by that of the given image, noised to the same
+    level, so that the rest is denoised to fit it: "Blended Latent Diffusion", Avrahami et al. 2022,
+    https://arxiv.org/abs/2206.02779. As in diffusers, the noise is the same at every step.
     """
 
     image: Tensor  # (1, 3, H, W) in [-1, 1]

@@ -1,14 +1,15 @@
 """From a file or folder to a model that can be called."""
 
 from os import PathLike
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import torch
 
 from minisd import arguments, checkpoint
+from minisd.backends import resolve
 from minisd.clip import TextEncoder
 from minisd.config import Config
-from minisd.ops import Ops, choose
+from minisd.ops import Ops
 from minisd.sd import StableDiffusion
 from minisd.tokenizer import Tokenizer
 from minisd.tokenizer_folder import read_tokenizer
@@ -18,7 +19,8 @@ from minisd.vae import VAE
 
 def load(
     path: str | PathLike | None = None, *, config: Config | str | PathLike | None = None,
-    device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", ops: str = "auto",
+    device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
+    ops: str | Ops = "auto", fused: bool | None = None,
     vae: str | PathLike | None = None, prediction_type: str | None = None,
     tile: int | None = None,
 ) -> StableDiffusion:
@@ -29,38 +31,41 @@ def load(
     such as "sd1.5" or an "owner/name".
     ``config``: the sizes, or a folder of diffusers JSON files with them, for a single file of
     unusual sizes. ``vae``: a stand-alone VAE file to use instead. ``prediction_type``: "epsilon"
-    or "v_prediction", where the file does not say. ``tile``: decode what is larger than this in
-    tiles of this side, in cells of the latent (64 is 512 pixels), to save memory; not exact.
+    or "v_prediction", whatever the file says. ``tile``: decode what is larger than this in
+    tiles of this side, in cells of the latent (64 is 512 pixels in the official models), to save
+    memory; not exact.
 
     ``device`` "auto" is cuda, then mps, then cpu; ``dtype`` "auto" is float16 on a GPU and
-    float32 on a CPU; ``ops`` "torch", "reference" (the formulas written out), "triton" (the GPU
-    kernels, which refuse rather than fall back), "fused" (these and a repacked UNet; on a CPU
-    with torch's ops) or "auto": "fused" on a GPU where the kernels are proven, else "torch".
+    float32 on a CPU.
+
+    ``ops``, which functions compute attention and norms: "torch", "reference" (the formulas written
+    out), "triton" (the GPU kernels, which raise rather than fall back), an `Ops` of your own, or
+    "auto": the kernels on a GPU where they are proven, else torch's. ``fused``: whether the steps
+    and the decoding run on repacked copies of the UNet and the decoder, which is faster; on a CPU
+    the copies take memory. None is True on a GPU where the kernels are proven, else False.
+    ``ops`` "fused" is short for fused=True.
 
     Raises FileNotFoundError, WeightError (naming file and tensor), or ValueError for the rest.
     """
-    place = arguments.device(device)
-    number = arguments.dtype(dtype, place)
+    device = arguments.device(device)
+    dtype = arguments.dtype(dtype, device)
     tile = arguments.tile(tile)
-    chosen = choose(ops, place, number)
+    backend = resolve(ops, fused, device, dtype)
     found = checkpoint.open_checkpoint(path, config=config, vae=vae,
                                        prediction_type=prediction_type)
     if found.tokenizer_folder is None:
         tokenizer = Tokenizer.clip(found.config.text.pad_token_id)
     else:
         tokenizer = read_tokenizer(found.tokenizer_folder)
-    sd = StableDiffusion(found.config, tokenizer, **build(found.config, chosen))
+    sd = StableDiffusion(found.config, tokenizer, **build(found.config, backend.ops),
+                         backend=backend)
     parts = sd.parts.items()
     for part, module in parts:  # all of them, before any weight is read
         checkpoint.check(found, part, module)
     for part, module in parts:
-        checkpoint.fill(found, part, module, number, place)
+        checkpoint.fill(found, part, module, dtype, device)
         module.eval().requires_grad_(False)
     sd.vae.tile = tile
-    if chosen.name in ("fused", "auto"):
-        from minisd_kernels.fused_vae import fuse
-
-        sd.unet = cast(UNet, fuse(sd.unet, sd.vae, chosen))
     return sd
 
 

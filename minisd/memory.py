@@ -14,7 +14,6 @@ import torch
 
 from minisd.arguments import Request
 from minisd.config import Config, UNetConfig
-from minisd.unet import UNet
 from minisd.vae import VAE
 
 REMEDIES = ("choose a smaller size or fewer images at once, load with tile=64 (--tile 64) for "
@@ -27,13 +26,13 @@ RAN_OUT = re.compile(
 def activations(
     config: Config, shape: tuple[int, ...], prompts: int, guided: bool, itemsize: int,
     tile: int | None = None, encodes: bool = False, decodes: bool = True,
-    stores_scores: bool = False,
+    stores_scores: bool = False, vae_itemsize: int | None = None,
 ) -> int:
     """Bytes that a call needs beside the weights, when it needs most.
 
     ``shape`` (B, 4, h, w) of the latents; ``itemsize`` bytes of a weight; ``tile`` as of the VAE;
     ``encodes``: an image is given; ``decodes``: one is wanted; ``stores_scores``: attention keeps
-    all of q k^T, in float32, as only the reference does.
+    all of q k^T, in float32, as only the reference does; ``vae_itemsize`` if the VAE's differs.
     """
     count, _, h, w = shape
     f, widths = config.vae.downscale, config.vae.block_out_channels
@@ -45,6 +44,7 @@ def activations(
     unet = count * (1 + guided) * (
         itemsize * _unet_channels(config.unet) * h * w + scores * _unet_scores(config.unet, h * w))
 
+    itemsize = vae_itemsize or itemsize
     part = h * w if tile is None else min(h, tile) * min(w, tile)
     # The wide input, its norm and the copy of that, and the narrow output of a convolution.
     decoder = max((3 * wide + c) / 4**i for i, (c, wide) in enumerate(_levels(widths)))
@@ -95,17 +95,23 @@ def free(device: torch.device) -> int | None:
     return 1024 * (int(kib["MemAvailable"]) + int(kib.get("SwapFree", 0)))
 
 
-def check(unet: UNet, vae: VAE, r: Request, encodes: bool, decodes: bool) -> None:
-    """Raise MemoryError, before the attempt, for a request that cannot fit."""
-    weight = unet.conv_in.weight
+def check(
+    r: Request, dtype: torch.dtype, device: torch.device, vae: VAE, encodes: bool, decodes: bool,
+    stores_scores: bool,
+) -> None:
+    """Raise MemoryError, before the attempt, for a request that cannot fit.
+
+    ``dtype`` and ``device`` are those of the UNet; the rest is as for `activations`.
+    """
     need = activations(
         r.config, r.shape, len(r.generators) // r.num_images_per_prompt, r.guidance_scale != 1.0,
-        weight.itemsize, vae.tile, encodes, decodes, unet.ops.name == "reference")
-    there = free(weight.device)
+        dtype.itemsize, vae.tile, encodes, decodes, stores_scores,
+        vae.quant_conv.weight.itemsize)
+    there = free(device)
     if there is not None and need > there:
         raise MemoryError(
             f"{len(r.generators)} of {r.width}x{r.height} pixels at once needs about "
-            f"{need / 2**30:.1f} GiB beside the weights, and {weight.device} has "
+            f"{need / 2**30:.1f} GiB beside the weights, and {device} has "
             f"{there / 2**30:.1f} GiB free: {REMEDIES}")
 
 

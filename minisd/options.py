@@ -54,29 +54,29 @@ def _drawing_parser() -> Parser:
            " `minisd download` has fetched (default: the shipped tiny model)")
     option("--vae", help="a stand-alone VAE to use instead of the model's own")
     option("--prediction-type", metavar="TYPE",
-           help="epsilon or v_prediction, where the model's file does not say")
+           help="epsilon or v_prediction, whatever the model's file says")
     option("-n", "--negative", default="", help="what to keep out (default: nothing)")
     option("-o", "--output", help="a name ending in .png, or a folder (default: minisd-SEED.png);"
            " with --count, heart.png becomes heart-00000.png and so on, and without a name"
            " they are 00000-SEED.png and so on")
     option("--steps", type=_number(int, lambda n: 1 <= n <= 1000, "from 1 to 1000"),
-           help="denoising steps, 1 to 1000 (default: the model's own, 50)")
+           help="denoising steps, 1 to 1000 (default: 50)")
     option("--guidance", type=_number(float, lambda g: abs(g) < float("inf"), "finite"),
-           help="how closely to follow the prompt; 1 is off (default: the model's own, 7.5)")
+           help="how closely to follow the prompt; 1 is off (default: 7.5)")
     option("--seed", type=_number(int, lambda n: 0 <= n <= LAST_SEED, f"from 0 to {LAST_SEED}"),
            help="the seed of the first image; the next takes the next (default: drawn and told)")
     option("--size", type=_size, metavar="WxH",
-           help="in pixels (default: the model's own, or that of --image)")
+           help="in pixels (default: what the model was trained on, or that of --image)")
     option("--count", type=_number(int, lambda n: 1 <= n <= 100_000, "from 1 to 100000"),
            default=1, help="how many images (default: %(default)s)")
     option("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
-    option("--dtype", default="auto", help="float32, float16 or bfloat16 (default: %(default)s:"
-           " float16 on a GPU, float32 on a CPU)")
+    option("--dtype", default="auto", help="float32, float16, bfloat16 or float64"
+           " (default: %(default)s: float16 on a GPU, float32 on a CPU)")
     option("--ops", default="auto", help="torch, its fused calls; reference, the formulas written"
            " out; triton, the GPU kernels; fused; or auto (default: %(default)s)")
     option("--tile", type=_number(int, lambda n: 1 <= n <= 8192, "from 1 to 8192"), metavar="N",
-           help="decode in tiles of N cells of the latent, 64 for 512 pixels: less memory, not"
-           " exact (default: no tiles)")
+           help="decode in tiles of N cells of the latent, 64 for 512 pixels in the official"
+           " models: less memory, not exact (default: no tiles)")
     option("--image", help="an image to start from")
     option("--mask", help="where to repaint --image: light is repainted, dark is kept")
     option("--strength", type=_number(float, lambda s: 0 < s <= 1, "above 0 and at most 1"),

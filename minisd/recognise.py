@@ -32,6 +32,10 @@ TELLTALE_STD = 0.09
 
 # Metadata that training tools write: https://github.com/Stability-AI/ModelSpec
 MODELSPEC = "modelspec.prediction_type"
+SPELLINGS = {
+    **dict.fromkeys(("epsilon", "eps"), "epsilon"),
+    **dict.fromkeys(("v", "v_prediction", "v-prediction", "velocity"), "v_prediction"),
+}
 
 PARAMETERIZATION = re.compile(r"""^\s*parameterization:\s*["']?(\w+)["']?\s*(#.*)?$""", re.M)
 MAX_SIDECAR = 2**20
@@ -84,9 +88,9 @@ def find_prediction(
     for sidecar in (path.with_suffix(".yaml"), path.with_suffix(".yml")):
         if sidecar.is_file():
             return _read_sidecar(sidecar), f"from {sidecar}"
-    said = read_metadata(path).get(MODELSPEC)
-    if said in ("epsilon", "v"):
-        return "v_prediction" if said == "v" else "epsilon", f"from the file's {MODELSPEC}"
+    said = SPELLINGS.get(read_metadata(path).get(MODELSPEC, "").lower())
+    if said:
+        return said, f"from the file's {MODELSPEC}"
     unet = config.unet
     if (unet.cross_attention_dim, unet.in_channels) != (1024, 4) or TELLTALE not in tensors:
         return "epsilon", "the default, as nothing says otherwise"

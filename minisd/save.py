@@ -5,6 +5,7 @@ names are those of names.py, read the other way round.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from minisd import files, names
 from minisd.config import Config
+from minisd.errors import WeightError
 from minisd.recognise import MODELSPEC
 from minisd.tokenizer import Tokenizer
 from minisd.tokenizer_folder import write_tokenizer
@@ -41,13 +43,16 @@ def save_model(
     ``path`` ending in .safetensors is a single file; any other is a folder, made new. An existing
     one is a FileExistsError, a full disk the OSError that names ``path``; both before any work.
     """
+    suffix = path.suffix.lower()
+    if suffix in (".ckpt", ".pt", ".pth", ".bin", ".safetensor"):
+        raise ValueError(f"{path}: a file's name must end in .safetensors")
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists: choose another name")
     weights = {part: module.state_dict() for part, module in parts.items()}
     size = sum(t.nbytes for tensors in weights.values() for t in tensors.values())
-    if path.exists():
-        raise FileExistsError(f"{path} exists: choose another name")
     files.check_writable(path, size=size)
     with files.written_whole(path) as temporary:
-        if path.suffix == ".safetensors":
+        if suffix == ".safetensors":
             _write_tensors(temporary, original_tensors(config, weights),
                            prediction_type=config.schedule.prediction_type)
         else:
@@ -84,7 +89,8 @@ def _named(rows: names.NameMap, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         if all(parameter in left for parameter in parameters):
             pieces = [left.pop(parameter) for parameter in parameters]
             named[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    assert not left, f"names.py has no official name for {', '.join(left)}"
+    if left:
+        raise WeightError(f"no official model has {', '.join(left)}, so it cannot be saved as one")
     return named
 
 
@@ -92,8 +98,23 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], prediction_type: s
     metadata = {"format": "pt"}  # transformers refuses a file that does not say so
     if prediction_type:
         metadata[MODELSPEC] = "v" if prediction_type == "v_prediction" else prediction_type
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata)
-    path.chmod(0o644)  # save_file makes it readable by its owner only
+    path.touch()
+    mode = path.stat().st_mode  # what the user's umask allows; save_file: the owner only
+    save_file(_apart(tensors), path, metadata)
+    path.chmod(mode)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with tied weights as copies: safetensors writes no memory twice."""
+    apart: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart
 
 
 def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:

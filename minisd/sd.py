@@ -5,16 +5,16 @@
     seed --> noise x_T --> [ unet + guidance + DDIM step ] x S --> latent x_0 --vae--> image
 
 This is latent diffusion (Rombach et al. 2022, https://arxiv.org/abs/2112.10752): the UNet denoises
-a latent, with 1/8 of the image's height and width, and the VAE turns the result into pixels.
+a latent, officially of 1/8 of the image's height and width; the VAE turns it into pixels.
 Classifier-free guidance is here, and so is every choice of device, dtype and seed.
 
 B images, H W height and width in pixels, h w of the latent, D width of the context
 """
 
 import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -24,14 +24,15 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisd import arguments, ddim, image as pictures, memory
+from minisd import arguments, backends, ddim, image as pictures, memory
 from minisd.arguments import Request
+from minisd.backends import Backend, Call, Repacked, coverage
 from minisd.clip import TextEncoder
 from minisd.config import Config
-from minisd.coverage import coverage
 from minisd.latents import MaskBlending, Noise, start
-from minisd.ops import Call, choose
+from minisd.ops import REFERENCE, TORCH
 from minisd.save import save_model
+from minisd.steps import Steps
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
@@ -60,9 +61,11 @@ class StableDiffusion:
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, text_encoder: TextEncoder,
-                 unet: UNet, vae: VAE):
-        self.config, self.tokenizer = config, tokenizer
+                 unet: UNet, vae: VAE, backend: Backend = Backend(TORCH)):
+        self.config, self.tokenizer, self.backend = config, tokenizer, backend
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
+        self._loaded = (unet, vae, vae.decoder)
+        self._repacked = Repacked()
         self.alphas_cumprod = ddim.alphas_cumprod(config.schedule).tolist()
 
     @memory.explained()
@@ -85,8 +88,8 @@ class StableDiffusion:
         """Make images, in prompt-major order: all of the first prompt, then of the second.
 
         ``height`` and ``width`` are pixels, multiples of 8 (of the VAE's downscale). Without them
-        the size is the one that the model was trained on, or that of ``image``; with one of them
-        the other keeps the proportions of ``image``.
+        the size is the one that the model was trained on, or that of ``image`` (scaled down where
+        it is far larger); with one of them the other keeps the proportions of ``image``.
         ``num_inference_steps``, 1 to 1000, is exactly how often the UNet is asked (50).
         ``guidance_scale`` 1 is no guidance (7.5). ``eta`` 0 is DDIM, 1 as noisy as DDPM (0). None
         is always the model's own default.
@@ -110,7 +113,9 @@ class StableDiffusion:
             guidance_scale, num_images_per_prompt, eta, seed, generator, latents, prompt_embeds,
             negative_prompt_embeds, opened, mask_image, strength, output_type,
             callback_on_step_end)
-        memory.check(self.unet, self.vae, r, opened is not None, output_type != "latent")
+        memory.check(r, self.dtype, self.device, self.vae, encodes=opened is not None,
+                     decodes=output_type != "latent",
+                     stores_scores=self.backend.ops.attention is REFERENCE.attention)
         # Half-precision models still add up their steps in float32.
         dtype = torch.promote_types(self.dtype, torch.float32)
         like = torch.empty(1, *r.shape[1:], dtype=dtype, device=self.device)
@@ -122,17 +127,21 @@ class StableDiffusion:
 
         context = self._context(r.prompts, prompt_embeds)                    # (prompts, 77, D)
         context = context.repeat_interleave(r.num_images_per_prompt, dim=0)  # (B, 77, D)
-        if r.guidance_scale != 1.0:
-            # Guidance compares what the UNet says with the prompt and with the negative prompt,
-            # or the empty one, so both go through it side by side: a batch of 2B.
+        if r.guidance_scale != 1.0:  # classifier-free guidance needs both, see steps.py
             uncond = self._context(r.negative_prompts, negative_prompt_embeds)
             uncond = uncond.repeat_interleave(r.num_images_per_prompt, dim=0)
             context = torch.cat([uncond, context])                           # (2B, 77, D)
         _finite(context, "the text encoder")
         noise = Noise(r.generators, like)
-        x, extra, blending = start(
-            r, pixels, mask, noise, partial(self._with_vae, "encode"), self.alphas_cumprod)
-        x = self._denoise(r, x, context, noise, blending, extra, callback_on_step_end, progress)
+        x, extra, blending = start(r, pixels, mask, noise, self._encode, self.alphas_cumprod)
+        # After the last timestep comes the noise level of timestep 0: a little noise is left.
+        abars = [self.alphas_cumprod[t] for t in (*r.timesteps, 0)]
+        steps: Callable[..., Tensor] = Steps(
+            self.unet, context, extra, r.timesteps, abars, self.config.schedule.prediction_type,
+            r.guidance_scale, r.eta)
+        if fused := self._fused():
+            steps = fused.steps(steps)
+        x = self._denoise(r, x, steps, abars, noise, blending, callback_on_step_end, progress)
         seeds = [g.initial_seed() for g in r.generators]
         return Output(self._images(x, blending, output_type), seeds, r.settings())
 
@@ -143,46 +152,47 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Where the UNet is."""
         return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What its weights are stored in."""
+        """What the UNet's weights are stored in."""
         return self._weight.dtype
 
-    def to(self, device: str | torch.device | None = None,
+    def to(self, device: str | torch.device | torch.dtype | None = None,
            dtype: str | torch.dtype | None = None) -> "StableDiffusion":
         """Move the model to a device or a dtype, in the words of `minisd.load`; returns itself.
 
-        Its ops are chosen again for the new place. Raises ValueError, before anything is moved,
-        where they cannot run or there is no such device.
+        What ``ops`` and ``fused`` mean is found anew for the new place. Raises ValueError, before
+        anything is moved, where they cannot run or there is no such device.
         """
-        place = self.device if device is None else arguments.device(device)
-        number = self.dtype if dtype is None else arguments.dtype(dtype, place)
-        self._must_be_readable("moved")
-        ops = choose(self.unet.ops.name, place, number)
+        if isinstance(device, torch.dtype):  # as torch's own .to(torch.float16)
+            device, dtype = None, device
+        device = self.device if device is None else arguments.device(device)
+        dtype = self.dtype if dtype is None else arguments.dtype(dtype, device)
+        self.backend = self.backend.at(device, dtype)
+        self.release()
         for part in self.parts.values():
-            part.to(place, number)
+            part.to(device, dtype)
             for module in part.modules():
                 if hasattr(module, "ops"):
-                    setattr(module, "ops", ops)
+                    setattr(module, "ops", self.backend.ops)
         return self
 
     def save(self, path: str | PathLike) -> None:
         """Write the model: ``path`` ending in .safetensors is one file in the original layout,
         any other is a new folder in diffusers layout.
 
-        It is written whole or not at all, in the dtype that it has. Raises FileExistsError for a
-        name that is taken, and OSError.
+        It is written whole or not at all, in the dtype that it has. A single file holds neither the
+        sizes nor the tokenizer: one of unofficial sizes, as the shipped model's, needs
+        ``load(file, config=folder)``. Raises FileExistsError for a name that is taken, and OSError.
         """
-        self._must_be_readable("saved")
-        save_model(Path(path), self.config, self.tokenizer, self.parts)
+        save_model(Path(os.path.expanduser(path)), self.config, self.tokenizer, self.parts)
 
     def release(self) -> None:
-        """Free what calls have left for the next ones: the CUDA graphs of a fused model."""
-        if not isinstance(self.unet, UNet):
-            self.unet.graphs.clear()
+        """Free what calls have left for the next ones: repacked weights and CUDA graphs."""
+        self._repacked.clear()
 
     def coverage(self, height: int | None = None, width: int | None = None) -> list[Call]:
         """What each attention and GroupNorm of one UNet forward took, and why not a kernel.
@@ -192,22 +202,25 @@ class StableDiffusion:
         f, usual = self.config.vae.downscale, self.config.sample_size
         height = arguments.side("height", height, f, usual) // f
         width = arguments.side("width", width, f, usual) // f
-        return coverage(self.config.unet, self.unet.ops, height, width, self.dtype)
+        return coverage(self.config.unet, self.backend, height, width, self.dtype)
 
     @property
     def _weight(self) -> Tensor:
-        """Any weight: it has the device and the dtype of the model."""
-        return self.unet.conv_in.weight
+        """A weight of the UNet, or of the text encoder if the UNet is a function without any."""
+        networks = (n for n in (self.unet, self.text_encoder) if isinstance(n, nn.Module))
+        return next(p for network in networks for p in network.parameters())
 
-    def _must_be_readable(self, done: str) -> None:
-        if not isinstance(self.unet, UNet):
-            raise ValueError(f'a model loaded with ops="fused" is not {done}, as its weights are '
-                             'repacked: load it with ops="torch" for that')
+    def _fused(self) -> "backends.Fused | None":
+        """The repacked networks, if they are wanted and nobody has replaced the readable ones."""
+        own = (self.unet, self.vae, self.vae.decoder)
+        if not self.backend.fused or any(a is not b for a, b in zip(own, self._loaded)):
+            return None
+        return self._repacked(self.unet, self.vae, self.backend.ops)
 
     def _context(self, texts: list[str] | None, embeds: Tensor | None) -> Tensor:
         """Texts, or the embeddings given instead -> (prompts, 77, D) as the UNet wants it."""
         if texts is not None:
-            embeds = self.text_encoder(self._ids(texts).to(self.device))     # (prompts, 77, D)
+            embeds = self.text_encoder(self._ids(texts))                     # (prompts, 77, D)
         assert embeds is not None
         return embeds.to(self._weight)
 
@@ -221,48 +234,18 @@ class StableDiffusion:
                              f"{room}: load with its own tokenizer, or give prompt_embeds")
         return tokenizer(texts)                                              # (prompts, 77)
 
-    def _denoise(self, r: Request, x: Tensor, context: Tensor, noise: Noise,
-                 blending: MaskBlending | None, extra: Tensor | None,
-                 callback: Callback | None, progress: bool | None) -> Tensor:
+    def _denoise(self, r: Request, x: Tensor, steps: Callable[..., Tensor], abars: list[float],
+                 noise: Noise, blending: MaskBlending | None, callback: Callback | None,
+                 progress: bool | None) -> Tensor:
         """Denoise x (B, 4, h, w), a timestep after the other: Stable Diffusion is this loop."""
-        # After the last timestep comes the noise level of timestep 0: a little noise is left.
-        abars = [self.alphas_cumprod[t] for t in (*r.timesteps, 0)]
-        prediction_type = self.config.schedule.prediction_type
-        fused = not isinstance(self.unet, UNet)
-        if fused:
-            from minisd_kernels.fused_step import Steps, weights
-
-            table = weights(abars, prediction_type, r.eta, r.guidance_scale)
-            steps = Steps(self.unet, context, r.timesteps, table, extra)
         bar = tqdm(r.timesteps, disable=None if progress is None else not progress)
         for i, t in enumerate(bar):
-            added = noise.draw() if r.eta > 0 else None
-            if fused:
-                x = steps(x, i, added)
-            else:
-                prediction = self._predict(x, t, context, r.guidance_scale, extra)
-                x = ddim.step(
-                    x, prediction, abars[i], abars[i + 1], prediction_type, r.eta, added)
+            x = steps(x, i, noise.draw() if r.eta > 0 else None)
             if blending is not None:
                 x = blending.latent(x, abars[i + 1] if i + 1 < len(r.timesteps) else 1.0)
             if callback is not None:
-                changes = callback(self, i, t, {"latents": x})
-                x = arguments.changed_latents(changes, x)
+                x = arguments.changed_latents(callback(self, i, t, {"latents": x}), x)
         return _finite(x, "the UNet")
-
-    def _predict(self, x: Tensor, t: int, context: Tensor, guidance_scale: float,
-                 extra: Tensor | None = None) -> Tensor:
-        """The UNet's prediction for x (B, 4, h, w), with guidance unless its scale is 1."""
-        inputs = x if extra is None else torch.cat([x, extra], dim=1)        # (B, 4 or 9, h, w)
-        inputs = inputs.repeat(len(context) // len(x), 1, 1, 1)              # (B or 2B, ...)
-        times = torch.full((len(inputs),), t, device=x.device)
-        prediction = self.unet(inputs.to(self._weight), times, context).to(x)
-        if guidance_scale == 1.0:
-            return prediction
-        # Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6,
-        # where s = 1 + w):  eps = eps_uncond + s (eps_cond - eps_uncond)
-        uncond, cond = prediction.chunk(2)                                   # (B, 4, h, w)
-        return uncond + guidance_scale * (cond - uncond)
 
     def _images(self, x: Tensor, blending: MaskBlending | None,
                 output_type: str) -> list[Image] | Tensor | np.ndarray:
@@ -270,7 +253,7 @@ class StableDiffusion:
         if output_type == "latent":
             return x
         # One at a time: it takes less memory, and an image is the same alone or in a batch.
-        image = torch.cat([self._with_vae("decode", one) for one in x.split(1)])  # (B, 3, H, W)
+        image = torch.cat([self._decode(one) for one in x.split(1)])      # (B, 3, H, W)
         if blending is not None:
             image = blending.pixels(image)
         image = ((image + 1) / 2).clamp(0, 1)                                # (B, 3, H, W)
@@ -278,17 +261,32 @@ class StableDiffusion:
             return image.permute(0, 2, 3, 1).cpu().numpy()                   # (B, H, W, 3)
         return image if output_type == "pt" else pictures.to_pil(image)
 
-    def _with_vae(self, method: str, *inputs: Tensor) -> Tensor:
-        """``vae.encode`` or ``vae.decode``: in float32 if the model's dtype overflows."""
-        out = getattr(self.vae, method)(*(x.to(self._weight) for x in inputs)).to(inputs[0])
+    def _encode(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w), drawn from the VAE's posterior of an image (1, 3, H, W)."""
+        return self._in_float32_if_need_be(lambda vae, *given: vae.encode(*given), image, noise)
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        """Latent (1, 4, h, w) -> image (1, 3, H, W), about [-1, 1]."""
+        fused = self._fused()
+
+        def decode(vae: VAE, latent: Tensor) -> Tensor:
+            if fused and vae is self.vae:
+                return vae.decode(latent, fused.decoder)
+            return vae.decode(latent)
+
+        return self._in_float32_if_need_be(decode, latent)
+
+    def _in_float32_if_need_be(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """``run`` with the VAE, and once more in float32 if the VAE's dtype overflows."""
+        out = run(self.vae, *inputs)
         try:
             return _finite(out, "the VAE")
         except ArithmeticError:
-            if self.dtype == inputs[0].dtype:
+            if self.vae.quant_conv.weight.dtype == inputs[0].dtype:
                 raise
         # Some published VAEs exceed float16 on some images.
         again = copy.deepcopy(self.vae).to(inputs[0].dtype)
-        return _finite(getattr(again, method)(*inputs), "the VAE")
+        return _finite(run(again, *inputs), "the VAE")
 
 
 def _finite(x: Tensor, stage: str) -> Tensor:

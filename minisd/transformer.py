@@ -11,7 +11,6 @@ B batch, C channels, h w height and width of the latent at a level, L tokens, D 
 
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisd.config import UNetConfig
@@ -42,26 +41,26 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """(x W + b) * GELU(x V + c), with W and V in one matrix.
+    """(x V + c) * GELU(x W + b), with V and W in one matrix, V first.
 
-    Shazeer 2020, https://arxiv.org/abs/2002.05202, eq. 6.
+    Shazeer 2020, https://arxiv.org/abs/2002.05202, eq. 5.
     """
 
-    def __init__(self, c_in: int, c_out: int):
+    def __init__(self, c_in: int, c_out: int, ops: Ops):
         super().__init__()
+        self.ops = ops
         self.proj = nn.Linear(c_in, 2 * c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)  # the exact GELU, not the approximation with tanh
+        return self.ops.geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
     """GEGLU to four times the width, and a linear layer back."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, ops: Ops):
         super().__init__()
-        widen, narrow = GEGLU(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        widen, narrow = GEGLU(channels, 4 * channels, ops), nn.Linear(4 * channels, channels)
         # The identity stands for the dropout of training: official weights are net.0 and net.2.
         self.net = nn.Sequential(widen, nn.Identity(), narrow)
 
@@ -74,18 +73,20 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, context_width: int, heads: int, ops: Ops):
         super().__init__()
+        self.ops = ops
         self.norm1 = nn.LayerNorm(channels, LAYER_NORM_EPS)
         self.attn1 = Attention(channels, channels, heads, ops)
         self.norm2 = nn.LayerNorm(channels, LAYER_NORM_EPS)
         self.attn2 = Attention(channels, context_width, heads, ops)
         self.norm3 = nn.LayerNorm(channels, LAYER_NORM_EPS)
-        self.ff = FeedForward(channels)
+        self.ff = FeedForward(channels, ops)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self.norm1(x)
+        norm = self.ops.norm_tokens
+        h = norm(self.norm1, x)
         x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = x + self.attn2(norm(self.norm2, x), context)
+        return x + self.ff(norm(self.norm3, x))
 
 
 class SpatialTransformer(nn.Module):

@@ -1,8 +1,9 @@
 """The UNet: predicts the noise in a latent, from the timestep and the encoded prompt.
 
-It was trained to minimise  E || eps - eps_theta(x_t, t, c) ||^2  over images x_0, their prompts c,
+It was trained to minimise  E || eps - eps_theta(x_t, t, c) ||^2  over latents x_0, their prompts c,
 timesteps t and Gaussian noise eps, where x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al.
-2020, https://arxiv.org/abs/2006.11239, eq. 14). Some models predict v instead of eps, see ddim.py.
+2020, https://arxiv.org/abs/2006.11239, eq. 14; with prompts Rombach et al., eq. 3). Some models
+predict v instead of eps, see ddim.py.
 
                  noisy latent 4                                   prediction 4
                       |                                                |
@@ -210,11 +211,18 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """Latent x (B, 4, h, w), timesteps t (B,), context (B, L, D) -> prediction (B, 4, h, w)."""
+    def forward(self, latent: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
+        """Latent (B, 4, h, w), timesteps t, context (B, L, D) -> prediction (B, 4, h, w).
+
+        t is (B,) or one for all. Latent and context may have any float dtype and device: the UNet
+        works in its own, and answers in that of the latent.
+        """
+        own = self.conv_in.weight
+        t = torch.as_tensor(t, device=own.device).expand(len(latent))        # (B,)
         embedding = timestep_embedding(t, self.config.block_out_channels[0])  # (B, 320)
-        time = self.time_embedding(embedding.to(x.dtype))                    # (B, 1280)
-        x = self.conv_in(x)                                                  # (B, 320, h, w)
+        time = self.time_embedding(embedding.to(own))                        # (B, 1280)
+        context = context.to(own)
+        x = self.conv_in(latent.to(own))                                     # (B, 320, h, w)
         skips = [x]
         for block in self.down_blocks:
             x, kept = block(x, time, context)
@@ -222,4 +230,5 @@ class UNet(nn.Module):
         x = self.mid_block(x, time, context)                                 # (B, 1280, h/8, w/8)
         for block in self.up_blocks:
             x = block(x, skips, time, context)
-        return self.conv_out(self.ops.norm_silu(self.conv_norm_out, x))      # (B, 4, h, w)
+        x = self.conv_out(self.ops.norm_silu(self.conv_norm_out, x))         # (B, 4, h, w)
+        return x.to(latent)

@@ -15,6 +15,8 @@ Rombach et al. 2022, https://arxiv.org/abs/2112.10752. Parameters have the names
 B batch, C channels, H W height and width of an image, h w of a latent (h = H/f)
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -196,12 +198,13 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """The whole autoencoder. Images lie in [-1, 1]; latents are scaled to about unit variance.
 
+    Its methods take any float dtype and any device, work in the VAE's own, and answer in the given.
+
     ``tile``, None unless set, is the side, in cells of the latent, of the tiles in which larger
     latents are decoded: this takes the memory of one tile, and gives nearly the same image.
     """
 
     tile: int | None
-    decoder: nn.Module  # a Decoder, or what takes its place
 
     def __init__(self, config: VAEConfig, ops: Ops):
         super().__init__()
@@ -216,6 +219,10 @@ class VAE(nn.Module):
 
         Both are (B, 4, h, w).
         """
+        mean, logvar = self._moments(image.to(self.quant_conv.weight))       # (B, 4, h, w)
+        return mean.to(image), logvar.to(image)
+
+    def _moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)  # (B, 4, h, w)
         return mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
 
@@ -224,19 +231,27 @@ class VAE(nn.Module):
 
         ``noise`` (B, 4, h, w) samples the posterior; without it the latent is the mean.
         """
-        mean, logvar = self.moments(image)
+        own = self.quant_conv.weight
+        mean, logvar = self._moments(image.to(own))                          # (B, 4, h, w)
         # The reparameterisation trick (Kingma & Welling, section 2.4): z = mu + exp(logvar / 2) eps
-        z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
-        return self.config.scaling_factor * z  # 0.18215 gives latents about unit variance
+        z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise.to(own)
+        return (self.config.scaling_factor * z).to(image)  # 0.18215 gives about unit variance
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """An image (B, 3, H, W), about [-1, 1] and not clamped, from a scaled latent."""
-        z = self.post_quant_conv(latent / self.config.scaling_factor)        # (B, 4, h, w)
+    def decode(
+        self, latent: Tensor, decoder: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """An image (B, 3, H, W), about [-1, 1] and not clamped, from a scaled latent.
+
+        ``decoder`` computes the same function in place of ``self.decoder``.
+        """
+        decoder = decoder or self.decoder
+        own = latent.to(self.post_quant_conv.weight)
+        z = self.post_quant_conv(own / self.config.scaling_factor)           # (B, 4, h, w)
         if self.tile is None or max(z.shape[2:]) <= self.tile:
-            return self.decoder(z)
-        return self._tiled(z, max(self.tile, 1))
+            return decoder(z).to(latent)
+        return self._tiled(z, max(self.tile, 1), decoder).to(latent)
 
-    def _tiled(self, z: Tensor, side: int) -> Tensor:
+    def _tiled(self, z: Tensor, side: int, decoder: Callable[[Tensor], Tensor]) -> Tensor:
         """Tiles share at least a quarter of their side, and there one fades into the next.
 
         The result differs a little from that of the whole latent: each tile's norms and attention
@@ -247,7 +262,7 @@ class VAE(nn.Module):
         total = z.new_zeros(f * height, f * width)
         for y in _starts(height, side):
             for x in _starts(width, side):
-                part = self.decoder(z[:, :, y : y + side, x : x + side])
+                part = decoder(z[:, :, y : y + side, x : x + side])
                 fade = _tent(part.shape[2], z)[:, None] * _tent(part.shape[3], z)
                 here = slice(f * y, f * (y + side)), slice(f * x, f * (x + side))
                 image[:, :, *here] += fade * part

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from interpreter import DTYPES, compare, embed, table, take  # noqa: F401, a fixture
 from minisd_kernels import geglu as geglu_file, launch, layer_norm as layer_norm_file
-from minisd_kernels.bodies import triton_bodies
 from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.fused_vae import FusedDecoder
 from minisd_kernels.geglu import geglu
 from minisd_kernels.layer_norm import layer_norm
 from small_models import AUTOENCODER, DENOISER, error, randn, randomise
 
-from minisd.ops import TORCH, choose
+from minisd.backends import kernels
+from minisd.ops import TORCH
 from minisd.unet import UNet
 from minisd.vae import Decoder
 
@@ -106,13 +106,13 @@ def test_unets():
     config = replace(DENOISER, layers_per_block=1, block_out_channels=(16, 24),
                      has_attention=(True, False), num_heads=(2, 3))
     plain = randomise(UNet(config, TORCH)).float()
-    kernels = UNet(config, choose("triton", torch.device("cpu")))
-    kernels.load_state_dict(plain.state_dict())
+    by_kernels = UNet(config, kernels())
+    by_kernels.load_state_dict(plain.state_dict())
     x, t, context = randn(1, 4, 5, 4).float(), torch.tensor([981]), randn(2, 7, 20, seed=1).float()
     twice = x.repeat(2, 1, 1, 1), t.repeat(2), context
     exact = plain(*twice)
-    assert error(kernels(*twice), exact) <= 1e-5 * exact.abs().max()
-    fused = FusedUNet(plain, triton_bodies())
+    assert error(by_kernels(*twice), exact) <= 1e-5 * exact.abs().max()
+    fused = FusedUNet(plain, kernels())
     ours = fused(x, t, context)
     assert error(ours, exact) <= 1e-5 * exact.abs().max()
     assert torch.equal(ours, fused(x, t, context))
@@ -124,6 +124,6 @@ def test_decoder():
     plain = randomise(Decoder(config, TORCH)).float()
     latent = randn(1, config.latent_channels, 3, 4).float()
     exact = plain(latent)
-    ours = FusedDecoder(plain, triton_bodies())
+    ours = FusedDecoder(plain, kernels())
     assert error(ours(latent), exact) <= 1e-5 * exact.abs().max()
     assert torch.equal(ours(latent), ours(latent))

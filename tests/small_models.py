@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from minisd.backends import Backend
 from minisd.clip import TextEncoder
 from minisd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from minisd.ops import TORCH, Ops
@@ -63,6 +64,7 @@ def small_model(config: Config, ops: Ops = TORCH) -> StableDiffusion:
         config, Tokenizer.clip(config.text.pad_token_id),
         text_encoder=randomise(TextEncoder(config.text, ops), 1),
         unet=randomise(UNet(config.unet, ops), 2), vae=randomise(VAE(config.vae, ops), 3),
+        backend=Backend(ops, asked=(ops, False)),
     )
 
 

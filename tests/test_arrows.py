@@ -18,14 +18,15 @@ ARROWS = {
     "__init__": {"config", "errors", "hub", "loading", "ops", "sd"},
     "__main__": {"arguments", "checkpoint", "files", "hub", "image", "options"},
     "options": set(),
-    "loading": {"arguments", "checkpoint", "clip", "config", "ops", "sd", "tokenizer",
+    "loading": {"arguments", "backends", "checkpoint", "clip", "config", "ops", "sd", "tokenizer",
                 "tokenizer_folder", "unet", "vae"},
-    "sd": {"arguments", "clip", "config", "coverage", "ddim", "image", "latents", "memory", "ops",
-           "save", "tokenizer", "unet", "vae"},
+    "sd": {"arguments", "clip", "backends", "config", "ddim", "image", "latents", "memory", "ops",
+           "save", "steps", "tokenizer", "unet", "vae"},
     "save": {"config", "files", "names", "recognise", "tokenizer", "tokenizer_folder"},
     "memory": {"arguments", "config", "unet", "vae"},
     "latents": {"arguments", "ddim"},
-    "coverage": {"config", "ops", "unet"},
+    "backends": {"config", "ops", "unet", "vae"},
+    "steps": {"ddim"},
     "arguments": {"config", "ddim", "tokenizer"},
     "clip": {"config", "ops"},
     "unet": {"config", "ops", "transformer"},
@@ -53,7 +54,7 @@ PROJECT, BUILD = SETTINGS["project"], SETTINGS["tool"]
 DEPENDENCIES = {re.match(r"\w+", line)[0] for line in PROJECT["dependencies"]}
 DECLARED = DEPENDENCIES - {"pillow"} | {"PIL"}
 # The files that may import the kernels, and only inside a function.
-ASK_FOR_KERNELS = {"loading", "ops", "sd"}
+ASK_FOR_KERNELS = {"backends"}
 # The only kernel files that import the model.
 BRIDGE = {"fused_unet", "fused_step", "fused_vae"}
 # No installed file may import these.
@@ -94,6 +95,8 @@ def at_import(tree: ast.Module) -> set[str]:
         node = nodes.pop()
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names |= imports(node)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += node.orelse  # what is for a type checker is not imported
         elif not isinstance(node, functions):
             nodes += ast.iter_child_nodes(node)
     return names
@@ -221,9 +224,9 @@ assert "torch" not in sys.modules, "import minisd should be cheap"
 [getattr(minisd, name) for name in minisd.__all__]  # now all is imported
 assert "torch" in sys.modules
 import minisd.hub, minisd.__main__
-from minisd.ops import choose
+from minisd.backends import resolve
 import torch
-choose("auto", torch.device("cpu"))
+resolve("auto", None, torch.device("cpu"), torch.float32)
 """
 
 

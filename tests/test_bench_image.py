@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels.bodies import PLAIN
 from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.geglu import geglu
 from minisd_kernels.group_norm_silu import group_norm_silu
@@ -100,7 +99,7 @@ def test_readable_step(step):
 
 
 def test_what_is_made_once_is_not_counted(step):
-    fused = FusedUNet(step.unet(TORCH), PLAIN)
+    fused = FusedUNet(step.unet(TORCH), TORCH)
     every, once = step.count(step.anew(fused)), step.count(step.once(fused))
     for name in every.names | once.names:
         assert every.names[name] >= once.names[name], name

@@ -20,7 +20,7 @@ class FakeModel:
     """A mock of a loaded model: returns black images, and records its calls."""
 
     def __init__(self):
-        self.loaded, self.calls, self.failure = [], [], None
+        self.loaded, self.calls, self.failure, self.defaults = [], [], None, {}
 
     def load(self, path=None, **options):
         self.loaded.append((path, options))
@@ -31,8 +31,8 @@ class FakeModel:
                            "mask_image": mask_image, **call})
         if self.failure and len(self.calls) == self.failure[0]:
             raise self.failure[1]
-        settings = {"width": 64, "height": 64, "model": "fake", **call, "prompt": prompt,
-                    "seed": seed}
+        settings = {"width": 64, "height": 64, "model": "fake", **self.defaults, **call,
+                    "prompt": prompt, "seed": seed}
         return SimpleNamespace(images=[Image.new("RGB", (8, 8))], settings=[settings])
 
 
@@ -158,9 +158,23 @@ def test_an_image_of_the_same_settings_is_kept_and_reported(model, capsys):
     assert len(model.loaded) == 1 and os.stat("a.png").st_mtime_ns == before
 
 
+@pytest.mark.parametrize("same", [["--steps", "50"], ["--size", "64x64"], ["--guidance", "7.5"]])
+def test_the_default_said_is_the_default(model, capsys, same):
+    model.defaults = {"num_inference_steps": 50, "guidance_scale": 7.5}
+    line = ["x", "-o", "a.png", "--seed", "1"]
+    assert main(line) == main([*line, *same]) == 0
+    assert "(kept" in capsys.readouterr().out and len(model.calls) == 1
+
+
+def test_a_model_of_the_same_name_elsewhere_is_another(model, capsys):
+    assert main(["x", "-o", "a.png", "--seed", "1", "-m", "a/model"]) == 0
+    capsys.readouterr()
+    fails(capsys, ["x", "-o", "a.png", "--seed", "1", "-m", "b/model"], 5, "a.png exists")
+
+
 @pytest.mark.parametrize("change", [
     ["--seed", "2"], ["-n", "blur"], ["--steps", "49"], ["--guidance", "7"], ["--eta", "0.5"],
-    ["--size", "64x64"], ["-m", "other"], ["--image", "start.png"], ["--vae", "other"],
+    ["--size", "96x64"], ["-m", "other"], ["--image", "start.png"], ["--vae", "other"],
     ["--prediction-type", "epsilon"], ["--tile", "8"],
 ], ids=lambda change: change[0])
 def test_an_image_of_other_settings_is_an_error(model, capsys, change):

@@ -17,7 +17,7 @@ from minisd.clip import TextEncoder
 from minisd.config import SD1, SD2
 from minisd.ops import REFERENCE, TORCH
 
-PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=lambda ops: ops.name)
+PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=["reference", "torch"])
 ACTIVATION = pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
 SHORT = replace(TEXT, vocab_size=100)
 

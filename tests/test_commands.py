@@ -69,7 +69,7 @@ def test_help_names_every_option_and_command():
     for word in ("--model", "--negative", "--output", "--steps", "--guidance", "--seed", "--size",
                  "--count", "--device", "--dtype", "--ops", "--image", "--mask", "--strength",
                  "--eta", "--overwrite", "--quiet", "--debug", "--version", "minisd info FILE",
-                 "minisd download NAME", "minisd words", "own, 50)", "own, 7.5)", "--vae",
+                 "minisd download NAME", "minisd words", "(default: 50)", "(default: 7.5)", "--vae",
                  "--prediction-type", "--tile"):
         assert word in shown.stdout, word
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from PIL import Image
 from reference_models import SMALL, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -113,8 +114,7 @@ def test_a_vae_that_overflows_runs_again_in_float32(monkeypatch, gain, dtypes):
     seen, decode = [], VAE.decode
 
     def watched(vae, latent):
-        seen.append(latent.dtype)
-        assert vae.decoder.conv_in.weight.dtype == latent.dtype
+        seen.append(vae.decoder.conv_in.weight.dtype)
         return decode(vae, latent)
 
     monkeypatch.setattr(VAE, "decode", watched)
@@ -126,7 +126,27 @@ def test_a_vae_that_overflows_runs_again_in_float32(monkeypatch, gain, dtypes):
 
 def test_a_vae_that_overflows_in_float32_too_is_an_error(monkeypatch):
     sd, seen = half_model(1), []
-    monkeypatch.setattr(VAE, "decode", lambda vae, x: seen.append(x.dtype) or x / 0)
+    monkeypatch.setattr(
+        VAE, "decode", lambda vae, x: seen.append(vae.decoder.conv_in.weight.dtype) or x / 0)
     with pytest.raises(ArithmeticError, match="the VAE"):
         sd("a", num_inference_steps=1, seed=0)
     assert seen == [torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "unet"])
+def test_parts_may_differ_in_dtype(part):
+    """The remedy that people know for black images, `sd.vae.float()`, and its siblings."""
+    sd = half_model(1)
+    getattr(sd, part).float()
+    image = Image.new("RGB", (16, 16), "red")
+    latents = []
+    out = sd("a", image=image, mask_image=image, num_inference_steps=2, seed=0, output_type="pt",
+             callback_on_step_end=lambda sd, i, t, values: latents.append(values["latents"]))
+    assert out.images.isfinite().all()
+    for dtype in (torch.float16, torch.float64):
+        x = latents[-1].to(dtype)
+        assert sd.vae.decode(x).dtype == sd.vae.encode(sd.vae.decode(x)).dtype == dtype
+        assert all(moment.dtype == dtype for moment in sd.vae.moments(sd.vae.decode(x)))
+        context = sd.text_encoder(sd.tokenizer("a")).to(dtype)
+        assert sd.unet(x, 7, context).dtype == dtype
+        assert torch.equal(sd.unet(x, 7, context), sd.unet(x, torch.tensor([7]), context))

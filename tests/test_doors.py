@@ -1,5 +1,6 @@
 """The API besides a call: public names, loading, moving to a device or dtype, saving."""
 
+import copy
 import os
 import re
 import warnings
@@ -10,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from files import header, write
 from PIL import Image
 from reference_models import SMALL, SMALL_V, error, small_model
 from safetensors.torch import load_file
 
 import minisd
 from minisd import ddim, hub, save
-from minisd.config import SD1, SD2_V
+from minisd.backends import resolve
+from minisd.checkpoint import check, open_checkpoint
+from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V
 from minisd.loading import build
-from minisd.ops import TORCH
+from minisd.ops import REFERENCE, TORCH
 
 CALL = dict(num_inference_steps=3, guidance_scale=5.0, height=64, width=64)
 
@@ -27,7 +31,7 @@ CALL = dict(num_inference_steps=3, guidance_scale=5.0, height=64, width=64)
 
 
 def test_every_public_name_exists_and_is_listed():
-    assert set(minisd.__all__) <= set(dir(minisd))
+    assert set(dir(minisd)) == {*minisd.__all__, "__version__"}
     for name in minisd.__all__:
         assert getattr(minisd, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'sd1'"):
@@ -89,7 +93,8 @@ def test_none_is_the_models_own_default():
 
 @pytest.mark.parametrize("own, asked, made", [
     ((64, 64), {}, (64, 64)),
-    ((200, 100), {}, (200, 100)),
+    ((160, 80), {}, (160, 80)),
+    ((640, 480), {}, (184, 140)),                # 160 x 160 pixels are the most unasked
     ((90, 37), {}, (88, 36)),                    # the nearest multiples of 4
     ((1, 300), {}, (4, 300)),                    # at least one multiple
     ((200, 100), {"width": 40}, (40, 20)),
@@ -103,10 +108,9 @@ def test_image_to_image_keeps_the_proportions(own, asked, made):
     assert (out.settings[0]["width"], out.settings[0]["height"]) == made
 
 
-def test_a_huge_image_keeps_its_proportions_within_the_limit():
-    image = Image.new("RGB", (20000, 500))
-    assert minisd.arguments.check(SMALL, "a", image=image).width == 8192
-    assert minisd.arguments.check(SMALL, "a", image=image).height == 204
+def test_a_size_out_of_reach_is_an_error():
+    with pytest.raises(ValueError, match="width must be a multiple of 4 .*not 128000"):
+        minisd.arguments.check(SMALL, "a", image=Image.new("RGB", (20000, 10)), height=64)
 
 
 # --- to
@@ -121,24 +125,33 @@ def test_to_another_dtype_and_back():
     assert error(other.unet.conv_in.weight, sd.unet.conv_in.weight) < 1e-6  # rounded once
 
 
-def test_ops_are_chosen_again_and_an_error_moves_nothing():
-    sd = small_model(replace(SMALL, name="to be moved too"))
-    sd.to(dtype="float32")
-    assert sd.unet.mid_block.resnets[0].ops is TORCH and sd.unet.ops.name == "torch"
+def test_ops_are_chosen_again_and_an_error_moves_nothing(monkeypatch):
+    """What the same word means elsewhere is found anew, and reaches every module."""
+    sd = minisd.load(device="cpu")
+    found = resolve("reference", True, torch.device("cpu"), torch.float32)
+    with monkeypatch.context() as patched:
+        patched.setattr("minisd.backends.resolve", lambda *asked: found)
+        assert sd.to(torch.float64) is sd and sd.dtype == torch.float64 and sd.backend is found
+    for part in sd.parts.values():
+        assert {m.ops for m in part.modules() if hasattr(m, "ops")} == {REFERENCE}
+    sd = minisd.load(device="cpu").to(dtype="float32")
+    assert sd.unet.mid_block.resnets[0].ops is TORCH is sd.backend.ops
     for call in (dict(device="gpu"), dict(dtype="int8")):
         with pytest.raises(ValueError, match="must be auto or one of"):
             sd.to(**call)
     assert sd.dtype == torch.float32
 
 
-def test_a_fused_model_can_neither_be_moved_nor_saved(tmp_path):
+def test_a_fused_model_is_moved_and_released():
     sd = minisd.load(ops="fused", device="cpu")
-    for call in (lambda: sd.to(dtype="float32"), lambda: sd.save(tmp_path / "a")):
-        with pytest.raises(ValueError, match='load it with ops="torch"'):
-            call()
-    assert os.listdir(tmp_path) == []
+    call = dict(num_inference_steps=2, seed=0, output_type="pt")
+    first = sd("a heart", **call).images
+    assert error(sd.to(dtype="float64")("a heart", **call).images, first) < 1e-4
+    made = sd._fused()
+    assert sd._fused() is made
     sd.release()
-    assert minisd.load().release() is None
+    assert sd._fused() is not made
+    assert sd.backend.fused and error(sd("a heart", **call).images, first) < 1e-4
 
 
 # --- save: minisd and diffusers read what is written, and make the same image
@@ -257,7 +270,6 @@ def test_a_name_that_is_taken_and_a_disk_that_is_full(name, tmp_path, monkeypatc
     (tmp_path / name).unlink()
     with pytest.raises(NotADirectoryError, match="none"):
         sd.save(tmp_path / "none" / name)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: os.terminal_size((10**9, 1000)))
     monkeypatch.setattr("minisd.files.shutil.disk_usage",
                         lambda _: type("Disk", (), {"total": 10**9, "free": 1000}))
     with pytest.raises(OSError, match="No space left"):
@@ -265,15 +277,74 @@ def test_a_name_that_is_taken_and_a_disk_that_is_full(name, tmp_path, monkeypatc
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["model", "model.safetensors"])
-def test_a_failed_save_leaves_nothing(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, where", [
+    ("model", "minisd.save.save_file"), ("model.safetensors", "minisd.save.save_file"),
+    ("model", "os.replace"), ("model.safetensors", "os.link"),
+])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_save_leaves_nothing(name, where, error, tmp_path, monkeypatch):
     def fail(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(save, "save_file", fail)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(where, fail)
+    if where == "os.link":  # without links a file is renamed
+        monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(type(error)):
         small_model(SMALL).save(tmp_path / name)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["m.ckpt", "m.bin", "m.PT"])
+def test_the_name_of_a_pickle_is_rejected(name, tmp_path):
+    with pytest.raises(ValueError, match="must end in .safetensors"):
+        small_model(SMALL).save(tmp_path / name)
+
+
+def test_any_case_and_the_mode_that_the_user_wants(tmp_path):
+    before = os.umask(0o027)
+    try:
+        small_model(SMALL).save(tmp_path / "m.SAFETENSORS")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "m.SAFETENSORS").stat().st_mode & 0o777 == 0o640
+
+
+def test_tied_and_foreign_weights(tmp_path):
+    sd = copy.deepcopy(small_model(SMALL))
+    sd.unet.up_blocks[0].resnets[1].conv2.weight = sd.unet.up_blocks[0].resnets[2].conv2.weight
+    sd.save(tmp_path / "tied")
+    assert same_state(minisd.load(tmp_path / "tied", device="cpu", dtype="float64").unet, sd.unet)
+    sd.unet.adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(minisd.WeightError, match="adapter.weight"):
+        sd.save(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize("said, meant", [
+    ("epsilon", "epsilon"), ("V", "v_prediction"), ("v-prediction", "v_prediction"),
+])
+def test_what_other_tools_write_is_believed(said, meant, tmp_path):
+    sd = minisd.load(device="cpu")
+    sd.save(tmp_path / "sizes")
+    (tmp_path / "sizes/scheduler/scheduler_config.json").unlink()
+    tensors = save.original_tensors(
+        sd.config, {part: module.state_dict() for part, module in sd.parts.items()})
+    save.save_file({name: tensor.clone() for name, tensor in tensors.items()},
+                   tmp_path / "m.safetensors", {"modelspec.prediction_type": said})
+    again = minisd.load(tmp_path / "m.safetensors", config=tmp_path / "sizes", device="cpu")
+    assert again.config.schedule.prediction_type == meant
+
+
+@pytest.mark.parametrize("config", [SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT],
+                         ids=lambda config: config.name)
+def test_a_saved_file_of_official_size_needs_no_config(config, tmp_path):
+    """Without its weights: its names and shapes are written as a header over zeros."""
+    weights = {part: module.state_dict() for part, module in build(config, TORCH).items()}
+    shapes = {n: tuple(t.shape) for n, t in save.original_tensors(config, weights).items()}
+    write(tmp_path / "m.safetensors", header(shapes))
+    found = open_checkpoint(tmp_path / "m.safetensors", prediction_type="epsilon")
+    assert found.config.unet == config.unet and found.config.text == config.text
+    for part, module in build(found.config, TORCH).items():
+        check(found, part, module)
 
 
 def test_the_schedule_of_a_saved_folder_is_the_official_one(tmp_path):

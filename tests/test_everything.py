@@ -15,7 +15,6 @@ from small_models import SMALL, error, randn, randomise
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
 from minisd_kernels import fused_unet
-from minisd_kernels.bodies import PLAIN
 from minisd_kernels.fused_unet import FusedUNet
 
 from bench import everything, inside
@@ -94,7 +93,7 @@ def test_the_two_halves_are_all_stages():
 def fused():
     unet = randomise(UNet(SMALL.unet, TORCH))
     x, prompt = randn(1, 4, 8, 8), randn(2, 7, unet.config.cross_attention_dim)
-    model = FusedUNet(unet, PLAIN)
+    model = FusedUNet(unet, TORCH)
     return lambda: model(x, torch.tensor([981.0]), prompt)
 
 

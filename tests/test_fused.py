@@ -13,7 +13,6 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.nn.functional as F
-from minisd_kernels.bodies import PLAIN
 from minisd_kernels.fused_step import Steps, advance, weights
 from minisd_kernels.fused_unet import FusedUNet
 from minisd_kernels.fused_vae import FusedDecoder
@@ -31,7 +30,8 @@ from reference_models import (
 
 import minisd
 from minisd import ddim
-from minisd.ops import REFERENCE
+from minisd.backends import Backend
+from minisd.ops import REFERENCE, TORCH
 from minisd.sd import StableDiffusion
 from minisd.unet import UNet, Upsample
 from minisd.vae import VAE
@@ -65,7 +65,7 @@ def test_fused_unet(unet, size, contexts):
     x, t, context = inputs(unet, size, contexts)
     kept = x.clone(), t.clone(), context.clone()
     weights = {name: p.clone() for name, p in unet.named_parameters()}
-    fused = FusedUNet(unet, PLAIN)
+    fused = FusedUNet(unet, TORCH)
     ours = fused(x, t, context)
     exact = unet(x.repeat(contexts, 1, 1, 1), t.repeat(contexts), context)
     assert ours.shape == exact.shape and error(ours, exact) <= BOUND
@@ -78,7 +78,7 @@ def test_precomputed_tensors_serve_every_step(unet):
     x, _, context = inputs(unet, (6, 8), 2)
     each = [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]  # two steps: weights of x, uncond and cond
     latents, extra = x[:, :4], x[:, 4:] if x.shape[1] == 9 else None
-    steps = Steps(FusedUNet(unet, PLAIN), context, [981, 1], each, extra)
+    steps = Steps(FusedUNet(unet, TORCH), context, [981, 1], each, extra)
     for i, t in enumerate((981, 1)):
         exact = unet(x.repeat(2, 1, 1, 1), torch.full((6,), t), context)
         assert error(steps(latents, i), exact.chunk(2)[i]) <= BOUND
@@ -106,7 +106,7 @@ def test_the_inputs_of_a_graph(eta, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: nullcontext())
     unet = randomise(UNet(SMALL.unet, REFERENCE))
     x, _, prompt = inputs(unet, (4, 6), 2)
-    fused, noise = FusedUNet(unet, PLAIN), randn(*x.shape, seed=2) if eta > 0 else None
+    fused, noise = FusedUNet(unet, TORCH), randn(*x.shape, seed=2) if eta > 0 else None
     table = weights([0.1, 0.5, 0.9], "epsilon", eta, 7.5)
     one, other = (Steps(fused, context, [981, 1], table) for context in (prompt, -prompt))
     given = [((y, steps.times[i], steps.table[i], noise), steps.fixed)
@@ -178,7 +178,7 @@ def test_graphs_are_a_bounded_cache(monkeypatch):
 
 
 def test_on_a_gpu_a_decoding_is_a_graph_for_each_size(monkeypatch):
-    decoder = FusedDecoder(randomise(VAE(AUTOENCODER, REFERENCE)).decoder, PLAIN)
+    decoder = FusedDecoder(randomise(VAE(AUTOENCODER, REFERENCE)).decoder, TORCH)
     asked = []
     monkeypatch.setattr(decoder, "graphs", lambda key, function, given: asked.append(key))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -194,21 +194,12 @@ def test_on_a_gpu_a_decoding_is_a_graph_for_each_size(monkeypatch):
     assert len(asked) == 3
 
 
-def test_moving_a_decoder_clears_its_graphs(monkeypatch):
-    """They would read the old weights."""
-    decoder = FusedDecoder(randomise(VAE(AUTOENCODER, REFERENCE)).decoder, PLAIN)
-    cleared = []
-    monkeypatch.setattr(decoder.graphs, "clear", lambda: cleared.append(True))
-    decoder.float()
-    assert cleared
-
-
 @pytest.mark.parametrize("oneDNN", [True, False])
 def test_packed_weights_in_float32(unet, oneDNN, monkeypatch):
     """They are packed for one size, but right for others too; and also without oneDNN."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", oneDNN)
     unet = unet.float()
-    fused = FusedUNet(unet, PLAIN)
+    fused = FusedUNet(unet, TORCH)
     for size in [*SIZES, SIZES[0]]:
         for batch in (1, 2):
             x, t, context = (y.float() for y in inputs(unet, size, 2, batch))
@@ -227,23 +218,11 @@ def test_fused_decoder(config, size, dtype, bound):
     vae = randomise(VAE(config, REFERENCE)).to(dtype)
     latent = randn(2, config.latent_channels, *size).to(dtype)
     exact = vae.decode(latent)
-    vae.decoder = FusedDecoder(vae.decoder, PLAIN)
-    ours = vae.decode(latent)
+    decoder = FusedDecoder(vae.decoder, TORCH)
+    ours = vae.decode(latent, decoder)
     assert error(ours, exact) <= bound * exact.abs().max()
-    assert torch.equal(ours, vae.decode(latent))
-
-
-def test_fused_decoder_in_another_dtype():
-    """The loop does this when float16 overflows."""
-    vae = randomise(VAE(AUTOENCODER, REFERENCE))
-    latent = randn(1, AUTOENCODER.latent_channels, 4, 4)
-    exact = vae.decode(latent)
-    vae.to(torch.bfloat16).decoder = FusedDecoder(vae.decoder, PLAIN)
-    wide = copy.deepcopy(vae).to(torch.float64)
-    rounded = randomise(VAE(AUTOENCODER, REFERENCE)).to(torch.bfloat16).double()
-    # The summed taps of the doubling convolutions were rounded to bfloat16 too.
-    assert error(wide.decode(latent), rounded.decode(latent)) <= 0.02 * exact.abs().max()
-    assert vae.decoder.conv_in.weight.dtype == torch.bfloat16
+    assert torch.equal(ours, vae.decode(latent, decoder))
+    assert error(vae.decode(latent), exact) <= bound * exact.abs().max()  # readable as before
 
 
 def reachable(thing) -> list[torch.Tensor]:
@@ -260,10 +239,11 @@ def reachable(thing) -> list[torch.Tensor]:
 
 
 def test_no_weight_is_kept_twice(unet):
-    """Except the doubling convolutions, which have 4x4 taps, and the 3x3 ones for odd sizes."""
+    """By the readable UNet and the repacked one together, except the doubling convolutions, which
+    have 4x4 taps here and 3x3 there."""
     doubling = sum(m.conv.weight.numel() for m in unet.modules() if isinstance(m, Upsample))
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // x.itemsize
-                for x in reachable(FusedUNet(unet, PLAIN))}
+                for x in reachable((unet, FusedUNet(unet, TORCH)))}
     allowed = sum(p.numel() for p in unet.parameters()) + 16 / 9 * doubling
     assert allowed * 0.99 <= sum(storages.values()) <= allowed * 1.02
 
@@ -283,8 +263,8 @@ def test_plain_group_norm(silu, shift, residual):
     for form in (torch.contiguous_format, torch.channels_last):
         given = x.contiguous(memory_format=form)
         args = (given, weight, bias, 2, 1e-5, silu, shift, residual)
-        assert error(PLAIN.group_norm_silu(*args), exact) <= BOUND
-        y, total = PLAIN.group_norm_silu(*args, return_sum=into[:, 6:14])
+        assert error(TORCH.group_norm_silu(*args), exact) <= BOUND
+        y, total = TORCH.group_norm_silu(*args, return_sum=into[:, 6:14])
         assert error(y, exact) <= BOUND and error(into[:, 6:14], s) == 0 == error(total, s)
         assert (into[:, :6] == 7).all() and (into[:, 14:] == 7).all()
         assert torch.equal(given, x)
@@ -295,17 +275,17 @@ def test_plain_group_norm_keeps_its_digits_far_from_zero():
     x = (1000 + randn(2, 8, 16, 16)).float().contiguous(memory_format=torch.channels_last)
     weight, bias = torch.ones(8), torch.zeros(8)
     exact = REFERENCE.group_norm_silu(x.double(), weight, bias, 2, 1e-5, True)
-    assert error(PLAIN.group_norm_silu(x, weight, bias, 2, 1e-5, True), exact) <= 1e-3
+    assert error(TORCH.group_norm_silu(x, weight, bias, 2, 1e-5, True), exact) <= 1e-3
 
 
-def test_plain_transformer_bodies():
+def test_plain_functions_of_a_transformer():
     x, residual, weight, bias = randn(2, 5, 8), randn(2, 5, 8, seed=1), randn(8), randn(8, seed=2)
-    y, s = PLAIN.layer_norm(x, weight, bias, 1e-5, residual)
+    y, s = TORCH.layer_norm(x, weight, bias, 1e-5, residual)
     assert torch.equal(s, x + residual)
     assert error(y, F.layer_norm(s, (8,), weight, bias)) <= BOUND
     value, gate = x.chunk(2, dim=-1)
-    assert error(PLAIN.geglu(x), value * F.gelu(gate)) <= BOUND
-    assert error(PLAIN.attention(x, x, x, 2), REFERENCE.attention(x, x, x, 2)) <= BOUND
+    assert error(TORCH.geglu(x), value * F.gelu(gate)) <= BOUND
+    assert error(TORCH.attention(x, x, x, 2), REFERENCE.attention(x, x, x, 2)) <= BOUND
 
 
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, unet=replace(DENOISER, in_channels=9))],
@@ -316,7 +296,8 @@ def test_images(config, guidance):
     from PIL import Image
 
     m = small_model(config)
-    fused = StableDiffusion(config, m.tokenizer, m.text_encoder, FusedUNet(m.unet, PLAIN), m.vae)
+    fused = StableDiffusion(config, m.tokenizer, m.text_encoder, m.unet, m.vae,
+                            Backend(TORCH, fused=True))
     size = dict(width=24, height=16)
     image = Image.effect_noise((24, 16), 80).convert("RGB")
     inpaint = dict(image=image, mask_image=image)
@@ -328,12 +309,12 @@ def test_images(config, guidance):
 
 def test_fused_by_name_on_a_cpu():
     sd, fused = minisd.load(), minisd.load(ops="fused")
-    assert isinstance(fused.unet, FusedUNet) and isinstance(sd.unet, UNet)
-    assert isinstance(fused.vae.decoder, FusedDecoder)
+    assert fused.backend.fused and not sd.backend.fused
+    assert sd.unet.state_dict().keys() == fused.unet.state_dict().keys()
     images = [x("a red heart", seed=0, num_inference_steps=3, output_type="pt").images
                 for x in (sd, fused)]
     assert error(*images) <= 1e-4
-    assert {call.took for call in fused.coverage()} == {"fused"}
+    assert {call.took for call in fused.coverage()} == {"torch"}
     assert all("run on a GPU" in call.why or "triton" in call.why for call in fused.coverage())
 
 

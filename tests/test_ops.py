@@ -1,20 +1,17 @@
 """Reference ops and torch ops equal the formulas in NumPy float64."""
 
-import re
-import sys
+from math import erf
 
 import numpy as np
 import pytest
 import torch
 from reference_models import error, randn
 
-import minisd
-from minisd.ops import REFERENCE, TORCH, Call, choose, watch
-from minisd.unet import UNet
+from minisd.ops import REFERENCE, TORCH
 
 # Rounding errors of sums of a few hundred numbers of size one.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
-PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=lambda ops: ops.name)
+PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=["reference", "torch"])
 DTYPE = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 
 ATTENTION = [  # (B, Lq, Lk, heads, d, causal)
@@ -132,103 +129,63 @@ def test_half_precision_group_norm(dtype):
     assert error(out, exact) <= torch.finfo(dtype).eps * exact.abs().max()
 
 
-CPU = torch.device("cpu")
+@PAIR
+@pytest.mark.parametrize("shift, residual", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_group_norm_of_a_sum(ops, shift, residual):
+    """In both layouts; the sum is returned, or written where it is wanted; nothing else changes."""
+    x, weight, bias = -2.3 + randn(2, 8, 5, 3), randn(8, seed=1), randn(8, seed=2)
+    shift = randn(2, 8, seed=3) if shift else None
+    residual = randn(2, 8, 5, 3, seed=4) if residual else None
+    s = x.clone()
+    s = s if shift is None else s + shift[:, :, None, None]
+    s = s if residual is None else s + residual
+    exact = numpy_group_norm_silu(s, weight, bias, 2, 1e-5, True)
+    for form in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=form)
+        before = given.clone()
+        args = (given, weight, bias, 2, 1e-5, True, shift, residual)
+        assert error(ops.group_norm_silu(*args), exact) <= BOUNDS[torch.float64]
+        y, total = ops.group_norm_silu(*args, True)
+        assert error(y, exact) <= BOUNDS[torch.float64] and error(total, s) <= 1e-15
+        into = torch.full((2, 20, 5, 3), 7.0, dtype=x.dtype)
+        ops.group_norm_silu(*args, return_sum=into[:, 6:14])
+        assert error(into[:, 6:14], s) <= 1e-15
+        assert (into[:, :6] == 7).all() and (into[:, 14:] == 7).all()
+        assert torch.equal(given, before)
 
 
-def test_choose():
-    assert choose("torch", CPU) is TORCH and choose("reference", CPU) is REFERENCE
-    with pytest.raises(ValueError, match="ops must be one of auto, torch, reference, triton"):
-        choose("numpy", CPU)
+@PAIR
+@DTYPE
+@pytest.mark.parametrize("shift, residual", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_layer_norm(ops, dtype, shift, residual):
+    x, weight, bias = -2.3 + randn(2, 5, 12, dtype=dtype), randn(12, seed=1), randn(12, seed=2)
+    shift = randn(12, seed=3).to(dtype) if shift else None
+    residual = randn(2, 5, 12, seed=4).to(dtype) if residual else None
+    before = x.clone()
+    y, s = ops.layer_norm(x, weight.to(dtype), bias.to(dtype), 1e-5, residual, shift)
+    rows = sum(part.double().numpy() for part in (x, shift, residual) if part is not None)
+    mean, variance = rows.mean(-1, keepdims=True), rows.var(-1, keepdims=True)
+    exact = (rows - mean) / np.sqrt(variance + 1e-5) * weight.numpy() + bias.numpy()
+    assert error(y, torch.from_numpy(exact)) <= 20 * BOUNDS[dtype]
+    assert error(s, torch.from_numpy(rows)) <= BOUNDS[dtype]
+    assert torch.equal(x, before) and y.dtype == s.dtype == dtype
 
 
-def test_auto_is_torch_without_a_gpu_and_says_why():
-    ops = choose("auto", CPU)
-    assert (ops.attention, ops.group_norm_silu) == (TORCH.attention, TORCH.group_norm_silu)
-    calls = []
-    x = randn(1, 5, 16)
-    assert torch.equal(watch(ops, calls).attention(x, x, x, 2), TORCH.attention(x, x, x, 2))
-    assert calls == [Call("attention", "2 heads of 8, 5x5", "torch", ops.why)]
-    assert "run on a GPU" in ops.why or "triton" in ops.why
+@PAIR
+@DTYPE
+def test_geglu(ops, dtype):
+    h = 3 * randn(2, 5, 14, dtype=dtype)
+    value, gate = np.split(h.double().numpy(), 2, axis=-1)
+    gelu = np.vectorize(lambda g: g * (1 + erf(g / 2**0.5)) / 2)
+    assert error(ops.geglu(h), torch.from_numpy(value * gelu(gate))) <= 20 * BOUNDS[dtype]
 
 
-def test_kernels_chosen_by_name_never_fall_back():
-    with pytest.raises(ValueError, match='ops="triton" cannot be had: .*(run on a GPU|triton)'):
-        choose("triton", CPU)
-
-
-@pytest.mark.parametrize("name", ["triton", "auto"])
-def test_without_triton(name, monkeypatch):
-    for module in [m for m in sys.modules if m.startswith("minisd_kernels")]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "triton", None)  # now importing it fails
-    sentence = r"no module named triton; pip install 'minisd\[kernels\]' brings it"
-    if name == "triton":
-        with pytest.raises(ValueError, match=sentence):
-            choose(name, CPU)
-    else:
-        assert re.search(sentence, choose(name, CPU).why)
-
-
-def test_auto_on_a_proven_gpu_chooses_call_by_call(monkeypatch):
-    """The device "meta" mocks a GPU: the kernels' checks pass there, and nothing is launched."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
-    gpu = torch.device("meta")
-    monkeypatch.setattr("minisd_kernels.proof.proven", "not on {0[0]}.{0[1]}".format)
-    assert choose("auto", gpu).why == "not on 9.0"
-    monkeypatch.setattr("minisd_kernels.proof.proven", lambda *of: "")
-    calls = []
-    ops = watch(choose("auto", gpu), calls)
-    for d, dtype in ((40, torch.float16), (42, torch.float16), (40, torch.float64)):
-        x = torch.empty(2, 16, 2 * d, dtype=dtype, device=gpu)
-        assert ops.attention(x, x, x, 2).shape == x.shape
-    image, row = torch.empty(2, 64, 3, 3, device=gpu), torch.empty(64, device=gpu)
-    assert ops.group_norm_silu(image, row, row, 32, 1e-5, True).shape == image.shape
-    assert ops.group_norm_silu(image[..., ::2], row, row, 32, 1e-5, False).shape[-1] == 2
-    assert [(call.took, call.why) for call in calls] == [
-        ("triton", ""),
-        ("torch", "a head of width 42: it must be a multiple of 4 up to 256, or 512"),
-        ("torch", "q is torch.float64, not float16, bfloat16 or float32"),
-        ("triton", ""),
-        ("torch", "x is neither NCHW nor channels_last"),
-    ]
-    assert calls[3].sizes == "64 at 3x3, SiLU" and calls[4].sizes == "64 at 3x2"
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e5m2], ids=str)
-def test_auto_is_torch_in_a_dtype_that_the_kernels_do_not_take(dtype, monkeypatch):
-    """For all ops, because a repacked model has no other ops to fall back on."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr("minisd_kernels.proof.proven", lambda *of: "")
-    gpu = torch.device("meta")
-    why = f"the kernels take float16, bfloat16 and float32, not {str(dtype)[6:]}"
-    ops = choose("auto", gpu, dtype)
-    assert ops.name == "torch" and ops.attention is TORCH.attention and ops.why == why
-    for name in ("triton", "fused"):
-        with pytest.raises(ValueError, match=f'ops="{name}" cannot be had: {why}'):
-            choose(name, gpu, dtype)
-    for kept in (torch.float16, torch.bfloat16, torch.float32):
-        assert choose("auto", gpu, kept).name == "auto"
-    assert choose("fused", CPU, dtype).attention is TORCH.attention
-
-
-def test_auto_leaves_interpreted_kernels_alone(monkeypatch):
-    """With TRITON_INTERPRET set they run on a CPU, and an image takes minutes."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr("minisd_kernels.launch.interpreted", lambda kernel: True)
-    assert "interpreted" in choose("auto", CPU).why
-
-
-@pytest.mark.parametrize("dtype, packed", [("float64", False), ("float32", True)])
-def test_a_model_loaded_with_auto_is_repacked_if_the_kernels_take_its_dtype(
-        dtype, packed, monkeypatch):
-    """A CPU mocks a proven GPU, and nothing is run."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr("minisd.ops._not_proven", lambda device: "")
-    monkeypatch.setattr("minisd_kernels.launch.interpreted", lambda kernel: True)
-    sd = minisd.load(dtype=dtype, device="cpu", ops="auto")
-    assert isinstance(sd.unet, UNet) != packed and sd.unet.ops.name == ["torch", "auto"][packed]
-    assert ("not float64" in sd.unet.ops.why) != packed
+@PAIR
+@torch.enable_grad()
+def test_gradients_pass(ops):
+    """Training goes through every function, and none overwrites what a gradient needs."""
+    x, w, b = (randn(*shape).requires_grad_() for shape in ((2, 8, 3, 4), (8,), (8,)))
+    rows = x.flatten(2).mT
+    for y in (ops.group_norm_silu(x, w, b, 2, 1e-5, True, b, x), ops.geglu(rows),
+              ops.layer_norm(rows, w, b, 1e-5, rows, b)[0], ops.attention(rows, rows, rows, 2)):
+        torch.autograd.grad(y.sum(), x)

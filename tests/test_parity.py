@@ -70,7 +70,7 @@ def text_to_image(config, call=None, **options):
 
 
 @MODELS
-@pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=lambda ops: ops.name)
+@pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=["reference", "torch"])
 def test_text_to_image(config, ops):
     assert error(*text_to_image(config, ops=ops)) <= BOUND
 

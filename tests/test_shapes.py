@@ -30,7 +30,7 @@ MINISD = Path(minisd.__file__).parent
 # The files; and the letters for height and width of an argument x, where nothing binds them later.
 MODELS = {MINISD / "ops.py": "", MINISD / "clip.py": "", MINISD / "transformer.py": "hw",
           MINISD / "unet.py": "hw", MINISD / "vae.py": "HW"}
-LOOP = {MINISD / "sd.py": "", MINISD / "latents.py": "", MINISD / "tokenizer.py": ""}
+LOOP = {MINISD / f"{name}.py": "" for name in ("sd", "steps", "latents", "tokenizer")}
 
 
 class Line(NamedTuple):
@@ -136,7 +136,10 @@ def test_the_models():
             ids, x = torch.zeros(2, 77, dtype=torch.int64), torch.zeros(2, 4, 64, 48)
             context = torch.zeros(2, 77, config.text.hidden_size)
             calls += [(encoder, ids), (unet, x, ids[:, 0], context),
-                      (vae.encode, torch.zeros(2, 3, 512, 384)), (vae.decode, x)]
+                      (vae.encode, torch.zeros(2, 3, 512, 384)), (vae.decode, x),
+                      (vae.moments, torch.zeros(2, 3, 512, 384))]
+    image = torch.zeros(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
+    calls.append((TORCH.group_norm_silu, image, torch.ones(8), torch.zeros(8), 4, 1e-5, True))
     assert trace(MODELS, lambda: [f(*args) for f, *args in calls]) == []
 
 

@@ -127,9 +127,9 @@ def clip(module, ops=TORCH):
 
 
 def ops(module):
-    bodies = module.REFERENCE, module.TORCH
+    both = module.REFERENCE, module.TORCH
     return max(check(*pair) for check, pair in (
-        (check, (part, body)) for body in bodies
+        (check, (part, ops)) for ops in both
         for check, part in ((unet, minisd.unet), (clip, minisd.clip))
     ))
 
@@ -255,10 +255,12 @@ def loop(task):
         errors = []
         for model in TASKS[task][1]:
             m = small_model(model)
-            # The module is sd itself, or latents, from which sd takes Noise and start.
+            # The module is sd itself, or one from which sd takes some of these.
+            taken = {name: getattr(module, name) for name in ("Noise", "start", "Steps")
+                     if hasattr(module, name)}
             kind = getattr(module, "StableDiffusion", minisd.sd.StableDiffusion)
             sd = kind(model, m.tokenizer, m.text_encoder, m.unet, m.vae)
-            with patch.multiple(minisd.sd, Noise=module.Noise, start=module.start):
+            with patch.multiple(minisd.sd, **taken):
                 ours = sd(PROMPTS, seed=0, **CALL, **TASKS[task][2]).images
             errors.append(error(ours, official_latents(task, model)))
         return max(errors)

@@ -33,7 +33,7 @@ CASES = {
         DENOISER, block_out_channels=(24,), has_attention=(True,), num_heads=(3,)
     ),
 }
-PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=lambda ops: ops.name)
+PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=["reference", "torch"])
 
 
 def pair(config, ops, dtype=torch.float64):

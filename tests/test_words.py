@@ -8,7 +8,7 @@ import pytest
 MINISD = Path(__file__).parents[1] / "minisd"
 WORDS = {
     "latent diffusion": "sd",
-    "classifier-free guidance": "sd",
+    "classifier-free guidance": "steps",
     "sinusoidal timestep embedding": "unet",
     "skip connection": "unet",
     "self-attention": "transformer",
@@ -23,7 +23,8 @@ WORDS = {
     "causal self-attention": "clip",
     "group normalization": "ops",
 }
-PAPERS = ("sd", "unet", "transformer", "ddim", "latents", "vae", "tokenizer", "clip", "ops")
+PAPERS = ("sd", "steps", "unet", "transformer", "ddim", "latents", "vae", "tokenizer", "clip",
+          "ops")
 
 
 @pytest.mark.parametrize("words", WORDS)
