@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
-from minisd_kernels import flash_attention as flash, launch
+from minisd_kernels.ops import attention as flash, launch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minisd.ops import REFERENCE, TORCH, split_heads
+from minisd.models.ops import REFERENCE, TORCH, split_heads
 
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minisd.ops import merge_heads
+from minisd.models.ops import merge_heads
 
 
 class Verdict(NamedTuple):

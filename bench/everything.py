@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from minisd_kernels import launch
-from minisd_kernels.flash_attention import _kernel
+from minisd_kernels.ops import launch
+from minisd_kernels.ops.attention import _kernel
 
 from bench import check, image, inside, kernels, models, record, shapes, tune
 from bench.clock import limited

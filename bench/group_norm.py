@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels import group_norm_silu as kernel, launch
+from minisd_kernels.ops import group_norm as kernel, launch
 from torch import Tensor
 
-from minisd.ops import REFERENCE, TORCH
+from minisd.models.ops import REFERENCE, TORCH
 
 HEADLINE = ("SD1.5", 320, 64, True, True)
 MODES = {"compiled": "default", "compiled max-autotune": "max-autotune-no-cudagraphs"}

@@ -15,15 +15,15 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels import fused_unet
-from minisd_kernels.launch import Tile
+from minisd_kernels.fused import unet as fused_unet
+from minisd_kernels.ops.launch import Tile
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import tune
 from bench.check import one_line
 from bench.contest import FUSED, Contest
-from minisd.ops import TORCH
+from minisd.models.ops import TORCH
 
 
 class Change(NamedTuple):

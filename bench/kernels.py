@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from minisd_kernels import launch
-from minisd_kernels.flash_attention import _kernel
+from minisd_kernels.ops import launch
+from minisd_kernels.ops.attention import _kernel
 
 from bench import record, shapes, timing, tune
 from bench.check import alive, equality, one_line

@@ -27,10 +27,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels import flash_attention, launch
-from minisd_kernels.fused_step import Steps, advance
-from minisd_kernels.fused_unet import FusedUNet
-from minisd_kernels.fused_vae import FusedDecoder
+from minisd_kernels.fused.decoder import FusedDecoder
+from minisd_kernels.fused.steps import Steps, advance
+from minisd_kernels.fused.unet import FusedUNet
+from minisd_kernels.ops import attention as flash_attention, launch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -39,12 +39,13 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import record
 from bench.models import GUIDANCE
-from minisd import ddim, steps as readable_steps
+from minisd import steps as readable_steps
 from minisd.backends import kernels
 from minisd.config import SD1, SD2_V, Config
-from minisd.ops import REFERENCE, TORCH, Ops
-from minisd.unet import UNet
-from minisd.vae import Decoder
+from minisd.models.ops import REFERENCE, TORCH, Ops
+from minisd.models.unet import UNet
+from minisd.models.vae import Decoder
+from minisd.samplers import schedule
 
 MODELS = {"SD1.5, 512x512": (SD1, 64), "SD2.1, 768x768": (SD2_V, 96)}
 COLUMNS = ["model", "rung", "launches", "bytes", "flops", "torch", "triton", "commit", "date"]
@@ -162,7 +163,7 @@ class Step:
 
     def readable(self, unet: UNet) -> Callable[[Tensor], Tensor]:
         """As the loop asks it."""
-        abars = ddim.alphas_cumprod(self.config.schedule)[[1, 0]].tolist()
+        abars = schedule.alphas_cumprod(self.config.schedule)[[1, 0]].tolist()
         steps = readable_steps.Steps(unet, self.context, None, self.timesteps, abars,
                                      self.config.schedule.prediction_type, GUIDANCE, 0.0)
         return lambda x: steps(x, 0)

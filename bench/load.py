@@ -25,12 +25,12 @@ def write(path: Path, dtype: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from minisd import names
-    from minisd.clip import TextEncoder
+    from minisd.checkpoints import names
     from minisd.config import SD1
-    from minisd.ops import TORCH
-    from minisd.unet import UNet
-    from minisd.vae import VAE
+    from minisd.models.clip import TextEncoder
+    from minisd.models.ops import TORCH
+    from minisd.models.unet import UNet
+    from minisd.models.vae import VAE
 
     with torch.device("meta"):
         parts = {"text_encoder": TextEncoder(SD1.text, TORCH), "unet": UNet(SD1.unet, TORCH),

@@ -10,17 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from minisd_kernels import fused_step
+from minisd_kernels.fused import steps as fused_step
 from torch import Tensor, nn
 
 import minisd
 from minisd.backends import resolve
 from minisd.config import SD1, SD2_V, Config
 from minisd.loading import build
-from minisd.ops import TORCH
-from minisd.sd import StableDiffusion
+from minisd.models.ops import TORCH
+from minisd.pipeline import StableDiffusion
 from minisd.steps import Steps
-from minisd.tokenizer import Tokenizer
+from minisd.text.tokenizer import Tokenizer
 
 PROMPT = "a red heart on a blue background"
 GUIDANCE = 7.5

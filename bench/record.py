@@ -6,7 +6,7 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
-import minisd_kernels.launch
+import minisd_kernels.proof
 import torch
 import triton
 
@@ -22,7 +22,7 @@ EQUALITY = ["kernel", "shape", "dtype", "max_err", "torch_err", "bound", "ok", *
 def refuse_two_trees() -> None:
     """Exit unless bench, minisd and minisd_kernels are of one tree: else the rows would name
     another commit than the one measured."""
-    files = (__file__, minisd.__file__, minisd_kernels.launch.__file__)
+    files = (__file__, minisd.__file__, minisd_kernels.proof.__file__)
     trees = {str(Path(file).resolve().parents[1]) for file in files}
     if len(trees) > 1:
         raise SystemExit(f"bench, minisd and minisd_kernels are not from one tree but from "

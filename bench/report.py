@@ -19,7 +19,8 @@ import json
 import subprocess
 from pathlib import Path
 
-from minisd_kernels import launch, proof
+from minisd_kernels import proof
+from minisd_kernels.ops import launch
 
 from bench import shapes, tables
 from bench.check import to_check

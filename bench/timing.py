@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from minisd_kernels.launch import Cost
+from minisd_kernels.ops.launch import Cost
 
 SAMPLE = {"cuda": 0.004, "cpu": 0.01}  # seconds: reading the clock takes far less
 EXPONENTIALS = 16  # per multiprocessor and clock (CUDA C++ Programming Guide, throughput, 5.x-9.0)

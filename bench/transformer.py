@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels import geglu as geglu_file, launch, layer_norm as layer_norm_file
+from minisd_kernels.ops import geglu as geglu_file, launch, layer_norm as layer_norm_file
 from torch import Tensor
 
 from bench.group_norm import Compiler

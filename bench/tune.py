@@ -14,9 +14,9 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-from minisd_kernels import launch
-from minisd_kernels.flash_attention import _kernel
-from minisd_kernels.launch import Norm, Tile
+from minisd_kernels.ops import launch
+from minisd_kernels.ops.attention import _kernel
+from minisd_kernels.ops.launch import Norm, Tile
 
 from bench import timing
 from bench.check import check, one_line, spread

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from minisd_kernels import flash_attention, launch
-from minisd_kernels.fused_unet import FusedUNet
-from minisd_kernels.fused_vae import FusedDecoder
+from minisd_kernels.fused.decoder import FusedDecoder
+from minisd_kernels.fused.unet import FusedUNet
+from minisd_kernels.ops import attention as flash_attention, launch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from triton.backends.compiler import GPUTarget
@@ -27,9 +27,9 @@ import minisd
 from bench import inside, shapes, tune
 from minisd.backends import kernels
 from minisd.config import SD1, SD2_V, Config
-from minisd.ops import TORCH
-from minisd.unet import UNet
-from minisd.vae import Decoder
+from minisd.models.ops import TORCH
+from minisd.models.unet import UNet
+from minisd.models.vae import Decoder
 
 META = torch.device("meta")
 ANY_GPU = GPUTarget("cuda", 90, 32)  # what a launch is specialised on is the same for all
@@ -46,7 +46,7 @@ class Variant(NamedTuple):
 
     @property
     def attention(self) -> bool:
-        return self.kernel.startswith("flash_attention")
+        return self.kernel.startswith("attention")
 
 
 class ChannelsLast(TorchFunctionMode):

@@ -14,7 +14,13 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 
 import triton
-from minisd_kernels import flash_attention, geglu, group_norm_silu, launch, layer_norm
+from minisd_kernels.ops import (
+    attention as flash_attention,
+    geglu,
+    group_norm as group_norm_silu,
+    launch,
+    layer_norm,
+)
 from triton.runtime.jit import KernelInterface
 
 FILE = Path(__file__).with_name("proven.json")

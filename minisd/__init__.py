@@ -9,18 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from minisd.checkpoints.hub import download
     from minisd.config import Config
     from minisd.errors import HubError, ImageError, MinisdError, WeightError
-    from minisd.hub import download
     from minisd.loading import load
-    from minisd.ops import Ops
-    from minisd.sd import Output, StableDiffusion
+    from minisd.models.ops import Ops
+    from minisd.pipeline import Output, StableDiffusion
 
 __version__ = "0.2.0"
 _HOMES = {
     "Config": "config", "HubError": "errors", "ImageError": "errors", "MinisdError": "errors",
-    "Ops": "ops", "Output": "sd", "StableDiffusion": "sd", "WeightError": "errors",
-    "download": "hub", "load": "loading",
+    "Ops": "models.ops", "Output": "pipeline", "StableDiffusion": "pipeline",
+    "WeightError": "errors", "download": "checkpoints.hub", "load": "loading",
 }
 __all__ = ["Config", "HubError", "ImageError", "MinisdError", "Ops", "Output", "StableDiffusion",
            "WeightError", "download", "load"]

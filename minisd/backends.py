@@ -3,7 +3,7 @@
 These are two questions and two arguments of `minisd.load`. ``ops`` names the functions: "torch",
 "reference", "triton" (the kernels, which raise where they do not take a call), "auto", or an `Ops`
 of the caller's own. ``fused`` says whether the steps and the decoding run on repacked copies of the
-UNet and of the VAE's decoder (minisd_kernels.fused_unet).
+UNet and of the VAE's decoder (minisd_kernels.fused.unet).
 
 This is the only file that imports minisd_kernels, and only inside functions: minisd works without.
 """
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from minisd.config import UNetConfig
-from minisd.ops import REFERENCE, TORCH, Ops
-from minisd.unet import UNet
-from minisd.vae import VAE
+from minisd.models.ops import REFERENCE, TORCH, Ops
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE
 
 if TYPE_CHECKING:
-    from minisd_kernels.fused_vae import Fused
+    from minisd_kernels.fused.decoder import Fused
 
 NAMED = {"torch": TORCH, "reference": REFERENCE}
 NOT_ASKED = "the kernels were not asked for"
@@ -81,8 +81,8 @@ def resolve(ops: str | Ops, fused: bool | None, device: torch.device,
 def _no_kernels(device: torch.device, dtype: torch.dtype) -> str:
     """Why the kernels cannot run a model of that dtype there at all; empty if they can."""
     try:
-        from minisd_kernels.flash_attention import refusal
-        from minisd_kernels.launch import DTYPES
+        from minisd_kernels.ops.attention import refusal
+        from minisd_kernels.ops.launch import DTYPES
     except ModuleNotFoundError as error:
         return f"no module named {error.name}; pip install 'minisd[kernels]' brings it, on Linux"
     x = torch.empty(1, 1, 8, dtype=torch.float32, device=device)
@@ -97,8 +97,8 @@ def _not_proven(device: torch.device, dtype: torch.dtype) -> str:
     """Why the kernels are not the default there; empty if they are."""
     if why := _no_kernels(device, dtype):
         return why
-    from minisd_kernels.flash_attention import _kernel
-    from minisd_kernels.launch import interpreted
+    from minisd_kernels.ops.attention import _kernel
+    from minisd_kernels.ops.launch import interpreted
     from minisd_kernels.proof import proven
 
     if interpreted(_kernel):  # with TRITON_INTERPRET set
@@ -122,7 +122,12 @@ class Preferred:
 
 def _families() -> dict[str, tuple[Callable, Callable[..., str | None]]]:
     """Each function's kernel, and why it does not take a call of that function."""
-    from minisd_kernels import flash_attention, geglu, group_norm_silu, layer_norm
+    from minisd_kernels.ops import (
+        attention as flash_attention,
+        geglu,
+        group_norm as group_norm_silu,
+        layer_norm,
+    )
 
     def attention(q, k, v, heads, causal=False):
         return flash_attention.refusal(q, k, v, heads)
@@ -179,7 +184,7 @@ def coverage(config: UNetConfig, backend: Backend, height: int, width: int, dtyp
     with torch.no_grad(), torch.device("meta"):
         unet: Callable[..., Tensor] = UNet(config, ops).to(dtype)
         if backend.fused:
-            from minisd_kernels.fused_unet import FusedUNet
+            from minisd_kernels.fused.unet import FusedUNet
 
             unet = FusedUNet(unet, ops)
         x = torch.empty(batch, config.in_channels, height, width, dtype=dtype)
@@ -254,7 +259,7 @@ class Repacked:
         self._made: Fused | None = None
 
     def __call__(self, unet: UNet, vae: VAE, ops: Ops) -> "Fused":
-        from minisd_kernels.fused_vae import Fused
+        from minisd_kernels.fused.decoder import Fused
 
         with self._lock:
             if self._made is None or self._key != _key(unet, vae.decoder, ops):

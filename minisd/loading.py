@@ -5,16 +5,17 @@ from typing import TypedDict
 
 import torch
 
-from minisd import arguments, checkpoint
+from minisd import request
 from minisd.backends import resolve
-from minisd.clip import TextEncoder
+from minisd.checkpoints import checkpoint
+from minisd.checkpoints.tokenizer_folder import read_tokenizer
 from minisd.config import Config
-from minisd.ops import Ops
-from minisd.sd import StableDiffusion
-from minisd.tokenizer import Tokenizer
-from minisd.tokenizer_folder import read_tokenizer
-from minisd.unet import UNet
-from minisd.vae import VAE
+from minisd.models.clip import TextEncoder
+from minisd.models.ops import Ops
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE
+from minisd.pipeline import StableDiffusion
+from minisd.text.tokenizer import Tokenizer
 
 
 def load(
@@ -47,9 +48,9 @@ def load(
 
     Raises FileNotFoundError, WeightError (naming file and tensor), or ValueError for the rest.
     """
-    device = arguments.device(device)
-    dtype = arguments.dtype(dtype, device)
-    tile = arguments.tile(tile)
+    device = request.device(device)
+    dtype = request.dtype(dtype, device)
+    tile = request.tile(tile)
     backend = resolve(ops, fused, device, dtype)
     found = checkpoint.open_checkpoint(path, config=config, vae=vae,
                                        prediction_type=prediction_type)

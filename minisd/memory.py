@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from minisd.arguments import Request
 from minisd.config import Config, UNetConfig
-from minisd.vae import VAE
+from minisd.models.vae import VAE
+from minisd.request import Request
 
 REMEDIES = ("choose a smaller size or fewer images at once, load with tile=64 (--tile 64) for "
             "large images, or load with dtype float16 on a GPU")

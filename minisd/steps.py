@@ -1,6 +1,6 @@
 """One denoise step, spelled out: the UNet's prediction, guidance, and the sampler's step.
 
-The loop in sd.py asks one object for the next x, and does not know which: this one, or the fused
+The loop in pipeline.py asks one object for the next x, and does not know which: this one, or the fused
 one of minisd_kernels, which computes the same on a repacked UNet.
 
 B latents, M contexts (B, or 2B with guidance), h w height and width of the latent
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisd import ddim
+from minisd.samplers import ddim
 
 
 @dataclass(frozen=True)

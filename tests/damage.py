@@ -22,17 +22,18 @@ from reference_models import SMALL, official_tokenizer, small_model
 from safetensors import safe_open
 from test_tokenizer import KINDS as WRITING, _official_ids, _string
 
-from minisd import ddim
-from minisd.checkpoint import check, open_checkpoint
-from minisd.clip import TextEncoder
+from minisd.app.png import read_settings, save
+from minisd.checkpoints.checkpoint import check, open_checkpoint
+from minisd.checkpoints.safetensors_file import DTYPES, ITEM_SIZE, read_header, read_tensor
 from minisd.config import SD1
 from minisd.errors import ImageError, WeightError
-from minisd.image import open_image, read_settings, save
-from minisd.ops import TORCH
-from minisd.safetensors_file import DTYPES, ITEM_SIZE, read_header, read_tensor
-from minisd.tokenizer import Tokenizer
-from minisd.unet import UNet
-from minisd.vae import VAE
+from minisd.images import open_image
+from minisd.models.clip import TextEncoder
+from minisd.models.ops import TORCH
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE
+from minisd.samplers import schedule
+from minisd.text.tokenizer import Tokenizer
 
 Case = Callable[[random.Random, int], str]
 NUMPY = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
@@ -270,7 +271,7 @@ def steps(folder: Path) -> Case:
            output_type="latent", progress=False)  # fmt: skip
         falling = all(a > b for a, b in zip(visited, visited[1:], strict=False))
         right = falling and len(visited) == count and 0 <= visited[-1] <= visited[0] <= 999
-        return "same" if right and visited == ddim.timesteps(count) else "different"
+        return "same" if right and visited == schedule.timesteps(count) else "different"
 
     return case
 

@@ -23,7 +23,7 @@ from reference_models import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minisd import names
+from minisd.checkpoints import names
 from minisd.config import Config
 
 MANIFESTS = Path(__file__).parent / "manifests"

@@ -13,8 +13,8 @@ from interpreter import (
     table,  # noqa: F401 - a fixture
     take,
 )
-from minisd_kernels import launch
-from minisd_kernels.flash_attention import PRECISIONS, cost, flash_attention, plan, refusal
+from minisd_kernels.ops import launch
+from minisd_kernels.ops.attention import PRECISIONS, cost, flash_attention, plan, refusal
 
 NAN = float("nan")
 # The memory layouts of q, k and v. NaN surrounds each of them: a wrong read makes the result NaN.

@@ -6,17 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreter import DTYPES, compare, embed, table, take  # noqa: F401, a fixture
-from minisd_kernels import geglu as geglu_file, launch, layer_norm as layer_norm_file
-from minisd_kernels.fused_unet import FusedUNet
-from minisd_kernels.fused_vae import FusedDecoder
-from minisd_kernels.geglu import geglu
-from minisd_kernels.layer_norm import layer_norm
+from minisd_kernels.fused.decoder import FusedDecoder
+from minisd_kernels.fused.unet import FusedUNet
+from minisd_kernels.ops import geglu as geglu_file, launch, layer_norm as layer_norm_file
+from minisd_kernels.ops.geglu import geglu
+from minisd_kernels.ops.layer_norm import layer_norm
 from small_models import AUTOENCODER, DENOISER, error, randn, randomise
 
 from minisd.backends import kernels
-from minisd.ops import TORCH
-from minisd.unet import UNet
-from minisd.vae import Decoder
+from minisd.models.ops import TORCH
+from minisd.models.unet import UNet
+from minisd.models.vae import Decoder
 
 NAN = float("nan")
 LAYER_NORM = [  # rows, C: why

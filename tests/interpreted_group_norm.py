@@ -12,8 +12,8 @@ from interpreter import (
     table,  # noqa: F401 - a fixture
     take,
 )
-from minisd_kernels import launch
-from minisd_kernels.group_norm_silu import cost, group_norm_silu, plan, refusal
+from minisd_kernels.ops import launch
+from minisd_kernels.ops.group_norm import cost, group_norm_silu, plan, refusal
 
 NAN = float("nan")
 LAST = pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
@@ -118,8 +118,8 @@ def test_values_in_three_launches(shape, groups, last):
 @pytest.mark.parametrize("largest, programs", [(2**14, 1), (1, 1), (1, 12), (1, 1000)])
 def test_values_with_another_tile(largest, programs, last, monkeypatch):
     """Any launch setting: splits of one tile and of many, joined in several rounds."""
-    monkeypatch.setattr("minisd_kernels.group_norm_silu.PROGRAMS", programs)
-    monkeypatch.setattr("minisd_kernels.group_norm_silu.JOINED", 4)
+    monkeypatch.setattr("minisd_kernels.ops.group_norm.PROGRAMS", programs)
+    monkeypatch.setattr("minisd_kernels.ops.group_norm.JOINED", 4)
     monkeypatch.setitem(launch.DEFAULT, ("group norm", 0), launch.Norm(largest, 1, 4))
     monkeypatch.setitem(launch.DEFAULT, ("group norm", 1), launch.Norm(32, 8, 4))
     check("group norm", *inputs((2, 24, 5, 3), last, torch.float32), 8)

@@ -10,7 +10,7 @@ By hand, with the table of errors at the end:
 import numpy as np
 import pytest
 import torch
-from minisd_kernels import flash_attention, launch
+from minisd_kernels.ops import attention as flash_attention, launch
 from torch import Tensor
 from triton import language as tl
 from triton.runtime.interpreter import (

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from minisd.image import read_settings
+from minisd.app.png import read_settings
 
 ROOT = Path(__file__).parents[1]
 COUNT = 24

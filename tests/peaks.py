@@ -11,13 +11,13 @@ from torch import nn
 
 from bench.clock import CLEAR, resident
 from minisd import memory
-from minisd.clip import TextEncoder
 from minisd.config import SD1
-from minisd.ops import TORCH
-from minisd.sd import StableDiffusion
-from minisd.tokenizer import Tokenizer
-from minisd.unet import UNet
-from minisd.vae import VAE
+from minisd.models.clip import TextEncoder
+from minisd.models.ops import TORCH
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE
+from minisd.pipeline import StableDiffusion
+from minisd.text.tokenizer import Tokenizer
 
 
 def official() -> StableDiffusion:

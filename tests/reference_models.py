@@ -31,9 +31,9 @@ from bench.official import (
     official_unet,
     official_vae,
 )
-from minisd import ddim
 from minisd.config import ScheduleConfig
-from minisd.sd import StableDiffusion
+from minisd.pipeline import StableDiffusion
+from minisd.samplers import schedule
 
 
 def with_weights(official: nn.Module, ours: nn.Module) -> nn.Module:
@@ -47,7 +47,7 @@ def official_scheduler(config: ScheduleConfig) -> DDIMScheduler:
     """DDIM as in the published scheduler_config.json files, with the schedule in float64."""
     scheduler = published_scheduler(config)
     # diffusers keeps this table in float32, which hides all differences below 1e-7.
-    scheduler.alphas_cumprod = ddim.alphas_cumprod(config)
+    scheduler.alphas_cumprod = schedule.alphas_cumprod(config)
     scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     return scheduler
 
@@ -55,7 +55,7 @@ def official_scheduler(config: ScheduleConfig) -> DDIMScheduler:
 @cache
 def official_tokenizer(pad_token_id: int) -> CLIPTokenizer:
     """CLIP's vocabulary from its merges; SD2 pads with "!", id 0."""
-    packed = resources.files("minisd").joinpath("merges.txt.gz").read_bytes()
+    packed = resources.files("minisd.text").joinpath("merges.txt.gz").read_bytes()
     merges = [tuple(line.split()) for line in gzip.decompress(packed).decode().splitlines()[1:]]
     alphabet = sorted(ByteLevel.alphabet())
     symbols = alphabet + [byte + "</w>" for byte in alphabet] + ["".join(pair) for pair in merges]

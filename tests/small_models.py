@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from minisd.backends import Backend
-from minisd.clip import TextEncoder
 from minisd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from minisd.ops import TORCH, Ops
-from minisd.sd import StableDiffusion
-from minisd.tokenizer import Tokenizer
-from minisd.unet import UNet
-from minisd.vae import VAE
+from minisd.models.clip import TextEncoder
+from minisd.models.ops import TORCH, Ops
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE
+from minisd.pipeline import StableDiffusion
+from minisd.text.tokenizer import Tokenizer
 
 # The shapes of the official models at a hundredth of the size. All sizes differ, so that swapping
 # two widths, heads or contexts changes the result.

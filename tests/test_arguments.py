@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from reference_models import SMALL, small_model
 
-from minisd import arguments
-from minisd.sd import StableDiffusion
+from minisd import request as arguments
+from minisd.pipeline import StableDiffusion
 
 NAN, INF = float("nan"), float("inf")
 IMAGE = Image.new("RGB", (64, 64))

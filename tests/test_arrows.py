@@ -7,56 +7,46 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# file of minisd -> the files of minisd that it may import, anywhere in it
+# room of minisd, a folder or a file -> the rooms that it may import, anywhere in it: only downwards
 ARROWS = {
-    "__init__": {"config", "errors", "hub", "loading", "ops", "sd"},
-    "__main__": {"arguments", "checkpoint", "files", "hub", "image", "options"},
-    "options": set(),
-    "loading": {"arguments", "backends", "checkpoint", "clip", "config", "ops", "sd", "tokenizer",
-                "tokenizer_folder", "unet", "vae"},
-    "sd": {"arguments", "clip", "backends", "config", "ddim", "image", "latents", "memory", "ops",
-           "save", "steps", "tokenizer", "unet", "vae"},
-    "save": {"config", "files", "names", "recognise", "tokenizer", "tokenizer_folder"},
-    "memory": {"arguments", "config", "unet", "vae"},
-    "latents": {"arguments", "ddim"},
-    "backends": {"config", "ops", "unet", "vae"},
-    "steps": {"ddim"},
-    "arguments": {"config", "ddim", "tokenizer"},
-    "clip": {"config", "ops"},
-    "unet": {"config", "ops", "transformer"},
-    "transformer": {"config", "ops"},
-    "vae": {"config", "ops"},
-    "ddim": {"config"},
-    "ops": set(),
-    "config": set(),
-    "tokenizer": set(),
-    "tokenizer_folder": {"diffusers_config", "errors", "tokenizer"},
-    "image": {"errors", "files"},
-    "hub": {"errors"},
-    "errors": set(),
+    "__main__": {"app"},
+    "__init__": {"checkpoints", "config", "errors", "loading", "models", "pipeline"},
+    "app": {"checkpoints", "errors", "files", "images", "request"},
+    "loading": {"backends", "checkpoints", "config", "models", "pipeline", "request", "text"},
+    "pipeline": {"backends", "checkpoints", "conditioning", "config", "images", "memory", "models",
+                 "request", "samplers", "steps", "text"},
+    "steps": {"samplers"},
+    "memory": {"config", "models", "request"},
+    "backends": {"config", "models"},
+    "conditioning": {"request", "samplers"},
+    "request": {"config", "samplers", "text"},
+    "checkpoints": {"config", "errors", "files", "text"},
+    "models": {"config"},
+    "samplers": {"config"},
+    "text": set(),
+    "images": {"errors"},
     "files": set(),
-    "checkpoint": {"config", "diffusers_config", "errors", "hub", "names", "recognise",
-                   "safetensors_file"},
-    "recognise": {"config", "diffusers_config", "errors", "names", "safetensors_file"},
-    "diffusers_config": {"config", "errors", "names", "safetensors_file"},
-    "names": {"config"},
-    "safetensors_file": {"errors"},
+    "config": set(),
+    "errors": set(),
+}
+# room of the kernels -> the rooms of the kernels, and of minisd, that it may import
+KERNEL_ARROWS = {
+    "ops": (set(), set()),
+    "fused": ({"ops"}, {"models", "samplers", "steps"}),
+    "proof": ({"ops"}, set()),
 }
 # Everything else that minisd may import: what pyproject.toml declares, by import name.
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, BUILD = SETTINGS["project"], SETTINGS["tool"]
 DEPENDENCIES = {re.match(r"\w+", line)[0] for line in PROJECT["dependencies"]}
 DECLARED = DEPENDENCIES - {"pillow"} | {"PIL"}
-# The files that may import the kernels, and only inside a function.
-ASK_FOR_KERNELS = {"backends"}
-# The only kernel files that import the model.
-BRIDGE = {"fused_unet", "fused_step", "fused_vae"}
 # No installed file may import these.
 BESIDE = {"bench", "tests", "weights", "kernels"}
 # No file imports or names these: code and objects made from data, other programs, the network.
@@ -70,9 +60,15 @@ FUNCTIONS = {
     "numpy.load", "np.load", "os.system", "os.popen", "os.fork",
     *(f"os.{name}" for name in dir(os) if name.startswith(("exec", "spawn", "posix_spawn"))),
 }  # fmt: skip
-MINISD = sorted((ROOT / "minisd").glob("*.py"))
-KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-FILES = pytest.mark.parametrize("path", MINISD, ids=lambda path: path.stem)
+MINISD = sorted((ROOT / "minisd").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+FILES = pytest.mark.parametrize("path", MINISD, ids=name)
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -106,15 +102,26 @@ def roots(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
+def room(path: Path) -> str:
+    """The folder or the file below minisd/ or kernels/."""
+    return path.relative_to(ROOT).parts[1].removesuffix(".py")
+
+
+def rooms(names: set[str], package: str) -> set[str]:
+    return {each.split(".")[1] for each in names if each.startswith(package + ".")}
+
+
 @FILES
 def test_arrows(path):
     names = imports(ast.parse(path.read_text()))
-    inside = {name.split(".")[1] for name in names if name.startswith("minisd.")}
-    allowed = ARROWS[path.stem]  # a new file needs its arrows
-    assert inside <= allowed
+    assert rooms(names, "minisd") <= ARROWS[room(path)] | {room(path)}
     outside = roots(names) - set(sys.stdlib_module_names) - {"minisd"}
-    kernels = {"minisd_kernels"} if path.stem in ASK_FOR_KERNELS else set()
-    assert outside <= DECLARED | kernels
+    assert outside <= DECLARED | ({"minisd_kernels"} if path.stem == "backends" else set())
+
+
+def test_arrows_only_go_down():
+    order = [*TopologicalSorter(ARROWS).static_order()]  # CycleError in a circle
+    assert set(order) == set(ARROWS)
 
 
 @FILES
@@ -122,10 +129,12 @@ def test_kernels_are_asked_for_inside_functions(path):
     assert not roots(at_import(ast.parse(path.read_text()))) & {"minisd_kernels", "triton"}
 
 
-def test_kernels_do_not_know_the_model():
-    for path in KERNELS:
-        names = roots(imports(ast.parse(path.read_text())))
-        assert path.stem in BRIDGE or "minisd" not in names, path.name
+@pytest.mark.parametrize("path", KERNELS, ids=name)
+def test_arrows_of_the_kernels(path):
+    names = imports(ast.parse(path.read_text()))
+    kernels, minisd = KERNEL_ARROWS[room(path)]
+    assert rooms(names, "minisd_kernels") <= kernels | {room(path)}
+    assert rooms(names, "minisd") <= minisd
 
 
 def test_nothing_imports_what_is_not_installed():
@@ -135,18 +144,24 @@ def test_nothing_imports_what_is_not_installed():
         assert not [name for name in names if name.startswith("minisd_weights.")], path.name
 
 
+def folder_of(package: str) -> Path:
+    """minisd_kernels.ops lies in kernels/ops."""
+    return ROOT / package.replace("minisd_", "").replace(".", "/")
+
+
 def test_the_wheel_holds_no_recipe():
     setup = BUILD["setuptools"]
     assert not setup["include-package-data"]  # so that packages and package-data name all of it
     held = {}
     for package in setup["packages"]:
-        folder = ROOT / setup["package-dir"].get(package, package)
-        patterns = ["*.py", *setup["package-data"][package]]
+        folder = folder_of(package)
+        patterns = ["*.py", *setup["package-data"].get(package, [])]
         held[package] = {path for pattern in patterns
                          for path in glob.glob(pattern, root_dir=folder, recursive=True)
                          if (folder / path).is_file()}  # fmt: skip
-    assert set(held) == {"minisd", "minisd_kernels", "minisd_weights"}
-    assert held["minisd_kernels"] == {path.name for path in KERNELS} | {"proven.json"}
+    folders = {path.parent for path in [*MINISD, *KERNELS]} | {ROOT / "weights", ROOT / "kernels"}
+    assert {folder_of(package) for package in held} == folders
+    assert "proven.json" in held["minisd_kernels"] and "py.typed" in held["minisd"]
     tops = {path.split("/")[0] for path in held["minisd_weights"]}
     assert tops == {"README.md", "__init__.py", "tiny"}
     assert {Path(path).suffix for path in held["minisd_weights"] if path.startswith("tiny/")} == {
@@ -159,14 +174,14 @@ def never(tree: ast.AST) -> set[str]:
     return roots(imports(tree)) & MODULES | (said | imports(tree)) & FUNCTIONS
 
 
-@pytest.mark.parametrize("path", [*MINISD, *KERNELS], ids=lambda path: "/".join(path.parts[-2:]))
+@pytest.mark.parametrize("path", [*MINISD, *KERNELS], ids=name)
 def test_what_no_file_does(path):
     """No code from data, no other program, no network except in hub; no print, no environment."""
     tree = ast.parse(path.read_text())
     assert not never(tree)
     assert "huggingface_hub" not in roots(imports(tree)) or path.stem == "hub"
     said = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, (ast.Name, ast.Attribute))}
-    if path.stem != "__main__":
+    if path.stem not in ("__main__", "cli"):
         assert not said & {"print", "os.environ", "os.getenv"}
 
 
@@ -188,7 +203,7 @@ def test_what_is_declared_is_what_is_imported(extra, folders):
     """The core declares all that minisd imports; an extra, what its folder imports besides."""
     lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
     declared = {re.match(r"\w+", line)[0].replace("pillow", "PIL") for line in lines}
-    paths = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     imported = roots(set().union(*(imports(ast.parse(path.read_text())) for path in paths)))
     own = {p.stem for folder in folders for p in (ROOT / folder).glob("*.py")} | {
         "minisd", "minisd_kernels", "minisd_weights", "bench", "tests", "weights"}
@@ -223,7 +238,7 @@ import minisd
 assert "torch" not in sys.modules, "import minisd should be cheap"
 [getattr(minisd, name) for name in minisd.__all__]  # now all is imported
 assert "torch" in sys.modules
-import minisd.hub, minisd.__main__
+import minisd.checkpoints.hub, minisd.app.cli
 from minisd.backends import resolve
 import torch
 resolve("auto", None, torch.device("cpu"), torch.float32)

@@ -13,8 +13,8 @@ from reference_models import SMALL, error, randn, small_model
 
 import minisd
 from minisd.backends import Backend, Call, resolve, watch
-from minisd.ops import REFERENCE, TORCH, Ops
-from minisd.sd import StableDiffusion
+from minisd.models.ops import REFERENCE, TORCH, Ops
+from minisd.pipeline import StableDiffusion
 
 CPU, GPU = torch.device("cpu"), torch.device("meta")  # "meta" mocks a GPU: nothing is launched
 FLOAT = torch.float32
@@ -140,7 +140,7 @@ def test_auto_is_torch_in_a_dtype_that_the_kernels_do_not_take(dtype, proven):
 def test_auto_leaves_interpreted_kernels_alone(monkeypatch):
     """With TRITON_INTERPRET set they run on a CPU, and an image takes minutes."""
     pytest.importorskip("triton")
-    monkeypatch.setattr("minisd_kernels.launch.interpreted", lambda kernel: True)
+    monkeypatch.setattr("minisd_kernels.ops.launch.interpreted", lambda kernel: True)
     assert "interpreted" in resolve("auto", None, CPU, FLOAT).why
 
 
@@ -277,9 +277,9 @@ def test_two_threads_with_two_prompts_get_their_own_images(model):
 
     fused = model._fused()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("minisd_kernels.graphs.Graph", SameBuffers)
+        patched.setattr("minisd_kernels.fused.graph.Graph", SameBuffers)
         patched.setattr("torch.cuda.graph_pool_handle", lambda: None)
-        patched.setattr("minisd_kernels.graphs.records", lambda x: True)
+        patched.setattr("minisd_kernels.fused.graph.records", lambda x: True)
         threads = [threading.Thread(target=draw, args=(prompt,)) for prompt in alone]
         for thread in threads:
             thread.start()

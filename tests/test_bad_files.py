@@ -11,9 +11,9 @@ import torch
 from files import write
 from safetensors import SafetensorError, safe_open
 
-from minisd.checkpoint import open_checkpoint
+from minisd.checkpoints.checkpoint import open_checkpoint
+from minisd.checkpoints.safetensors_file import MAX_HEADER, read_header, read_tensor
 from minisd.errors import WeightError
-from minisd.safetensors_file import MAX_HEADER, read_header, read_tensor
 
 ROW = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 NEXT = {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}

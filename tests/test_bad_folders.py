@@ -8,7 +8,7 @@ import pytest
 from files import all_shapes, header, save_folder, write
 from reference_models import SMALL
 
-from minisd.checkpoint import locate, open_checkpoint
+from minisd.checkpoints.checkpoint import locate, open_checkpoint
 from minisd.config import SD1
 from minisd.errors import WeightError
 

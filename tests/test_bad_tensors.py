@@ -15,7 +15,7 @@ from files import (
 )
 from reference_models import SMALL
 
-from minisd.checkpoint import check, fill, open_checkpoint
+from minisd.checkpoints.checkpoint import check, fill, open_checkpoint
 from minisd.config import SD1
 from minisd.errors import WeightError
 

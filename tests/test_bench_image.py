@@ -11,16 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels.fused_unet import FusedUNet
-from minisd_kernels.geglu import geglu
-from minisd_kernels.group_norm_silu import group_norm_silu
-from minisd_kernels.layer_norm import layer_norm
+from minisd_kernels.fused.unet import FusedUNet
+from minisd_kernels.ops.geglu import geglu
+from minisd_kernels.ops.group_norm import group_norm_silu
+from minisd_kernels.ops.layer_norm import layer_norm
 
 from bench import image, launches, models
 from bench.clock import Clock, Memory, OutOfTime, limited
 from bench.contest import FUSED, Contest, psnr
 from bench.launches import Count, Launches, Step
-from minisd.ops import REFERENCE, TORCH
+from minisd.models.ops import REFERENCE, TORCH
 
 CPU = torch.device("cpu")
 
@@ -74,7 +74,7 @@ def test_attention_counts_as_its_flash_form():
 
 
 def test_tensors_with_memory_are_not_counted():
-    from minisd_kernels.launch import Call
+    from minisd_kernels.ops.launch import Call
 
     with Launches() as seen, pytest.raises(ValueError, match="meta"):
         seen._run([Call(None, (1,), (torch.zeros(1),), {}, 4)])

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels import launch
+from minisd_kernels.ops import launch
 
 from bench import kernels, measure, shapes, tune, variants
 from bench.attention import Attention
@@ -22,8 +22,8 @@ from bench.group_norm import Compiler, GroupNorm
 from bench.transformer import Geglu, LayerNorm
 from minisd.backends import Backend, Call, coverage, watch
 from minisd.config import SD1, SD2_V
-from minisd.ops import TORCH
-from minisd.vae import VAE
+from minisd.models.ops import TORCH
+from minisd.models.vae import VAE
 
 ROOT = Path(__file__).parents[1]
 CPU, META = torch.device("cpu"), torch.device("meta")

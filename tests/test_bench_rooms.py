@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels import launch
+from minisd_kernels.ops import launch
 
 from bench import measure, plot, record, shapes, timing, tune
 from bench.attention import Attention

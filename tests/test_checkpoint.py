@@ -17,10 +17,10 @@ from files import (
 )
 from reference_models import SMALL, SMALL_V
 
-from minisd import safetensors_file
-from minisd.checkpoint import check, fill, open_checkpoint
+from minisd.checkpoints import safetensors_file
+from minisd.checkpoints.checkpoint import check, fill, open_checkpoint
+from minisd.checkpoints.names import PARTS, VAE_PREFIXES
 from minisd.errors import WeightError
-from minisd.names import PARTS, VAE_PREFIXES
 
 CPU = torch.device("cpu")
 BOTH = pytest.mark.parametrize("config", [SMALL, SMALL_V], ids=["SD1", "SD2"])

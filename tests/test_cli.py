@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import minisd
-from minisd.__main__ import main
+from minisd.app.cli import main
+from minisd.app.png import read_settings
 from minisd.config import SD1
 from minisd.errors import HubError
-from minisd.image import read_settings
 
 
 class FakeModel:
@@ -40,7 +40,7 @@ class FakeModel:
 def model(monkeypatch, tmp_path):
     fake = FakeModel()
     monkeypatch.setitem(vars(minisd), "load", fake.load)  # without importing the real one
-    monkeypatch.setattr("minisd.checkpoint.open_checkpoint",
+    monkeypatch.setattr("minisd.checkpoints.checkpoint.open_checkpoint",
                         lambda *_, **__: SimpleNamespace(config=SD1))
     monkeypatch.chdir(tmp_path)
     return fake

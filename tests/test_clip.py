@@ -13,9 +13,9 @@ from reference_models import (
     with_weights,
 )
 
-from minisd.clip import TextEncoder
 from minisd.config import SD1, SD2
-from minisd.ops import REFERENCE, TORCH
+from minisd.models.clip import TextEncoder
+from minisd.models.ops import REFERENCE, TORCH
 
 PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=["reference", "torch"])
 ACTIVATION = pytest.mark.parametrize("act", ["quick_gelu", "gelu"])

@@ -13,9 +13,9 @@ from PIL import Image
 from test_cli import fails
 
 import minisd
-from minisd.__main__ import main
+from minisd.app.cli import main
+from minisd.app.png import save
 from minisd.config import SD2_V
-from minisd.image import save
 
 
 def test_info_of_an_image_is_its_settings(tmp_path, capsys):
@@ -36,7 +36,7 @@ def test_info_of_a_checkpoint_is_four_lines(capsys, monkeypatch):
                                  prediction_source="its scheduler_config.json")
     opened = []
     mock = SimpleNamespace(open_checkpoint=lambda path: opened.append(path) or checkpoint)
-    monkeypatch.setitem(sys.modules, "minisd.checkpoint", mock)
+    monkeypatch.setitem(sys.modules, "minisd.checkpoints.checkpoint", mock)
     assert main(["info", "some/folder"]) == 0
     assert opened == ["some/folder"]
     assert capsys.readouterr().out.splitlines() == [
@@ -52,7 +52,7 @@ def test_download_prints_the_folder(capsys, monkeypatch):
         log("fetching " + name)
         return Path("/models") / name
 
-    monkeypatch.setattr("minisd.hub.download", fetch)
+    monkeypatch.setattr("minisd.checkpoints.hub.download", fetch)
     assert main(["download", "sd15"]) == 0
     assert capsys.readouterr() == ("/models/sd15\n", "fetching sd15\n")
 
@@ -82,6 +82,6 @@ def test_version_and_errors_by_exit_status():
 
 @pytest.mark.parametrize("line", [["x", "--steps", "0"], ["x", "-o", "a.jpg"], ["info", "no.png"]])
 def test_usage_errors_do_not_import_torch(line):
-    code = ("import sys; from minisd.__main__ import main; code = main(sys.argv[1:]);"
+    code = ("import sys; from minisd.app.cli import main; code = main(sys.argv[1:]);"
             "sys.exit(99 if 'torch' in sys.modules else code)")
     assert run("-c", code, *line).returncode in (2, 3)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     not compile.CUOBJDUMP.exists(), reason="this triton comes without cuobjdump"
 )
 GOOD = compile.Row(
-    "flash_attention_kernel", "float16", "D=40 BLOCK_D1=32 BLOCK_D2=16", 8, 3, "sm_90",
+    "attention_kernel", "float16", "D=40 BLOCK_D1=32 BLOCK_D2=16", 8, 3, "sm_90",
     registers=116, stack=0, spills=0, scalar_spills=0, shared=49152, matrix=22, instructions=1096,
     unwritten="", programs=2, triton="3.9.0",
 )
@@ -38,8 +38,8 @@ import sys
 from bench.compile import main
 raise SystemExit(max(main(["--only", only]) for only in sys.argv[1:]))
 """, tmp_path,
-        "sm_90 flash_attention_kernel float16 heads:i32 D=",
-        "sm_90 flash_attention_sliced_kernel f", "gfx942 layer_norm_kernel float16 C=320",
+        "sm_90 attention_kernel float16 heads:i32 D=",
+        "sm_90 attention_sliced_kernel f", "gfx942 layer_norm_kernel float16 C=320",
         "sm_80 geglu_kernel", "sm_100 layer_norm_kernel")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\n0 of" not in done.stdout  # each of them found something
@@ -69,10 +69,10 @@ triton.compile(code, compile.TARGETS["sm_90"].gpu, options)
 def test_settings_that_break_a_bound_are_named_with_exit_code_1(setting, target, said, tmp_path):
     done = python(f"""
 import sys
-from minisd_kernels.launch import DEFAULT, Tile
+from minisd_kernels.ops.launch import DEFAULT, Tile
 DEFAULT[{setting}
 from bench.compile import main
-raise SystemExit(main(["--only", "{target} flash_attention_kernel float16 heads:i32 D=40"]))
+raise SystemExit(main(["--only", "{target} attention_kernel float16 heads:i32 D=40"]))
 """, tmp_path)
     assert done.returncode == 1, done.stderr
     report = done.stdout.partition("broken:")[2]

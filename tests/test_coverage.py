@@ -7,13 +7,14 @@ import torch
 from torch.nn import GroupNorm, LayerNorm
 
 import minisd
-from minisd import checkpoint, config as configs
+from minisd import config as configs
 from minisd.backends import Backend, coverage, kernels, watch
-from minisd.clip import TextEncoder
+from minisd.checkpoints import checkpoint
 from minisd.config import SD1, Config
-from minisd.ops import REFERENCE, TORCH
-from minisd.transformer import GEGLU, Attention
-from minisd.vae import VAE
+from minisd.models.clip import TextEncoder
+from minisd.models.ops import REFERENCE, TORCH
+from minisd.models.transformer import GEGLU, Attention
+from minisd.models.vae import VAE
 
 META = torch.device("meta")  # the kernels check a call as on a GPU, and launch nothing
 # Every model that minisd names, and the one that it ships.

@@ -5,10 +5,10 @@ import torch
 from diffusers import DDIMScheduler
 from reference_models import error, official_scheduler, randn
 
-from minisd import ddim
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
+from minisd.samplers import ddim, schedule
 
-ABAR = ddim.alphas_cumprod(ScheduleConfig())
+ABAR = schedule.alphas_cumprod(ScheduleConfig())
 
 
 def test_alphas_cumprod():
@@ -24,11 +24,11 @@ def test_alphas_cumprod():
 def test_every_number_of_steps():
     scheduler = official_scheduler(ScheduleConfig())
     for steps in range(1, 1000):
-        visited = ddim.timesteps(steps)
+        visited = schedule.timesteps(steps)
         scheduler.set_timesteps(steps)
         assert visited == scheduler.timesteps.tolist()
         assert len(visited) == steps and visited[-1] == 1
-    assert ddim.timesteps(1000) == list(range(999, -1, -1))  # diffusers has t = 1000 here
+    assert schedule.timesteps(1000) == list(range(999, -1, -1))  # diffusers has t = 1000 here
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -37,7 +37,7 @@ def test_every_number_of_steps():
 def test_step(steps, eta, prediction_type):
     scheduler = official_scheduler(ScheduleConfig(prediction_type=prediction_type))
     scheduler.set_timesteps(steps)
-    visited = ddim.timesteps(steps)
+    visited = schedule.timesteps(steps)
     x, prediction, noise = (randn(3, 4, 5, 7, seed=seed) for seed in range(3))
     x = 3 * x  # beyond 1: nothing is clipped
     for i in {0, steps // 2, steps - 1}:
@@ -48,7 +48,7 @@ def test_step(steps, eta, prediction_type):
             x, prediction, abar, abar_next, prediction_type, eta, noise if eta else None
         )
         assert error(ours, theirs.prev_sample) <= 1e-10
-        x0, _ = ddim.predicted_x0_eps(x, prediction, abar, prediction_type)
+        x0, _ = schedule.predicted_x0_eps(x, prediction, abar, prediction_type)
         assert error(x0, theirs.pred_original_sample) <= 1e-10
 
 
@@ -56,10 +56,10 @@ def test_step(steps, eta, prediction_type):
 def test_split_undoes_add_noise(prediction_type):
     x0, noise = randn(2, 4, 3, 3), randn(2, 4, 3, 3, seed=1)
     for abar in ABAR[::111].tolist():
-        x = ddim.add_noise(x0, noise, abar)
+        x = schedule.add_noise(x0, noise, abar)
         v = abar**0.5 * noise - (1 - abar) ** 0.5 * x0  # Salimans & Ho 2022, eq. in section 4
         prediction = v if prediction_type == "v_prediction" else noise
-        found = ddim.predicted_x0_eps(x, prediction, abar, prediction_type)
+        found = schedule.predicted_x0_eps(x, prediction, abar, prediction_type)
         assert error(found[0], x0) <= 1e-10
         assert error(found[1], noise) <= 1e-10
 
@@ -69,4 +69,4 @@ def test_add_noise():
     x0, noise = randn(2, 4, 3, 3), randn(2, 4, 3, 3, seed=1)
     for t in (0, 1, 500, 999):
         theirs = scheduler.add_noise(x0, noise, torch.tensor([t, t]))
-        assert error(ddim.add_noise(x0, noise, ABAR[t].item()), theirs) <= 1e-12
+        assert error(schedule.add_noise(x0, noise, ABAR[t].item()), theirs) <= 1e-12

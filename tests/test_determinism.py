@@ -9,8 +9,8 @@ from reference_models import SMALL, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minisd
-from minisd.latents import Noise
-from minisd.vae import VAE
+from minisd.conditioning.start import Noise
+from minisd.models.vae import VAE
 
 PROMPT = "a red heart on a blue background"
 # Another order of float32 sums changes the last bits, and the guidance of each step amplifies that.

@@ -17,12 +17,13 @@ from reference_models import SMALL, SMALL_V, error, small_model
 from safetensors.torch import load_file
 
 import minisd
-from minisd import ddim, hub, save
 from minisd.backends import resolve
-from minisd.checkpoint import check, open_checkpoint
+from minisd.checkpoints import hub, save
+from minisd.checkpoints.checkpoint import check, open_checkpoint
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V
 from minisd.loading import build
-from minisd.ops import REFERENCE, TORCH
+from minisd.models.ops import REFERENCE, TORCH
+from minisd.samplers import schedule
 
 CALL = dict(num_inference_steps=3, guidance_scale=5.0, height=64, width=64)
 
@@ -110,7 +111,7 @@ def test_image_to_image_keeps_the_proportions(own, asked, made):
 
 def test_a_size_out_of_reach_is_an_error():
     with pytest.raises(ValueError, match="width must be a multiple of 4 .*not 128000"):
-        minisd.arguments.check(SMALL, "a", image=Image.new("RGB", (20000, 10)), height=64)
+        minisd.request.check(SMALL, "a", image=Image.new("RGB", (20000, 10)), height=64)
 
 
 # --- to
@@ -278,8 +279,8 @@ def test_a_name_that_is_taken_and_a_disk_that_is_full(name, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name, where", [
-    ("model", "minisd.save.save_file"), ("model.safetensors", "minisd.save.save_file"),
-    ("model", "os.replace"), ("model.safetensors", "os.link"),
+    ("model", "minisd.checkpoints.save.save_file"), ("model", "os.replace"),
+    ("model.safetensors", "minisd.checkpoints.save.save_file"), ("model.safetensors", "os.link"),
 ])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_save_leaves_nothing(name, where, error, tmp_path, monkeypatch):
@@ -350,10 +351,10 @@ def test_a_saved_file_of_official_size_needs_no_config(config, tmp_path):
 def test_the_schedule_of_a_saved_folder_is_the_official_one(tmp_path):
     small_model(SMALL_V).save(tmp_path / "model")
     official = StableDiffusionPipeline.from_pretrained(tmp_path / "model").scheduler
-    ours = ddim.alphas_cumprod(SMALL_V.schedule)
+    ours = schedule.alphas_cumprod(SMALL_V.schedule)
     assert np.allclose(official.alphas_cumprod, ours, atol=1e-6)
     official.set_timesteps(30)
-    assert official.timesteps.tolist() == ddim.timesteps(30)
+    assert official.timesteps.tolist() == schedule.timesteps(30)
 
 
 def test_a_path_may_be_a_string(tmp_path):

@@ -14,12 +14,12 @@ from small_models import SMALL, error, randn, randomise
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels import fused_unet
-from minisd_kernels.fused_unet import FusedUNet
+from minisd_kernels.fused import unet as fused_unet
+from minisd_kernels.fused.unet import FusedUNet
 
 from bench import everything, inside
-from minisd.ops import TORCH
-from minisd.unet import UNet
+from minisd.models.ops import TORCH
+from minisd.models.unet import UNet
 
 ROOT = Path(__file__).parents[1]
 

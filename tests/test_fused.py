@@ -13,10 +13,10 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.nn.functional as F
-from minisd_kernels.fused_step import Steps, advance, weights
-from minisd_kernels.fused_unet import FusedUNet
-from minisd_kernels.fused_vae import FusedDecoder
-from minisd_kernels.graphs import MOST, Graph, Graphs
+from minisd_kernels.fused.decoder import FusedDecoder
+from minisd_kernels.fused.graph import MOST, Graph, Graphs
+from minisd_kernels.fused.steps import Steps, advance, weights
+from minisd_kernels.fused.unet import FusedUNet
 from reference_models import (
     AUTOENCODER,
     DENOISER,
@@ -29,12 +29,12 @@ from reference_models import (
 )
 
 import minisd
-from minisd import ddim
 from minisd.backends import Backend
-from minisd.ops import REFERENCE, TORCH
-from minisd.sd import StableDiffusion
-from minisd.unet import UNet, Upsample
-from minisd.vae import VAE
+from minisd.models.ops import REFERENCE, TORCH
+from minisd.models.unet import UNet, Upsample
+from minisd.models.vae import VAE
+from minisd.pipeline import StableDiffusion
+from minisd.samplers import ddim
 
 BOUND = 1e-12  # rounding of float64: the same function
 CONFIGS = {
@@ -162,7 +162,7 @@ def test_graphs_are_a_bounded_cache(monkeypatch):
         def replay(self, changing, fixed):
             return self.function(*changing, *fixed)
 
-    monkeypatch.setattr("minisd_kernels.graphs.Graph", Recorded)
+    monkeypatch.setattr("minisd_kernels.fused.graph.Graph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     graphs = Graphs()
     for key in [*range(MOST), 0, MOST, 0]:  # 1 is evicted, 0 is not

@@ -16,21 +16,21 @@ pytest.importorskip("triton", reason="the kernels need triton, which Linux alone
 if not torch.cuda.is_available():
     pytest.skip("no GPU: the kernels are compiled and run on one here", allow_module_level=True)
 
-from minisd_kernels import launch
-from minisd_kernels.flash_attention import PRECISIONS, flash_attention
-from minisd_kernels.fused_step import Steps
-from minisd_kernels.fused_unet import FusedUNet
-from minisd_kernels.fused_vae import FusedDecoder
-from minisd_kernels.group_norm_silu import group_norm_silu
+from minisd_kernels.fused.decoder import FusedDecoder
+from minisd_kernels.fused.steps import Steps
+from minisd_kernels.fused.unet import FusedUNet
+from minisd_kernels.ops import launch
+from minisd_kernels.ops.attention import PRECISIONS, flash_attention
+from minisd_kernels.ops.group_norm import group_norm_silu
 
 import minisd
 from bench import shapes
 from bench.check import check, error, last_place
 from minisd.backends import Backend, Call, kernels, watch
 from minisd.config import SD1
-from minisd.ops import REFERENCE, TORCH, Ops
-from minisd.unet import UNet
-from minisd.vae import VAE
+from minisd.models.ops import REFERENCE, TORCH, Ops
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE
 
 DEVICE = torch.device("cuda")
 DTYPES = pytest.mark.parametrize("dtype", launch.DTYPES, ids=lambda dtype: str(dtype)[6:])

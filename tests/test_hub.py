@@ -12,9 +12,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-import minisd.hub
+import minisd.checkpoints.hub
+from minisd.checkpoints.hub import KNOWN, cached, download, wanted
 from minisd.errors import HubError
-from minisd.hub import KNOWN, cached, download, wanted
 
 REPOSITORY = "owner/model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -143,7 +143,7 @@ def hub():
 
 PROGRAM = """
 import json, sys
-from minisd import hub
+from minisd.checkpoints import hub
 lines, result = [], {}
 try:
     result["folder"] = str(hub.download(sys.argv[1], log=lines.append))
@@ -156,7 +156,7 @@ print(json.dumps({"lines": lines, "cached": cached and str(cached), **result}))
 
 def _python(*line, **environment) -> str:
     """What a new process prints: huggingface_hub reads the environment when it is imported."""
-    root = str(Path(minisd.hub.__file__).parents[1])
+    root = str(Path(minisd.checkpoints.hub.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root} | environment
     command = [sys.executable, *line]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
@@ -258,7 +258,7 @@ def test_offline_asks_nothing(hub, run):
 
 
 def test_importing_is_cheap():
-    line = "import sys, minisd.hub; print('huggingface_hub' in sys.modules)"
+    line = "import sys, minisd.checkpoints.hub; print('huggingface_hub' in sys.modules)"
     assert _python("-c", line) == "False\n"
 
 

@@ -9,14 +9,8 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from minisd.image import (
-    ImageError,
-    mask_to_tensor,
-    open_image,
-    read_settings,
-    save,
-    to_tensor,
-)
+from minisd.app.png import read_settings, save
+from minisd.images import ImageError, mask_to_tensor, open_image, to_tensor
 
 SETTINGS = {
     "prompt": "a red heart", "negative_prompt": "", "seed": 7, "num_inference_steps": 20,

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels import flash_attention as fa, group_norm_silu as gn, launch
+from minisd_kernels.ops import attention as fa, group_norm as gn, launch
 
 INTERPRETED = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 

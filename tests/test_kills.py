@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from test_cli import fails, model  # noqa: F401  (a fixture)
 
-from minisd.__main__ import main
-from minisd.image import read_settings, save
+from minisd.app.cli import main
+from minisd.app.png import read_settings, save
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 

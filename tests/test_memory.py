@@ -12,7 +12,7 @@ from reference_models import SMALL, small_model
 
 import minisd
 from minisd import memory
-from minisd.__main__ import main
+from minisd.app.cli import main
 from minisd.config import SD1
 
 ROOT = Path(minisd.__file__).parents[1]

@@ -18,12 +18,12 @@ from files import (
 )
 from reference_models import SMALL, SMALL_V
 
-from minisd import names
-from minisd.clip import TextEncoder
+from minisd.checkpoints import names
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT
-from minisd.ops import TORCH
-from minisd.unet import UNet
-from minisd.vae import VAE
+from minisd.models.clip import TextEncoder
+from minisd.models.ops import TORCH
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE
 
 OFFICIAL = pytest.mark.parametrize(
     "config", [SD1, SD1_INPAINT, SD2, SD2_INPAINT], ids=lambda config: config.name

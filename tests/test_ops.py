@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference_models import error, randn
 
-from minisd.ops import REFERENCE, TORCH
+from minisd.models.ops import REFERENCE, TORCH
 
 # Rounding errors of sums of a few hundred numbers of size one.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -24,7 +24,7 @@ from reference_models import (
     small_model,
 )
 
-from minisd.ops import REFERENCE, TORCH
+from minisd.models.ops import REFERENCE, TORCH
 
 INPAINT = replace(SMALL, unet=replace(SMALL.unet, in_channels=9))
 INPAINT_V = replace(SMALL_V, unet=replace(SMALL_V.unet, in_channels=9))

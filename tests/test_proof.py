@@ -12,12 +12,12 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels import (  # noqa: E402
-    flash_attention,
-    group_norm_silu,
+from minisd_kernels import proof  # noqa: E402
+from minisd_kernels.ops import (  # noqa: E402
+    attention as flash_attention,
+    group_norm as group_norm_silu,
     launch,
     layer_norm,
-    proof,
 )
 
 ROW = dict(kernels="0" * 64, device="NVIDIA H100", torch="2.13.0", triton="3.9.0",
@@ -156,7 +156,8 @@ def test_every_kernel_is_found():
     """As many as the files decorate."""
     for family in proof.FAMILIES:
         assert len(proof.jitted(family)) == inspect.getsource(family).count("\n@triton.jit")
-    found = {path for path in proof.FILE.parent.glob("*.py") if "\n@triton.jit" in path.read_text()}
+    found = {path for path in proof.FILE.parent.rglob("*.py")
+             if "\n@triton.jit" in path.read_text()}
     assert found == {Path(family.__file__) for family in proof.FAMILIES}
 
 

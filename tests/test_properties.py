@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings as effort, strategies as st
 from reference_models import error
 
-from minisd import arguments, ddim, names
+from minisd import request as arguments
+from minisd.checkpoints import names
 from minisd.config import ScheduleConfig, UNetConfig, VAEConfig
-from minisd.ops import TORCH
-from minisd.unet import UNet
-from minisd.vae import VAE
+from minisd.models.ops import TORCH
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE
+from minisd.samplers import ddim, schedule
 
 KINDS = st.sampled_from(["epsilon", "v_prediction"])
 BETAS = st.floats(1e-5, 2e-2)
@@ -23,12 +25,12 @@ NOISE = torch.tensor([1, -2, 0.5, 0, 3, -0.1, 1e-3, -1], dtype=torch.float64)
 def schedules(draw):
     """abar (alpha-bar) of a schedule with any betas."""
     low, high = sorted((draw(BETAS), draw(BETAS)))
-    return ddim.alphas_cumprod(ScheduleConfig(beta_start=low, beta_end=high)).tolist()
+    return schedule.alphas_cumprod(ScheduleConfig(beta_start=low, beta_end=high)).tolist()
 
 
 @given(st.integers(1, 1000))
 def test_timesteps_have_equal_strides_and_stay_in_range(steps):
-    visited = ddim.timesteps(steps)
+    visited = schedule.timesteps(steps)
     assert len(visited) == steps and 0 <= visited[-1] <= 1 and visited[0] <= 999
     assert {a - b for a, b in zip(visited, visited[1:])} <= {1000 // steps}
 
@@ -43,12 +45,12 @@ def test_with_a_perfect_prediction_a_step_equals_add_noise(alphas, kind, data):
     """With the true eps or v, x after each step is x0 with the noise of that timestep."""
     visited = data.draw(st.lists(st.integers(0, 999), min_size=2, max_size=8, unique=True))
     first, *later = sorted(visited, reverse=True)
-    abar, x = alphas[first], ddim.add_noise(LATENT, NOISE, alphas[first])
+    abar, x = alphas[first], schedule.add_noise(LATENT, NOISE, alphas[first])
     for t in later:
         v = abar**0.5 * NOISE - (1 - abar) ** 0.5 * LATENT
         truth = NOISE if kind == "epsilon" else v
         x, abar = ddim.step(x, truth, abar, alphas[t], kind), alphas[t]
-        assert error(x, ddim.add_noise(LATENT, NOISE, abar)) <= 1e-6
+        assert error(x, schedule.add_noise(LATENT, NOISE, abar)) <= 1e-6
 
 
 @given(schedules(), st.integers(0, 998), st.floats(0, 1))

@@ -31,8 +31,9 @@ def test_the_program_draws_the_image_of_a_call():
 
 
 def test_the_map_has_every_file_of_the_package():
-    package = {f"minisd/{p.name}" for p in (ROOT / "minisd").glob("*.py")} - {"minisd/__init__.py"}
-    assert package <= set(re.findall(r"\]\((minisd/\w+\.py)\)", README))
+    package = {str(p.relative_to(ROOT)) for p in (ROOT / "minisd").rglob("*.py")
+               if not p.name.startswith("__")}
+    assert package <= set(re.findall(r"\]\((minisd/[\w/]+\.py)\)", README))
 
 
 def test_the_prompts_of_the_gallery():

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 import minisd
-from minisd.tokenizer_folder import read_tokenizer
+from minisd.checkpoints.tokenizer_folder import read_tokenizer
 from weights.recipe import stage, train
 from weights.recipe.evaluate import Evaluation, Gallery
 from weights.recipe.scenes import BACKGROUNDS, LAYOUTS, NOWHERE, Scenes, caption, catalogue, compose

@@ -7,7 +7,7 @@ import pytest
 import torch
 from files import all_shapes, header, official_modules, write
 
-from minisd.checkpoint import check, open_checkpoint
+from minisd.checkpoints.checkpoint import check, open_checkpoint
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V
 
 TELLTALE = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"

@@ -18,10 +18,10 @@ from test_bad_files import BAD
 from test_bad_tensors import OTHERS, damaged
 
 import minisd
-from minisd import checkpoint
-from minisd.__main__ import main
+from minisd.app.cli import main
+from minisd.app.png import read_settings
+from minisd.checkpoints import checkpoint
 from minisd.config import SD1
-from minisd.image import read_settings
 
 WHOLE = "unet/diffusion_pytorch_model.safetensors"
 IN = "model.diffusion_model.input_blocks.0.0.bias"

@@ -11,7 +11,8 @@ import triton
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels import launch, proof
+from minisd_kernels import proof
+from minisd_kernels.ops import launch
 from small_models import SMALL
 
 from bench import image, inside, measure, models, record, report, shapes, timing

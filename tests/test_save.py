@@ -17,8 +17,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from test_image import SETTINGS, noise
 
+from minisd.app.png import check_writable, read_settings, save
 from minisd.errors import ImageError
-from minisd.image import check_writable, read_settings, save, to_pil, to_tensor
+from minisd.images import to_pil, to_tensor
 
 
 def test_pixels_are_rounded():
@@ -172,7 +173,7 @@ def test_leftovers_of_dead_processes_are_removed_and_of_running_ones_kept(tmp_pa
 KILLED = """
 import itertools, sys
 from PIL import Image
-from minisd.image import save
+from minisd.app.png import save
 image = Image.effect_noise((256, 256), 99).convert("RGB")
 for i in itertools.count():
     save(image, f"{sys.argv[1]}/{i}.png", {"prompt": str(i)})

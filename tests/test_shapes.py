@@ -20,17 +20,18 @@ from PIL import Image
 from reference_models import SMALL, randn, small_model
 
 import minisd
-from minisd.clip import TextEncoder
 from minisd.config import SD1, SD2
-from minisd.ops import REFERENCE, TORCH
-from minisd.unet import UNet
-from minisd.vae import VAE
+from minisd.models.clip import TextEncoder
+from minisd.models.ops import REFERENCE, TORCH
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE
 
 MINISD = Path(minisd.__file__).parent
 # The files; and the letters for height and width of an argument x, where nothing binds them later.
-MODELS = {MINISD / "ops.py": "", MINISD / "clip.py": "", MINISD / "transformer.py": "hw",
-          MINISD / "unet.py": "hw", MINISD / "vae.py": "HW"}
-LOOP = {MINISD / f"{name}.py": "" for name in ("sd", "steps", "latents", "tokenizer")}
+MODELS = {MINISD / f"models/{name}.py": letters for name, letters in {
+    "ops": "", "clip": "", "transformer": "hw", "unet": "hw", "vae": "HW"}.items()}
+LOOP = {MINISD / f"{name}.py": "" for name in (
+    "pipeline", "steps", "conditioning/start", "text/tokenizer")}
 
 
 class Line(NamedTuple):

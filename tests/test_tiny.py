@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 import minisd
-from minisd.__main__ import main
-from minisd.tokenizer import Tokenizer
+from minisd.app.cli import main
+from minisd.text.tokenizer import Tokenizer
 
 TINY = resources.files("minisd_weights") / "tiny"
 PROMPT = "a red heart on a blue background"

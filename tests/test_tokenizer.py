@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-import minisd.tokenizer
+import minisd.text.tokenizer
+from minisd.checkpoints.tokenizer_folder import read_tokenizer
 from minisd.errors import WeightError
-from minisd.tokenizer import BOS, EOS, Tokenizer
-from minisd.tokenizer_folder import read_tokenizer
+from minisd.text.tokenizer import BOS, EOS, Tokenizer
 
 STRINGS_PER_KIND = 1000
 
@@ -93,7 +93,7 @@ def _string(kind, rng):
 
 
 def _merges() -> list[str]:
-    packed = Path(minisd.tokenizer.__file__).with_name("merges.txt.gz").read_bytes()
+    packed = Path(minisd.text.tokenizer.__file__).with_name("merges.txt.gz").read_bytes()
     return gzip.decompress(packed).decode().split("\n")[1:-1]
 
 

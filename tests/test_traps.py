@@ -42,12 +42,11 @@ from reference_models import (
 )
 from traps import TRAPS
 
-import minisd.clip
-import minisd.sd
-import minisd.unet
-import minisd.vae
+from minisd import pipeline
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
-from minisd.ops import TORCH
+from minisd.models import clip as clip_file, unet as unet_file, vae as vae_file
+from minisd.models.ops import TORCH
+from minisd.samplers import ddim as ddim_file, schedule as schedule_file
 
 BOUND = 1e-10  # every check of this file stays below it
 FACTOR = 1000  # and every mutation exceeds it by this factor
@@ -93,7 +92,7 @@ def official_error(ours, official, *args) -> float:
 @cache
 def unet_case():
     config = replace(DENOISER, layers_per_block=1)
-    official = with_weights(official_unet(config), randomise(minisd.unet.UNet(config, TORCH)))
+    official = with_weights(official_unet(config), randomise(unet_file.UNet(config, TORCH)))
     t = torch.tensor([999, 1])
     return config, official, (randn(2, 4, 8, 12), t, randn(2, 7, 20, seed=1))
 
@@ -101,13 +100,13 @@ def unet_case():
 @cache
 def clip_case(act):
     config = replace(TEXT, vocab_size=100, hidden_act=act)
-    ours = randomise(minisd.clip.TextEncoder(config, TORCH))
+    ours = randomise(clip_file.TextEncoder(config, TORCH))
     return config, with_weights(official_text_encoder(config), ours)
 
 
 @cache
 def vae_case():
-    return with_weights(official_vae(AUTOENCODER), randomise(minisd.vae.VAE(AUTOENCODER, TORCH)))
+    return with_weights(official_vae(AUTOENCODER), randomise(vae_file.VAE(AUTOENCODER, TORCH)))
 
 
 def unet(module, ops=TORCH):
@@ -116,8 +115,8 @@ def unet(module, ops=TORCH):
 
 
 def transformer(module):
-    with patch.object(minisd.unet, "SpatialTransformer", module.SpatialTransformer):
-        return unet(minisd.unet)
+    with patch.object(unet_file, "SpatialTransformer", module.SpatialTransformer):
+        return unet(unet_file)
 
 
 def clip(module, ops=TORCH):
@@ -130,7 +129,7 @@ def ops(module):
     both = module.REFERENCE, module.TORCH
     return max(check(*pair) for check, pair in (
         (check, (part, ops)) for ops in both
-        for check, part in ((unet, minisd.unet), (clip, minisd.clip))
+        for check, part in ((unet, unet_file), (clip, clip_file))
     ))
 
 
@@ -159,29 +158,38 @@ def tokenizer(module):
     return wrong
 
 
+def schedule(module):
+    with patch.object(ddim_file, "predicted_x0_eps", module.predicted_x0_eps):
+        return sampling(module, ddim_file)
+
+
 def ddim(module):
+    return sampling(schedule_file, module)
+
+
+def sampling(schedule, ddim):
     config = ScheduleConfig()
     roots = np.linspace(config.beta_start**0.5, config.beta_end**0.5, 1000)
     alphas = torch.from_numpy(np.cumprod(1 - roots**2))
-    errors = [error(module.alphas_cumprod(config), alphas)]
+    errors = [error(schedule.alphas_cumprod(config), alphas)]
     x, prediction, noise = (3 * randn(2, 4, 3, 3, seed=seed) for seed in range(3))
     for kind in PREDICTION_TYPES:
         scheduler = official_scheduler(replace(config, prediction_type=kind))
         scheduler.set_timesteps(7)
-        visited = torch.tensor(module.timesteps(7))
+        visited = torch.tensor(schedule.timesteps(7))
         errors.append(error(visited, scheduler.timesteps))
         t, t_next = scheduler.timesteps[3:5].tolist()
         a, a_next = alphas[t].item(), alphas[t_next].item()
         for eta in (0.0, 1.0):
             z = noise if eta else None
             theirs = scheduler.step(prediction, t, x, eta=eta, variance_noise=z).prev_sample
-            ours = module.step(x, prediction, a, a_next, kind, eta, z)
+            ours = ddim.step(x, prediction, a, a_next, kind, eta, z)
             errors.append(error(ours, theirs))
     theirs = scheduler.add_noise(x, noise, torch.tensor([t, t]))
-    return max(*errors, error(module.add_noise(x, noise, a), theirs))
+    return max(*errors, error(schedule.add_noise(x, noise, a), theirs))
 
 
-def arguments(module):
+def request(module):
     official = official_pipeline(StableDiffusionImg2ImgPipeline, small_model(SMALL))
     given = dict.fromkeys(list(inspect.signature(module.check).parameters)[1:]) | dict(
         prompt="", image=DRAWING, num_images_per_prompt=1, guidance_scale=1.0, eta=0.0,
@@ -196,7 +204,7 @@ def arguments(module):
     return max(errors)
 
 
-def image(module):
+def images(module):
     colour = VaeImageProcessor()
     grey = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
     drawing = Image.fromarray((255 * randn(30, 50, 3).sigmoid()).byte().numpy())
@@ -258,9 +266,9 @@ def loop(task):
             # The module is sd itself, or one from which sd takes some of these.
             taken = {name: getattr(module, name) for name in ("Noise", "start", "Steps")
                      if hasattr(module, name)}
-            kind = getattr(module, "StableDiffusion", minisd.sd.StableDiffusion)
+            kind = getattr(module, "StableDiffusion", pipeline.StableDiffusion)
             sd = kind(model, m.tokenizer, m.text_encoder, m.unet, m.vae)
-            with patch.multiple(minisd.sd, **taken):
+            with patch.multiple(pipeline, **taken):
                 ours = sd(PROMPTS, seed=0, **CALL, **TASKS[task][2]).images
             errors.append(error(ours, official_latents(task, model)))
         return max(errors)
@@ -269,7 +277,7 @@ def loop(task):
 
 # --- the tests -----------------------------------------------------------------------------------
 
-MODULES = {trap.check or trap.module: trap.module for trap in TRAPS}
+MODULES = {trap.check or trap.module.rpartition(".")[2]: trap.module for trap in TRAPS}
 CHECKS = {name: globals().get(name) or loop(name) for name in MODULES}
 
 
@@ -282,5 +290,6 @@ def test_without_a_mutation_every_check_passes(check):
 @pytest.mark.filterwarnings("ignore:the prompt is")
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: f"{trap.module}: {trap.wrong}")
 def test_a_mutation_is_seen(trap):
-    found = CHECKS[trap.check or trap.module](mutated(trap.module, trap.right, trap.wrong))
+    check = CHECKS[trap.check or trap.module.rpartition(".")[2]]
+    found = check(mutated(trap.module, trap.right, trap.wrong))
     assert FACTOR * BOUND < found < float("inf"), trap.why

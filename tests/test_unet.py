@@ -18,9 +18,9 @@ from reference_models import (
 )
 
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT
-from minisd.ops import REFERENCE, TORCH
-from minisd.transformer import Attention, SpatialTransformer
-from minisd.unet import UNet, timestep_embedding
+from minisd.models.ops import REFERENCE, TORCH
+from minisd.models.transformer import Attention, SpatialTransformer
+from minisd.models.unet import UNet, timestep_embedding
 
 LINEAR = replace(DENOISER, use_linear_projection=True, num_heads=(4, 6, 10))
 CASES = {

@@ -16,8 +16,8 @@ from reference_models import (
 )
 
 from minisd.config import SD1
-from minisd.ops import REFERENCE, TORCH
-from minisd.vae import VAE, ResBlock, _starts
+from minisd.models.ops import REFERENCE, TORCH
+from minisd.models.vae import VAE, ResBlock, _starts
 
 PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=["reference", "torch"])
 DTYPES = pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])

@@ -7,24 +7,23 @@ import pytest
 
 MINISD = Path(__file__).parents[1] / "minisd"
 WORDS = {
-    "latent diffusion": "sd",
+    "latent diffusion": "pipeline",
     "classifier-free guidance": "steps",
-    "sinusoidal timestep embedding": "unet",
-    "skip connection": "unet",
-    "self-attention": "transformer",
-    "cross-attention": "transformer",
-    "GEGLU": "transformer",
-    "alpha-bar": "ddim",
-    "SDEdit": "latents",
-    "blended latent diffusion": "latents",
-    "variational autoencoder": "vae",
-    "reparameterisation trick": "vae",
-    "byte pair encoding": "tokenizer",
-    "causal self-attention": "clip",
-    "group normalization": "ops",
+    "sinusoidal timestep embedding": "models/unet",
+    "skip connection": "models/unet",
+    "self-attention": "models/transformer",
+    "cross-attention": "models/transformer",
+    "GEGLU": "models/transformer",
+    "alpha-bar": "samplers/schedule",
+    "SDEdit": "conditioning/start",
+    "blended latent diffusion": "conditioning/start",
+    "variational autoencoder": "models/vae",
+    "reparameterisation trick": "models/vae",
+    "byte pair encoding": "text/tokenizer",
+    "causal self-attention": "models/clip",
+    "group normalization": "models/ops",
 }
-PAPERS = ("sd", "steps", "unet", "transformer", "ddim", "latents", "vae", "tokenizer", "clip",
-          "ops")
+PAPERS = sorted({*WORDS.values(), "samplers/ddim"})
 
 
 @pytest.mark.parametrize("words", WORDS)

@@ -24,15 +24,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import minisd
-from minisd import ddim
-from minisd.clip import TextEncoder
+from minisd.checkpoints.save import save_model
+from minisd.checkpoints.tokenizer_folder import read_tokenizer
 from minisd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from minisd.files import check_writable
-from minisd.ops import TORCH, reference_attention
-from minisd.save import save_model
-from minisd.tokenizer_folder import read_tokenizer
-from minisd.unet import UNet
-from minisd.vae import VAE
+from minisd.models.clip import TextEncoder
+from minisd.models.ops import TORCH, reference_attention
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE
+from minisd.samplers import schedule
 from weights.recipe.scenes import HELD_BACK, STATE, Scenes, catalogue, compose
 from weights.recipe.stage import Run
 
@@ -143,7 +143,7 @@ class Recipe:
         encoder is frozen, as in Stable Diffusion."""
         run = Run(self.state / "diffusion", [self.unet], self.plan.minutes[2])
         unet = self.compiled(self.unet)
-        alphas_cumprod = ddim.alphas_cumprod(self.config.schedule).float().to(self.device)
+        alphas_cumprod = schedule.alphas_cumprod(self.config.schedule).float().to(self.device)
         for image, ids in self.batches(run, 2, self.objects):
             x0 = self.latents(image).repeat(LEVELS, 1, 1, 1)
             with torch.no_grad(), self.half():

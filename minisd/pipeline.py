@@ -24,18 +24,19 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisd import arguments, backends, ddim, image as pictures, memory
-from minisd.arguments import Request
+from minisd import backends, images, memory, request
 from minisd.backends import Backend, Call, Repacked, coverage
-from minisd.clip import TextEncoder
+from minisd.checkpoints.save import save_model
+from minisd.conditioning.start import MaskBlending, Noise, start
 from minisd.config import Config
-from minisd.latents import MaskBlending, Noise, start
-from minisd.ops import REFERENCE, TORCH
-from minisd.save import save_model
+from minisd.models.clip import TextEncoder
+from minisd.models.ops import REFERENCE, TORCH
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE
+from minisd.request import Request
+from minisd.samplers import schedule
 from minisd.steps import Steps
-from minisd.tokenizer import Tokenizer
-from minisd.unet import UNet
-from minisd.vae import VAE
+from minisd.text.tokenizer import Tokenizer
 
 # (sd, index of the step, timestep, {"latents": x}) -> None, or {"latents": another x}.
 Callback = Callable[["StableDiffusion", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -66,7 +67,7 @@ class StableDiffusion:
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
         self._loaded = (unet, vae, vae.decoder)
         self._repacked = Repacked()
-        self.alphas_cumprod = ddim.alphas_cumprod(config.schedule).tolist()
+        self.alphas_cumprod = schedule.alphas_cumprod(config.schedule).tolist()
 
     @memory.explained()
     @torch.no_grad()
@@ -107,8 +108,8 @@ class StableDiffusion:
         Raises TypeError or ValueError for a bad argument and ImageError for a bad image, before
         any work; ArithmeticError if a part gives values that are not finite; MemoryError.
         """
-        opened = None if image is None else pictures.open_image(image)
-        r = arguments.check(
+        opened = None if image is None else images.open_image(image)
+        r = request.check(
             self.config, prompt, negative_prompt, height, width, num_inference_steps,
             guidance_scale, num_images_per_prompt, eta, seed, generator, latents, prompt_embeds,
             negative_prompt_embeds, opened, mask_image, strength, output_type,
@@ -121,9 +122,9 @@ class StableDiffusion:
         like = torch.empty(1, *r.shape[1:], dtype=dtype, device=self.device)
         pixels = mask = None
         if opened is not None:
-            pixels = pictures.to_tensor(opened, r.width, r.height).to(like)   # (1, 3, H, W)
+            pixels = images.to_tensor(opened, r.width, r.height).to(like)   # (1, 3, H, W)
         if mask_image is not None:
-            mask = pictures.mask_to_tensor(mask_image, r.width, r.height).to(like)
+            mask = images.mask_to_tensor(mask_image, r.width, r.height).to(like)
 
         context = self._context(r.prompts, prompt_embeds)                    # (prompts, 77, D)
         context = context.repeat_interleave(r.num_images_per_prompt, dim=0)  # (B, 77, D)
@@ -169,8 +170,8 @@ class StableDiffusion:
         """
         if isinstance(device, torch.dtype):  # as torch's own .to(torch.float16)
             device, dtype = None, device
-        device = self.device if device is None else arguments.device(device)
-        dtype = self.dtype if dtype is None else arguments.dtype(dtype, device)
+        device = self.device if device is None else request.device(device)
+        dtype = self.dtype if dtype is None else request.dtype(dtype, device)
         self.backend = self.backend.at(device, dtype)
         self.release()
         for part in self.parts.values():
@@ -200,8 +201,8 @@ class StableDiffusion:
         ``height`` and ``width`` are pixels, as in a call; two latents, as with guidance.
         """
         f, usual = self.config.vae.downscale, self.config.sample_size
-        height = arguments.side("height", height, f, usual) // f
-        width = arguments.side("width", width, f, usual) // f
+        height = request.side("height", height, f, usual) // f
+        width = request.side("width", width, f, usual) // f
         return coverage(self.config.unet, self.backend, height, width, self.dtype)
 
     @property
@@ -244,7 +245,7 @@ class StableDiffusion:
             if blending is not None:
                 x = blending.latent(x, abars[i + 1] if i + 1 < len(r.timesteps) else 1.0)
             if callback is not None:
-                x = arguments.changed_latents(callback(self, i, t, {"latents": x}), x)
+                x = request.changed_latents(callback(self, i, t, {"latents": x}), x)
         return _finite(x, "the UNet")
 
     def _images(self, x: Tensor, blending: MaskBlending | None,
@@ -259,7 +260,7 @@ class StableDiffusion:
         image = ((image + 1) / 2).clamp(0, 1)                                # (B, 3, H, W)
         if output_type == "np":
             return image.permute(0, 2, 3, 1).cpu().numpy()                   # (B, H, W, 3)
-        return image if output_type == "pt" else pictures.to_pil(image)
+        return image if output_type == "pt" else images.to_pil(image)
 
     def _encode(self, image: Tensor, noise: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w), drawn from the VAE's posterior of an image (1, 3, H, W)."""

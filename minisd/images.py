@@ -1,22 +1,17 @@
-"""Images between disk and model: files to tensors, and tensors to PNGs that hold their settings.
+"""Images to tensors and back: PIL images and files in, RGB; PIL images out.
 
-An image is read once, as RGB; one that cannot be read is rejected with one sentence. An image is
-written whole or not at all, and carries the settings that made it.
+An image is read once; one that cannot be read is rejected with one sentence.
 """
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 
-from minisd import files
 from minisd.errors import ImageError
 
 if TYPE_CHECKING:
@@ -34,18 +29,18 @@ def open_image(source: Source) -> Image.Image:
     ``PIL.Image.MAX_IMAGE_PIXELS``); FileNotFoundError for no file; TypeError for anything else.
     """
     if isinstance(source, Image.Image):
-        with _decoding("the image", FORMATS):
+        with decoding("the image", FORMATS):
             return _to_rgb(source, "the image")
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"an image is a path or a PIL image, not {type(source).__name__}")
     if str(source).startswith("data:") or "://" in str(source):
         raise ImageError(f"{str(source)[:80]} is an address: download the image, pass its path")
-    with open(source, "rb") as file, _decoding(source, FORMATS):
+    with open(source, "rb") as file, decoding(source, FORMATS):
         return _to_rgb(Image.open(file, formats=FORMATS), source)
 
 
 @contextmanager
-def _decoding(name: str | os.PathLike, formats: tuple[str, ...]) -> Iterator[None]:
+def decoding(name: str | os.PathLike, formats: tuple[str, ...]) -> Iterator[None]:
     """Turn whatever a decoder raises on a bad file into one ImageError that names it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -104,66 +99,3 @@ def to_pil(pixels: "Tensor") -> list[Image.Image]:
     """(B, 3, H, W) in [0, 1] -> a list of B PIL images, each channel rounded to 8 bits."""
     levels = pixels.detach().float().mul(255).round().byte()
     return [Image.fromarray(each) for each in levels.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def check_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
-    """Raise now what ``save`` would raise after the work: ValueError or an OSError."""
-    if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"{path}: only PNG is written, so the name must end in .png")
-    files.check_writable(path, overwrite)
-
-
-def save(
-    image: Image.Image, path: str | os.PathLike, settings: dict, overwrite: bool = False
-) -> None:
-    """Write a PIL image as a PNG that carries ``settings``, whole or not at all.
-
-    ``settings`` is a dict that JSON can hold. An existing file is a FileExistsError unless
-    ``overwrite``; a full disk or a forbidden folder is the OSError that names ``path``.
-    """
-    check_writable(path, overwrite)
-    chunks = PngInfo()
-    chunks.add_text("parameters", _parameters(settings))
-    # ASCII with \u escapes: the only form that also keeps lone surrogates, as in odd file names.
-    chunks.add_itxt("minisd", json.dumps(settings))
-    with files.written_whole(path, overwrite) as temporary, open(temporary, "xb") as file:
-        image.save(file, "PNG", pnginfo=chunks)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _parameters(settings: dict) -> str:
-    """The text that AUTOMATIC1111's web UI began and other Stable Diffusion programs read."""
-    fields = {
-        "Steps": settings.get("num_inference_steps"),
-        "Sampler": "DDIM",
-        "CFG scale": settings.get("guidance_scale"),
-        "Seed": settings.get("seed"),
-        "Size": f"{settings.get('width')}x{settings.get('height')}",
-        "Model": PurePath(settings.get("model") or "").name.removesuffix(".safetensors"),
-        "Denoising strength": settings.get("strength"),
-        "Eta DDIM": settings.get("eta"),
-    }
-    lines = [settings.get("prompt") or ""]
-    if settings.get("negative_prompt"):
-        lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in fields.items() if v not in (None, "")))
-    return "\n".join(lines).encode(errors="backslashreplace").decode()
-
-
-def _quoted(value: object) -> str:
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:"\n') else text
-
-
-def read_settings(path: str | os.PathLike) -> dict:
-    """The settings dict that ``save`` put into a PNG; ImageError if there is none."""
-    with open(path, "rb") as file, _decoding(path, ("PNG",)):
-        text = Image.open(file, formats=("PNG",)).info.get("minisd")
-    try:
-        settings = json.loads(text or "null")
-    except (ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise ImageError(f"{path} carries no settings of minisd")
-    return settings

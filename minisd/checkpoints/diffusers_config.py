@@ -8,6 +8,8 @@ many in the files, and how to sample is the caller's choice.
 
 from pathlib import Path
 
+from minisd.checkpoints.names import REJECTED_INPUTS
+from minisd.checkpoints.safetensors_file import parse_json
 from minisd.config import (
     PREDICTION_TYPES,
     Config,
@@ -17,8 +19,6 @@ from minisd.config import (
     VAEConfig,
 )
 from minisd.errors import WeightError
-from minisd.names import REJECTED_INPUTS
-from minisd.safetensors_file import parse_json
 
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 MAX_BYTES = 2**20

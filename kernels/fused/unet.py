@@ -1,6 +1,6 @@
 """The readable UNet, repacked: the same function with less memory traffic and fewer launches.
 
-It is built from a loaded `minisd.unet.UNet`; nothing is trained or approximated. It differs in:
+It is built from a loaded UNet; nothing is trained or approximated. It differs in:
 
   layout      Feature maps are channels_last from end to end, so rows for attention are a view.
   pending     A block does not add up its result: it returns (x, shift, residual), and the next norm
@@ -24,14 +24,14 @@ from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels.graphs import Graphs
-from minisd_kernels.packed import Conv, Linear, joined
+from minisd_kernels.fused.graph import Graphs
+from minisd_kernels.fused.packed import Conv, Linear, joined
 from torch import Tensor, nn
 
-from minisd import vae
-from minisd.ops import Ops, add_up
-from minisd.transformer import GEGLU, SpatialTransformer, TransformerBlock
-from minisd.unet import Downsample, ResBlock, UNet, Upsample, timestep_embedding
+from minisd.models import vae
+from minisd.models.ops import Ops, add_up
+from minisd.models.transformer import GEGLU, SpatialTransformer, TransformerBlock
+from minisd.models.unet import Downsample, ResBlock, UNet, Upsample, timestep_embedding
 
 Kind = TypeVar("Kind", bound=nn.Module)
 

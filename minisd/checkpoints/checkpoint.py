@@ -19,18 +19,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisd import hub, names
-from minisd.config import PREDICTION_TYPES, Config
-from minisd.diffusers_config import SCHEDULER, JsonFile, read_config, read_schedule, read_vae
-from minisd.errors import WeightError
-from minisd.recognise import find_prediction, recognise, reject, resolve
-from minisd.safetensors_file import (
+from minisd.checkpoints import hub, names
+from minisd.checkpoints.diffusers_config import (
+    SCHEDULER,
+    JsonFile,
+    read_config,
+    read_schedule,
+    read_vae,
+)
+from minisd.checkpoints.recognise import find_prediction, recognise, reject, resolve
+from minisd.checkpoints.safetensors_file import (
     DTYPES,
     TO_CONVERT,
     StoredTensor,
     read_header,
     read_tensor,
 )
+from minisd.config import PREDICTION_TYPES, Config
+from minisd.errors import WeightError
 
 READERS = 2  # threads that copy; more are no faster with one disk or one memory bus
 SHOWN = 5  # how many names an error lists

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisd import ddim
-from minisd.arguments import Request
+from minisd.request import Request
+from minisd.samplers import schedule
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MaskBlending:
     def latent(self, x: Tensor, abar: float) -> Tensor:
         """x (B, 4, h, w) <- m x + (1 - m) (sqrt(abar) x_0 + sqrt(1 - abar) eps)."""
         mask = F.interpolate(self.mask, size=x.shape[-2:])                   # (1, 1, h, w)
-        return (1 - mask) * ddim.add_noise(self.x0, self.noise, abar) + mask * x
+        return (1 - mask) * schedule.add_noise(self.x0, self.noise, abar) + mask * x
 
     def pixels(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) <- m image + (1 - m) the given image, so not a kept pixel changes."""
@@ -86,7 +86,7 @@ def start(
     if x0 is not None and not pure_noise:
         # Image to image is SDEdit (Meng et al. 2021, https://arxiv.org/abs/2108.01073): add noise
         # to the image's latent, up to the first timestep of the walk, and denoise from there.
-        x = ddim.add_noise(x0, eps, alphas_cumprod[r.timesteps[0]])          # (B, 4, h, w)
+        x = schedule.add_noise(x0, eps, alphas_cumprod[r.timesteps[0]])          # (B, 4, h, w)
     if mask is None:
         return Start(x)
     if x0 is not None and not knows_masks:

@@ -16,9 +16,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from minisd import ddim
 from minisd.config import Config
-from minisd.tokenizer import check_texts
+from minisd.samplers import schedule
+from minisd.text.tokenizer import check_texts
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 # torch's CPU generator reads only 32 bits of a seed: larger ones would repeat smaller ones.
@@ -106,7 +106,7 @@ def check(
     if callback_on_step_end is not None and not callable(callback_on_step_end):
         raise TypeError("callback_on_step_end must be a function, "
                         f"not {type(callback_on_step_end).__name__}")
-    timesteps = ddim.timesteps(steps, trained)[-left:]
+    timesteps = schedule.timesteps(steps, trained)[-left:]
     return Request(positives, negatives, copies, h, w, steps, timesteps, scale,
                    eta, strength, generators, latents, shape, config)
 

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minisd import files, names
+from minisd import files
+from minisd.checkpoints import names
+from minisd.checkpoints.recognise import MODELSPEC
+from minisd.checkpoints.tokenizer_folder import write_tokenizer
 from minisd.config import Config
 from minisd.errors import WeightError
-from minisd.recognise import MODELSPEC
-from minisd.tokenizer import Tokenizer
-from minisd.tokenizer_folder import write_tokenizer
+from minisd.text.tokenizer import Tokenizer
 
 # Where diffusers looks for the weights of each part.
 WEIGHTS = {

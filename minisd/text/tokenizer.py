@@ -63,7 +63,7 @@ class Tokenizer:
         The ids follow from the merges: 256 bytes, 256 bytes that end a word, one per merge, and
         the two markers. SD1 pads with 49407 (the end marker), SD2 with 0.
         """
-        packed = resources.files("minisd").joinpath("merges.txt.gz").read_bytes()
+        packed = resources.files("minisd.text").joinpath("merges.txt.gz").read_bytes()
         merges = parse_merges(gzip.decompress(packed).decode())
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # CLIP numbers the bytes like this
         symbols = alphabet + [byte + "</w>" for byte in alphabet]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from minisd import names
+from minisd.checkpoints import names
+from minisd.checkpoints.diffusers_config import SCHEDULER, read_schedule
+from minisd.checkpoints.safetensors_file import StoredTensor, read_metadata, read_tensor
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config
-from minisd.diffusers_config import SCHEDULER, read_schedule
 from minisd.errors import WeightError
-from minisd.safetensors_file import StoredTensor, read_metadata, read_tensor
 
 OFFICIAL = (SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT)
 

@@ -3,7 +3,7 @@
 It was trained to minimise  E || eps - eps_theta(x_t, t, c) ||^2  over latents x_0, their prompts c,
 timesteps t and Gaussian noise eps, where x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al.
 2020, https://arxiv.org/abs/2006.11239, eq. 14; with prompts Rombach et al., eq. 3). Some models
-predict v instead of eps, see ddim.py.
+predict v instead of eps, see samplers/schedule.py.
 
                  noisy latent 4                                   prediction 4
                       |                                                |
@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisd.config import UNetConfig
-from minisd.ops import Ops
-from minisd.transformer import SpatialTransformer
+from minisd.models.ops import Ops
+from minisd.models.transformer import SpatialTransformer
 
 # Of the GroupNorms in res blocks and at the UNet's end. That of a spatial transformer has 1e-6.
 NORM_EPS = 1e-5

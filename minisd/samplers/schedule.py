@@ -1,16 +1,14 @@
-"""The noise schedule and the DDIM sampler, as pure functions of numbers and tensors.
+"""The noise schedule: how much noise there is at each timestep, and what x_t is made of.
 
 Training mixed a clean latent x_0 with Gaussian noise eps (Ho et al. 2020, eq. 4):
 
     q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
 
-where abar_t (alpha-bar) falls from almost 1 to almost 0 as t grows. Sampling goes the other way:
-from x_t and the UNet's prediction, estimate x_0 and eps, and mix them again with less noise.
+where abar_t (alpha-bar) falls from almost 1 to almost 0 as t grows.
 
 Sources: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2006.11239;
-Song et al. 2020, "Denoising Diffusion Implicit Models", https://arxiv.org/abs/2010.02502 (what is
-called alpha there is abar here); Salimans & Ho 2022, https://arxiv.org/abs/2202.00512 (v).
+Salimans & Ho 2022, https://arxiv.org/abs/2202.00512 (v).
 """
 
 from typing import TypeVar
@@ -65,22 +63,3 @@ def predicted_x0_eps(x: X, prediction: X, abar: float, prediction_type: str) -> 
         x0 = (x - (1.0 - abar) ** 0.5 * prediction) / abar**0.5
         eps = prediction
     return x0, eps
-
-
-def step(
-    x: X, prediction: X, abar: float, abar_next: float, prediction_type: str,
-    eta: float = 0.0, noise: X | None = None,
-) -> X:
-    """One DDIM step, from x_t at ``abar`` to the next x at ``abar_next`` (Song et al., eq. 12).
-
-    ``eta`` 0 is deterministic; 1 adds as much ``noise`` as DDPM does (eq. 16).
-    """
-    # x_0 is not clipped, as it is for models of pixels: the values of a latent have no bounds. At
-    # the last step abar_next is abar_0, not 1 (set_alpha_to_one=False in diffusers): the official
-    # models are sampled so, and with 1 every image would differ a little.
-    x0, eps = predicted_x0_eps(x, prediction, abar, prediction_type)
-    # sigma = eta sqrt((1 - abar_next) / (1 - abar)) sqrt(1 - abar / abar_next)
-    sigma = eta * ((1.0 - abar_next) / (1.0 - abar)) ** 0.5 * (1.0 - abar / abar_next) ** 0.5
-    # x_next = sqrt(abar_next) x_0 + sqrt(1 - abar_next - sigma^2) eps + sigma noise
-    x = abar_next**0.5 * x0 + (1.0 - abar_next - sigma**2) ** 0.5 * eps
-    return x if noise is None else x + sigma * noise

@@ -1,6 +1,6 @@
 """A whole denoise step around the fused UNet: constants are computed once, a GPU replays a graph.
 
-On a GPU a step is one graph per batch and size (graphs.py); prompts, guidance and schedules change
+On a GPU a step is one graph per batch and size (graph.py); prompts, guidance and schedules change
 only the contents of its input buffers.
 
 Guidance and the DDIM update are linear in x, the UNet's predictions and the noise, so a step ends
@@ -13,11 +13,11 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from minisd_kernels import graphs
-from minisd_kernels.fused_unet import FusedUNet
+from minisd_kernels.fused import graph as graphs
+from minisd_kernels.fused.unet import FusedUNet
 from torch import Tensor
 
-from minisd import ddim
+from minisd.samplers import ddim
 
 
 def weights(abars: list[float], prediction_type: str, eta: float, guidance_scale: float

@@ -12,7 +12,7 @@ C channels of a half
 
 import triton
 import triton.language as tl
-from minisd_kernels import launch
+from minisd_kernels.ops import launch
 from torch import Tensor
 
 

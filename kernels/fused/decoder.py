@@ -1,6 +1,6 @@
 """The VAE's decoder, repacked like the fused UNet and from the same parts; and both together.
 
-fused_unet.py describes the differences: layout, pending sums, one matrix for q, k and v, and
+unet.py describes the differences: layout, pending sums, one matrix for q, k and v, and
 doubling in phases. The last saves most here: 386 of 2515 GFLOP.
 
 B latents, C channels, h w height and width of the latent, L = h*w rows
@@ -8,8 +8,10 @@ B latents, C channels, h w height and width of the latent, L = h*w rows
 
 import torch
 import torch.nn.functional as F
-from minisd_kernels import fused_step, graphs
-from minisd_kernels.fused_unet import (
+from minisd_kernels.fused import graph as graphs, steps as fused_step
+from minisd_kernels.fused.graph import Graphs
+from minisd_kernels.fused.packed import Conv, Linear
+from minisd_kernels.fused.unet import (
     FusedUNet,
     Norm,
     Pending,
@@ -20,14 +22,12 @@ from minisd_kernels.fused_unet import (
     of_kind,
     rows,
 )
-from minisd_kernels.graphs import Graphs
-from minisd_kernels.packed import Conv, Linear
 from torch import Tensor, nn
 
 from minisd import steps as readable_steps
-from minisd.ops import Ops
-from minisd.unet import UNet
-from minisd.vae import VAE, Attention, Decoder, ResBlock, Upsample
+from minisd.models.ops import Ops
+from minisd.models.unet import UNet
+from minisd.models.vae import VAE, Attention, Decoder, ResBlock, Upsample
 
 
 class DecoderRes(nn.Module):

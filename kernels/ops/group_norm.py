@@ -28,7 +28,7 @@ B batch, C channels, G groups, CG channels of a group, L pixels
 import torch
 import triton
 import triton.language as tl
-from minisd_kernels import launch
+from minisd_kernels.ops import launch
 from torch import Tensor
 
 PROGRAMS = 1024  # about the number of programs that compute the moments of a large image

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisd.config import TextConfig
-from minisd.ops import Ops
+from minisd.models.ops import Ops
 
 NORM_EPS = 1e-5
 

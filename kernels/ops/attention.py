@@ -31,7 +31,7 @@ B batch, L rows (queries or keys), H heads, d channels a head
 import torch
 import triton
 import triton.language as tl
-from minisd_kernels import launch
+from minisd_kernels.ops import launch
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634

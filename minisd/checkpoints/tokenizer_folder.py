@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from minisd.diffusers_config import JsonFile
+from minisd.checkpoints.diffusers_config import JsonFile
 from minisd.errors import WeightError
-from minisd.tokenizer import BOS, EOS, LENGTH, Tokenizer, check_texts, parse_merges
+from minisd.text.tokenizer import BOS, EOS, LENGTH, Tokenizer, check_texts, parse_merges
 
 MAX_BYTES = 32 * 2**20  # the official files are below 4 MB
 DEFAULTS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}

@@ -18,7 +18,7 @@ C channels (one row)
 
 import triton
 import triton.language as tl
-from minisd_kernels import launch
+from minisd_kernels.ops import launch
 from torch import Tensor
 
 WIDEST = 8192

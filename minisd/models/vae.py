@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisd.config import VAEConfig
-from minisd.ops import Ops
+from minisd.models.ops import Ops
 
 # Not torch's 1e-5, which the UNet's res blocks have (CompVis ldm/modules/diffusionmodules).
 NORM_EPS = 1e-6

@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from minisd.config import UNetConfig
-from minisd.ops import Ops
+from minisd.models.ops import Ops
 
 # Not the 1e-5 of the UNet's res blocks: both are right.
 NORM_EPS = 1e-6

@@ -1,0 +1,1 @@
+"""Noise levels and steps: numbers and tensors; no network, no text."""
