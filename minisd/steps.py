@@ -1,7 +1,7 @@
 """One denoise step, spelled out: the UNet's prediction, guidance, and the sampler's step.
 
-The loop in pipeline.py asks one object for the next x, and does not know which: this one, or the fused
-one of minisd_kernels, which computes the same on a repacked UNet.
+The loop in pipeline.py asks one object for the next x, and does not know which: this one, or the
+fused one of minisd_kernels, which computes the same on a repacked UNet.
 
 B latents, M contexts (B, or 2B with guidance), h w height and width of the latent
 """
