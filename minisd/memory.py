@@ -14,7 +14,7 @@ import torch
 
 from minisd.config import Config, UNetConfig
 from minisd.models.vae import VAE
-from minisd.request import Request
+from minisd.request import Plan
 
 REMEDIES = ("choose a smaller size or fewer images at once, load with tile=64 (--tile 64) for "
             "large images, or load with dtype float16 on a GPU")
@@ -96,7 +96,7 @@ def free(device: torch.device) -> int | None:
 
 
 def check(
-    r: Request, dtype: torch.dtype, device: torch.device, vae: VAE, encodes: bool, decodes: bool,
+    r: Plan, dtype: torch.dtype, device: torch.device, vae: VAE, encodes: bool, decodes: bool,
     stores_scores: bool,
 ) -> None:
     """Raise MemoryError, before the attempt, for a request that cannot fit.

@@ -33,13 +33,10 @@ from minisd.models.clip import TextEncoder
 from minisd.models.ops import REFERENCE, TORCH
 from minisd.models.unet import UNet
 from minisd.models.vae import VAE
-from minisd.request import Request
+from minisd.request import Callback, Picture, Plan, Prompts, Request
 from minisd.samplers import schedule
 from minisd.steps import Steps
 from minisd.text.tokenizer import Tokenizer
-
-# (sd, index of the step, timestep, {"latents": x}) -> None, or {"latents": another x}.
-Callback = Callable[["StableDiffusion", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,7 @@ class StableDiffusion:
     @memory.explained()
     @torch.no_grad()
     def __call__(
-        self, prompt: str | list[str] | None = None, *,
-        negative_prompt: str | list[str] | None = None,
+        self, prompt: Prompts = None, *, negative_prompt: Prompts = None,
         height: int | None = None, width: int | None = None,
         num_inference_steps: int | None = None, guidance_scale: float | None = None,
         num_images_per_prompt: int = 1, eta: float | None = None,
@@ -81,8 +77,7 @@ class StableDiffusion:
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None, prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        image: Image | str | PathLike | None = None,
-        mask_image: Image | str | PathLike | None = None, strength: float | None = None,
+        image: Picture = None, mask_image: Picture = None, strength: float | None = None,
         output_type: str = "pil", callback_on_step_end: Callback | None = None,
         progress: bool | None = None,
     ) -> Output:
@@ -108,23 +103,19 @@ class StableDiffusion:
         Raises TypeError or ValueError for a bad argument and ImageError for a bad image, before
         any work; ArithmeticError if a part gives values that are not finite; MemoryError.
         """
-        opened = None if image is None else images.open_image(image)
-        r = request.check(
-            self.config, prompt, negative_prompt, height, width, num_inference_steps,
-            guidance_scale, num_images_per_prompt, eta, seed, generator, latents, prompt_embeds,
-            negative_prompt_embeds, opened, mask_image, strength, output_type,
-            callback_on_step_end)
-        memory.check(r, self.dtype, self.device, self.vae, encodes=opened is not None,
+        asked = Request(**{name: value for name, value in locals().items() if name != "self"})
+        r = asked.plan(self.config)
+        memory.check(r, self.dtype, self.device, self.vae, encodes=r.image is not None,
                      decodes=output_type != "latent",
                      stores_scores=self.backend.ops.attention is REFERENCE.attention)
         # Half-precision models still add up their steps in float32.
         dtype = torch.promote_types(self.dtype, torch.float32)
         like = torch.empty(1, *r.shape[1:], dtype=dtype, device=self.device)
         pixels = mask = None
-        if opened is not None:
-            pixels = images.to_tensor(opened, r.width, r.height).to(like)   # (1, 3, H, W)
-        if mask_image is not None:
-            mask = images.mask_to_tensor(mask_image, r.width, r.height).to(like)
+        if r.image is not None:
+            pixels = images.to_tensor(r.image, r.width, r.height).to(like)   # (1, 3, H, W)
+        if r.mask_image is not None:
+            mask = images.mask_to_tensor(r.mask_image, r.width, r.height).to(like)
 
         context = self._context(r.prompts, prompt_embeds)                    # (prompts, 77, D)
         context = context.repeat_interleave(r.num_images_per_prompt, dim=0)  # (B, 77, D)
@@ -235,7 +226,7 @@ class StableDiffusion:
                              f"{room}: load with its own tokenizer, or give prompt_embeds")
         return tokenizer(texts)                                              # (prompts, 77)
 
-    def _denoise(self, r: Request, x: Tensor, steps: Callable[..., Tensor], abars: list[float],
+    def _denoise(self, r: Plan, x: Tensor, steps: Callable[..., Tensor], abars: list[float],
                  noise: Noise, blending: MaskBlending | None, callback: Callback | None,
                  progress: bool | None) -> Tensor:
         """Denoise x (B, 4, h, w), a timestep after the other: Stable Diffusion is this loop."""

@@ -8,15 +8,18 @@ import math
 import reprlib
 import secrets
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
+from os import PathLike
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from minisd.config import Config
+from minisd.images import open_image
 from minisd.samplers import schedule
 from minisd.text.tokenizer import check_texts
 
@@ -38,10 +41,77 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Request:
-    """A call's arguments, checked and complete. The lists have one entry per prompt."""
+Prompts = str | list[str] | None
+Picture = Image | str | PathLike | None
+# (sd, index of the step, timestep, {"latents": x}) -> None, or {"latents": another x}.
+Callback = Callable[..., dict[str, Tensor] | None]
 
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a call asks for: the one list of its arguments and their defaults.
+
+    The call's signature has the same, which a test holds it to; `StableDiffusion.__call__` explains
+    them. ``plan`` checks them.
+    """
+
+    prompt: Prompts = None
+    negative_prompt: Prompts = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    num_images_per_prompt: int = 1
+    eta: float | None = None
+    seed: int | list[int] | None = None
+    generator: torch.Generator | list[torch.Generator] | None = None
+    latents: Tensor | None = None
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    image: Picture = None
+    mask_image: Picture = None
+    strength: float | None = None
+    output_type: str = "pil"
+    callback_on_step_end: Callback | None = None
+    progress: bool | None = None
+
+    def plan(self, config: Config) -> "Plan":
+        """The plan that carries this out with a model, or one TypeError, ValueError or OSError."""
+        f, trained = config.vae.downscale, config.schedule.num_train_timesteps
+        count, prompts, negative_prompts = _prompts(self, config)
+        copies = _integer("num_images_per_prompt", self.num_images_per_prompt, 1, 10_000)
+        steps = _integer("num_inference_steps",
+                         _or(self.num_inference_steps, config.num_inference_steps), 1, trained)
+        guidance_scale = _real("guidance_scale", _or(self.guidance_scale, config.guidance_scale))
+        eta = _real("eta", _or(self.eta, 0.0), 0.0, 1.0)
+        image = None if self.image is None else open_image(self.image)
+        height, width = _size(self.height, self.width, config, image)
+        strength, left = _strength(self.strength, steps, image, self.mask_image)
+        _task(config, image, self.mask_image, self.latents, strength)
+        mask_image = None if self.mask_image is None else open_image(self.mask_image)
+        generators = _generators(count * copies, self.seed, self.generator)
+        shape = (len(generators), config.vae.latent_channels, height // f, width // f)
+        if not isinstance(self.output_type, str) or self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, "
+                             f"not {_shown(self.output_type)}")
+        if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
+            raise TypeError("callback_on_step_end must be a function, "
+                            f"not {type(self.callback_on_step_end).__name__}")
+        return Plan(
+            request=self, config=config, prompts=prompts, negative_prompts=negative_prompts,
+            num_images_per_prompt=copies, height=height, width=width, num_inference_steps=steps,
+            timesteps=schedule.timesteps(steps, trained)[-left:], guidance_scale=guidance_scale,
+            eta=eta, strength=strength, image=image, mask_image=mask_image, generators=generators,
+            latents=None if self.latents is None else _check_latents(self.latents, shape),
+            shape=shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A request, checked and complete. The lists have one entry per prompt."""
+
+    request: Request
+    config: Config
     prompts: list[str] | None    # None where embeddings were given instead
     negative_prompts: list[str] | None
     num_images_per_prompt: int
@@ -52,10 +122,11 @@ class Request:
     guidance_scale: float
     eta: float
     strength: float | None
+    image: Image | None
+    mask_image: Image | None
     generators: list[torch.Generator]
     latents: Tensor | None
     shape: tuple[int, ...]       # of the latents: (B, 4, h, w)
-    config: Config
 
     def settings(self) -> list[dict]:
         """For each image, what it was made with."""
@@ -74,41 +145,8 @@ class Request:
         ]
 
 
-def check(
-    config: Config, prompt: object, negative_prompt: object = None, height: object = None,
-    width: object = None, num_inference_steps: object = None, guidance_scale: object = None,
-    num_images_per_prompt: object = 1, eta: object = None, seed: object = None,
-    generator: object = None, latents: object = None, prompt_embeds: object = None,
-    negative_prompt_embeds: object = None, image: Image | None = None, mask_image: object = None,
-    strength: object = None, output_type: object = "pil", callback_on_step_end: object = None,
-) -> Request:
-    """The request that these arguments make, or one TypeError or ValueError."""
-    f, trained = config.vae.downscale, config.schedule.num_train_timesteps
-    context_shape = (config.text.max_position_embeddings, config.text.hidden_size)
-    count, positives, negatives = _prompts(
-        prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, context_shape)
-    copies = _integer("num_images_per_prompt", num_images_per_prompt, 1, 10_000)
-    if num_inference_steps is None:
-        num_inference_steps = config.num_inference_steps
-    steps = _integer("num_inference_steps", num_inference_steps, 1, trained)
-    scale = _real("guidance_scale",
-                  config.guidance_scale if guidance_scale is None else guidance_scale)
-    eta = _real("eta", 0.0 if eta is None else eta, 0.0, 1.0)
-    h, w = _size(height, width, config, image)
-    strength, left = _strength(strength, steps, image, mask_image)
-    _task(config, image, mask_image, latents, strength)
-    generators = _generators(count * copies, seed, generator)
-    shape = (len(generators), config.vae.latent_channels, h // f, w // f)
-    latents = None if latents is None else _check_latents(latents, shape)
-    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, "
-                         f"not {_shown(output_type)}")
-    if callback_on_step_end is not None and not callable(callback_on_step_end):
-        raise TypeError("callback_on_step_end must be a function, "
-                        f"not {type(callback_on_step_end).__name__}")
-    timesteps = schedule.timesteps(steps, trained)[-left:]
-    return Request(positives, negatives, copies, h, w, steps, timesteps, scale,
-                   eta, strength, generators, latents, shape, config)
+def _or(value: object, default: object) -> object:
+    return default if value is None else value
 
 
 def _shown(value: object) -> str:
@@ -209,32 +247,27 @@ def _nearest(value: float, multiple: int) -> str:
     return " or ".join(str(n * multiple) for n in sorted(near))
 
 
-def _prompts(
-    prompt: object, negative: object, embeds: object, negative_embeds: object,
-    context_shape: tuple[int, int],
-) -> tuple[int, list[str] | None, list[str] | None]:
-    """How many prompts there are, and their texts: None where embeddings are given instead.
-
-    ``context_shape`` is what each of the embeddings must be: (tokens, width).
-    """
-    count = _embeddings("prompt_embeds", embeds, context_shape)
-    there = _embeddings("negative_prompt_embeds", negative_embeds, context_shape)
-    if (prompt is None) == (embeds is None):
+def _prompts(r: Request, config: Config) -> tuple[int, list[str] | None, list[str] | None]:
+    """How many prompts there are, and their texts: None where embeddings are given instead."""
+    shape = (config.text.max_position_embeddings, config.text.hidden_size)
+    count = _embeddings("prompt_embeds", r.prompt_embeds, shape)
+    there = _embeddings("negative_prompt_embeds", r.negative_prompt_embeds, shape)
+    if (r.prompt is None) == (count is None):
         raise ValueError("give either prompt or prompt_embeds")
-    if negative_embeds is not None and negative:
+    if there is not None and r.negative_prompt:
         raise ValueError("give either negative_prompt or negative_prompt_embeds")
-    positives = negatives = None
+    prompts = negative_prompts = None
     if count is None:
-        positives = check_texts("prompt", prompt)
-        count = len(positives)
+        prompts = check_texts("prompt", r.prompt)
+        count = len(prompts)
     if there is None:
-        negatives = check_texts("negative_prompt", "" if negative is None else negative)
-        negatives *= 1 if isinstance(negative, (list, tuple)) else count
-        there = len(negatives)
+        negative_prompts = check_texts("negative_prompt", _or(r.negative_prompt, ""))
+        negative_prompts *= 1 if isinstance(r.negative_prompt, (list, tuple)) else count
+        there = len(negative_prompts)
     if there != count:
         raise ValueError(f"there are {count} prompts but {there} negative prompts: "
                          "give a string for all or a list of one each")
-    return count, positives, negatives
+    return count, prompts, negative_prompts
 
 
 def _embeddings(name: str, value: object, shape: tuple[int, int]) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from reference_models import SMALL, small_model
 
-from minisd import request as arguments
+from minisd import request
 from minisd.pipeline import StableDiffusion
 
 NAN, INF = float("nan"), float("inf")
@@ -102,11 +102,19 @@ ODD = [np.zeros((3, 3)), np.array("pil"), torch.full((2, 2), NAN), {"a": 1}, set
 NEVER_ODD = {"self", "prompt", "negative_prompt", "image", "callback_on_step_end", "progress"}
 
 
-def test_a_call_and_its_check_have_the_same_defaults():
-    called, checked = (inspect.signature(function).parameters
-                       for function in (StableDiffusion.__call__, arguments.check))
-    for name in checked.keys() - {"config", "prompt"}:
-        assert called[name].default == checked[name].default, name
+def test_the_signature_of_a_call_is_that_of_a_request():
+    """Names, order, defaults and types: help() and editors show what is checked."""
+    called = [*inspect.signature(StableDiffusion.__call__).parameters.values()][1:]
+    asked = [*inspect.signature(request.Request).parameters.values()]
+    for a, b in zip(called, asked, strict=True):
+        assert (a.name, a.default, a.annotation) == (b.name, b.default, b.annotation)
+        assert a.kind == inspect.Parameter.KEYWORD_ONLY or a.name == "prompt"
+
+
+def test_an_unknown_argument_is_a_type_error():
+    for call in (lambda **more: small_model(SMALL)("a", **more), request.Request):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'sampler'"):
+            call(sampler="ddim")
 
 
 @pytest.mark.parametrize(
@@ -175,10 +183,10 @@ def test_seeds_and_order_of_a_batch():
 
 
 def test_the_last_seed_and_the_timesteps_of_a_strength():
-    request = arguments.check(SMALL, ["a", "b"], seed=2**32 - 2, image=IMAGE, strength=0.79,
-                              num_inference_steps=10)
-    assert [g.initial_seed() for g in request.generators] == [2**32 - 2, 2**32 - 1]
-    assert request.timesteps == [601, 501, 401, 301, 201, 101, 1]
+    plan = request.Request(prompt=["a", "b"], seed=2**32 - 2, image=IMAGE, strength=0.79,
+                           num_inference_steps=10).plan(SMALL)
+    assert [g.initial_seed() for g in plan.generators] == [2**32 - 2, 2**32 - 1]
+    assert plan.timesteps == [601, 501, 401, 301, 201, 101, 1]
 
 
 @pytest.mark.parametrize("cudas, mps, chosen", [
@@ -187,19 +195,19 @@ def test_the_last_seed_and_the_timesteps_of_a_strength():
 def test_auto_takes_the_best_available_device(cudas, mps, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cudas)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert arguments.device("auto") == torch.device(chosen)
+    assert request.device("auto") == torch.device(chosen)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:7", 3.5, None])
 def test_a_device_that_does_not_exist(name):
     with pytest.raises(ValueError, match="device must be auto or one of .*cpu"):
-        arguments.device(name)
+        request.device(name)
 
 
 @pytest.mark.parametrize("name", ["int8", "float", torch.int32, None, 16])
 def test_a_dtype_that_weights_cannot_have(name):
     with pytest.raises(ValueError, match="dtype must be auto or one of float16"):
-        arguments.dtype(name, torch.device("cpu"))
+        request.dtype(name, torch.device("cpu"))
 
 
 def test_callbacks_see_and_change_the_latents():

@@ -26,7 +26,7 @@ ARROWS = {
     "memory": {"config", "models", "request"},
     "backends": {"config", "models"},
     "conditioning": {"request", "samplers"},
-    "request": {"config", "samplers", "text"},
+    "request": {"config", "images", "samplers", "text"},
     "checkpoints": {"config", "errors", "files", "text"},
     "models": {"config"},
     "samplers": {"config"},

@@ -23,6 +23,7 @@ from minisd.checkpoints.checkpoint import check, open_checkpoint
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V
 from minisd.loading import build
 from minisd.models.ops import REFERENCE, TORCH
+from minisd.request import Request
 from minisd.samplers import schedule
 
 CALL = dict(num_inference_steps=3, guidance_scale=5.0, height=64, width=64)
@@ -111,7 +112,7 @@ def test_image_to_image_keeps_the_proportions(own, asked, made):
 
 def test_a_size_out_of_reach_is_an_error():
     with pytest.raises(ValueError, match="width must be a multiple of 4 .*not 128000"):
-        minisd.request.check(SMALL, "a", image=Image.new("RGB", (20000, 10)), height=64)
+        Request(prompt="a", image=Image.new("RGB", (20000, 10)), height=64).plan(SMALL)
 
 
 # --- to

@@ -191,13 +191,10 @@ def sampling(schedule, ddim):
 
 def request(module):
     official = official_pipeline(StableDiffusionImg2ImgPipeline, small_model(SMALL))
-    given = dict.fromkeys(list(inspect.signature(module.check).parameters)[1:]) | dict(
-        prompt="", image=DRAWING, num_images_per_prompt=1, guidance_scale=1.0, eta=0.0,
-        output_type="pil",
-    )
     errors = []
     for steps, strength in itertools.product((10, 30, 50), (0.1, 0.25, 0.55, 0.75, 0.85, 1.0)):
-        ours = module.check(SMALL, **given | dict(num_inference_steps=steps, strength=strength))
+        ours = module.Request(prompt="", image=DRAWING, num_inference_steps=steps,
+                              strength=strength).plan(SMALL)
         official.scheduler.set_timesteps(steps)
         theirs, _ = official.get_timesteps(steps, strength, "cpu")
         errors.append(abs(len(ours.timesteps) - len(theirs)))

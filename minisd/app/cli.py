@@ -74,12 +74,12 @@ def draw(argv: list[str]) -> None:
         call["image"] = images.open_image(args.image)
     if args.mask is not None:
         call["mask_image"] = images.open_image(args.mask)
-    from minisd import request  # not above: a usage error need not wait for torch
     from minisd.checkpoints import checkpoint  # not above: a usage error need not wait for torch
+    from minisd.request import Request  # not above: a usage error need not wait for torch
 
     weights = {"vae": args.vae, "prediction_type": args.prediction_type}
     config = checkpoint.open_checkpoint(args.model, **weights).config
-    request.check(config, args.prompt, **call)  # a bad argument, before any weight is read
+    Request(prompt=args.prompt, **call).plan(config)  # a bad argument, before any weight is read
     sd = minisd.load(args.model, device=args.device, dtype=args.dtype, ops=args.ops,
                      tile=args.tile, **weights)
     for path, seed in plan:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisd.request import Request
+from minisd.request import Plan
 from minisd.samplers import schedule
 
 
@@ -67,7 +67,7 @@ class Start(NamedTuple):
 
 
 def start(
-    r: Request, image: Tensor | None, mask: Tensor | None, noise: Noise,
+    r: Plan, image: Tensor | None, mask: Tensor | None, noise: Noise,
     encode: Callable[[Tensor, Tensor], Tensor], alphas_cumprod: list[float],
 ) -> Start:
     """The start for a request: image (1, 3, H, W) in [-1, 1], mask (1, 1, H, W) of 0 and 1.
