@@ -27,7 +27,8 @@ from tqdm import tqdm
 from minisd import backends, images, memory, request
 from minisd.backends import Backend, Call, Repacked, coverage
 from minisd.checkpoints.save import save_model
-from minisd.conditioning.start import MaskBlending, Noise, start
+from minisd.conditioning import start
+from minisd.conditioning.start import Given, Keep, Noise
 from minisd.config import Config
 from minisd.models.clip import TextEncoder
 from minisd.models.ops import REFERENCE, TORCH
@@ -125,7 +126,8 @@ class StableDiffusion:
             context = torch.cat([uncond, context])                           # (2B, 77, D)
         _finite(context, "the text encoder")
         noise = Noise(r.generators, like)
-        x, extra, blending = start(r, pixels, mask, noise, self._encode, self.alphas_cumprod)
+        x, extra, keep = start(
+            Given(r, pixels, mask, noise, self._encode, self.alphas_cumprod))
         # After the last timestep comes the noise level of timestep 0: a little noise is left.
         abars = [self.alphas_cumprod[t] for t in (*r.timesteps, 0)]
         steps: Callable[..., Tensor] = Steps(
@@ -133,9 +135,9 @@ class StableDiffusion:
             r.guidance_scale, r.eta)
         if fused := self._fused():
             steps = fused.steps(steps)
-        x = self._denoise(r, x, steps, abars, noise, blending, callback_on_step_end, progress)
+        x = self._denoise(r, x, steps, abars, noise, keep, callback_on_step_end, progress)
         seeds = [g.initial_seed() for g in r.generators]
-        return Output(self._images(x, blending, output_type), seeds, r.settings())
+        return Output(self._images(x, keep, output_type), seeds, r.settings())
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -227,27 +229,27 @@ class StableDiffusion:
         return tokenizer(texts)                                              # (prompts, 77)
 
     def _denoise(self, r: Plan, x: Tensor, steps: Callable[..., Tensor], abars: list[float],
-                 noise: Noise, blending: MaskBlending | None, callback: Callback | None,
+                 noise: Noise, keep: Keep | None, callback: Callback | None,
                  progress: bool | None) -> Tensor:
         """Denoise x (B, 4, h, w), a timestep after the other: Stable Diffusion is this loop."""
         bar = tqdm(r.timesteps, disable=None if progress is None else not progress)
         for i, t in enumerate(bar):
             x = steps(x, i, noise.draw() if r.eta > 0 else None)
-            if blending is not None:
-                x = blending.latent(x, abars[i + 1] if i + 1 < len(r.timesteps) else 1.0)
+            if keep is not None:
+                x = keep.latent(x, abars[i + 1] if i + 1 < len(r.timesteps) else 1.0)
             if callback is not None:
                 x = request.changed_latents(callback(self, i, t, {"latents": x}), x)
         return _finite(x, "the UNet")
 
-    def _images(self, x: Tensor, blending: MaskBlending | None,
+    def _images(self, x: Tensor, keep: Keep | None,
                 output_type: str) -> list[Image] | Tensor | np.ndarray:
         """Latents (B, 4, h, w) -> what the caller asked for."""
         if output_type == "latent":
             return x
         # One at a time: it takes less memory, and an image is the same alone or in a batch.
         image = torch.cat([self._decode(one) for one in x.split(1)])      # (B, 3, H, W)
-        if blending is not None:
-            image = blending.pixels(image)
+        if keep is not None:
+            image = keep.pixels(image)
         image = ((image + 1) / 2).clamp(0, 1)                                # (B, 3, H, W)
         if output_type == "np":
             return image.permute(0, 2, 3, 1).cpu().numpy()                   # (B, H, W, 3)

@@ -48,7 +48,7 @@ MUTANTS = [
      "schedule.timesteps(steps, trained)[:left]"),
     ("conditioning/start", "parity determinism", "device=g.device, dtype=torch.float32)",
      "device=g.device, dtype=self.like.dtype)"),
-    ("conditioning/start", "arguments", "return (1 - self.mask) * self.image + self.mask * image",
+    ("conditioning/inpaint", "arguments", "return (1 - self.mask) * self.image + self.mask * image",
      "return image"),
     ("pipeline", "parity determinism", "x.split(1)", "x.split(2)"),
     ("pipeline", "arguments determinism", "if self.dtype == inputs[0].dtype:", "if True:"),

@@ -31,7 +31,7 @@ MINISD = Path(minisd.__file__).parent
 MODELS = {MINISD / f"models/{name}.py": letters for name, letters in {
     "ops": "", "clip": "", "transformer": "hw", "unet": "hw", "vae": "HW"}.items()}
 LOOP = {MINISD / f"{name}.py": "" for name in (
-    "pipeline", "steps", "conditioning/start", "text/tokenizer")}
+    "pipeline", "steps", "conditioning/start", "conditioning/inpaint", "text/tokenizer")}
 
 
 class Line(NamedTuple):
@@ -158,6 +158,8 @@ def test_the_loop():
         model("a heart", **call, **grey)
         inpaint("a heart", **call, **grey)
         model("a heart", image=grey["image"], **call)
+        for either in (model, inpaint):
+            either("a heart", **call, **grey, strength=0.5)
         model(["a heart", "a boat"], output_type="np", guidance_scale=1.0, **call)
         with pytest.raises(ArithmeticError):
             broken("a heart", **call)

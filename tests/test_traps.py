@@ -7,6 +7,7 @@ import importlib
 import inspect
 import itertools
 import types
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from operator import attrgetter
@@ -42,7 +43,8 @@ from reference_models import (
 )
 from traps import TRAPS
 
-from minisd import pipeline
+from minisd import conditioning, pipeline
+from minisd.conditioning import inpaint
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
 from minisd.models import clip as clip_file, unet as unet_file, vae as vae_file
 from minisd.models.ops import TORCH
@@ -255,17 +257,21 @@ def official_latents(task, model):
     return official_pipeline(kind, small_model(model))(PROMPTS, generator=generators, **call).images
 
 
+TAKEN = [(pipeline, "Noise"), (pipeline, "Steps"), (conditioning, "image_to_image"),
+         (conditioning, "text_to_image"), (inpaint, "by_blending"), (inpaint, "by_channels")]
+
+
 def loop(task):
     def check(module):
         errors = []
         for model in TASKS[task][1]:
             m = small_model(model)
-            # The module is sd itself, or one from which sd takes some of these.
-            taken = {name: getattr(module, name) for name in ("Noise", "start", "Steps")
-                     if hasattr(module, name)}
             kind = getattr(module, "StableDiffusion", pipeline.StableDiffusion)
             sd = kind(model, m.tokenizer, m.text_encoder, m.unet, m.vae)
-            with patch.multiple(pipeline, **taken):
+            with ExitStack() as patched:
+                for user, name in TAKEN:  # where the loop takes a name from a mutated module
+                    if hasattr(module, name):
+                        patched.enter_context(patch.object(user, name, getattr(module, name)))
                 ours = sd(PROMPTS, seed=0, **CALL, **TASKS[task][2]).images
             errors.append(error(ours, official_latents(task, model)))
         return max(errors)

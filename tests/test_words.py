@@ -16,7 +16,7 @@ WORDS = {
     "GEGLU": "models/transformer",
     "alpha-bar": "samplers/schedule",
     "SDEdit": "conditioning/start",
-    "blended latent diffusion": "conditioning/start",
+    "blended latent diffusion": "conditioning/inpaint",
     "variational autoencoder": "models/vae",
     "reparameterisation trick": "models/vae",
     "byte pair encoding": "text/tokenizer",
