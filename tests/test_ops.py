@@ -189,3 +189,14 @@ def test_gradients_pass(ops):
     for y in (ops.group_norm_silu(x, w, b, 2, 1e-5, True, b, x), ops.geglu(rows),
               ops.layer_norm(rows, w, b, 1e-5, rows, b)[0], ops.attention(rows, rows, rows, 2)):
         torch.autograd.grad(y.sum(), x)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_group_norm_in_half_precision(form, dtype):
+    """Its mean and variance are those of float32: only the result is rounded."""
+    x = (-2.3 + randn(2, 16, 24, 24)).to(dtype).contiguous(memory_format=form)
+    weight, bias = torch.ones(16, dtype=dtype), torch.zeros(16, dtype=dtype)
+    exact = numpy_group_norm_silu(x.double(), weight.double(), bias.double(), 2, 1e-5, False)
+    y = TORCH.group_norm_silu(x, weight, bias, 2, 1e-5, False)
+    assert error(y, exact) <= torch.finfo(dtype).eps * exact.abs().max()

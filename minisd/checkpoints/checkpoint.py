@@ -20,39 +20,15 @@ import torch
 from torch import nn
 
 from minisd.checkpoints import hub, names
-from minisd.checkpoints.diffusers_config import (
-    SCHEDULER,
-    JsonFile,
-    read_config,
-    read_schedule,
-    read_vae,
-)
-from minisd.checkpoints.recognise import find_prediction, recognise, reject, resolve
-from minisd.checkpoints.safetensors_file import (
-    DTYPES,
-    TO_CONVERT,
-    StoredTensor,
-    read_header,
-    read_tensor,
-)
+from minisd.checkpoints.folder import read_folder, read_stand_alone_vae
+from minisd.checkpoints.found import Group
+from minisd.checkpoints.recognise import read_file
+from minisd.checkpoints.safetensors_file import DTYPES, StoredTensor, read_tensor
 from minisd.config import PREDICTION_TYPES, Config
 from minisd.errors import WeightError
 
 READERS = 2  # threads that copy; more are no faster with one disk or one memory bus
 SHOWN = 5  # how many names an error lists
-
-# What a folder's model_index.json may say, and the stem of each part's weight file.
-PIPELINES = tuple(f"StableDiffusion{x}Pipeline" for x in ("", "Img2Img", "Inpaint"))
-CLASSES = {
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-STEMS = {
-    "text_encoder": "model",
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-}
 
 
 @dataclass(frozen=True)
@@ -93,14 +69,19 @@ def open_checkpoint(
         raise ValueError(f"prediction_type is {prediction_type!r}, not one of {PREDICTION_TYPES}")
     place = locate(Path(str(resources.files("minisd_weights") / "tiny")) if path is None else path)
     if not place.is_dir():
-        found = _open_file(place, config, prediction_type)
+        if config is not None and not isinstance(config, Config):
+            config = locate(config)
+        found = read_file(place, config, prediction_type)
     elif config is None:
-        found = _open_folder(place, prediction_type)
+        found = read_folder(place, prediction_type)
     else:
         raise ValueError(f"config is for single files; the folder {place} has its own")
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    for group in found.groups:
+        parts |= _assign(group, found.config)
     if vae is not None:
-        found = replace(found, parts={**found.parts, "vae": _open_vae(locate(vae), found.config)})
-    return found
+        parts |= _assign(read_stand_alone_vae(locate(vae), found.config), found.config)
+    return Checkpoint(*found[:5], parts)
 
 
 def locate(path: str | PathLike) -> Path:
@@ -164,100 +145,13 @@ def fill(
     module.load_state_dict(state, strict=True, assign=True)
 
 
-def _open_file(
-    path: Path, config: Config | str | PathLike | None, prediction_type: str | None
-) -> Checkpoint:
-    tensors, folder, source = read_header(path), None, "given by the caller"
-    reject(path, tensors)
-    if isinstance(config, Config):
-        prediction_type = prediction_type or config.schedule.prediction_type
-    elif config is not None:
-        folder = locate(config)
-        config = read_config(folder)
-    else:
-        config = recognise(path, tensors)
-    if prediction_type is None:
-        prediction_type, source = find_prediction(path, folder, config, tensors)
-    config = resolve(config, prediction_type)
-    parts = _assign(tensors, names.single_file(config), names.SINGLE_FILE_PREFIXES, config)
-    return Checkpoint(path, "single file", config, source, _tokenizer(folder), parts)
-
-
-def _open_vae(path: Path, config: Config) -> dict[str, StoredTensor]:
-    tensors = _folder_tensors(path, STEMS["vae"]) if path.is_dir() else read_header(path)
-    if (path / "config.json").is_file() and read_vae(path / "config.json") != config.vae:
-        raise WeightError(f"{path} has a VAE of other sizes or another scaling_factor")
-    rows = {"vae": names.stand_alone_vae(config.vae)}
-    return _assign(tensors, rows, {"": "vae"}, config)["vae"]
-
-
-def _open_folder(folder: Path, prediction_type: str | None) -> Checkpoint:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise WeightError(
-            f"{folder} has no model_index.json, which a folder in diffusers layout has beside "
-            f"{', '.join(names.PARTS)}"
-        )
-    file = JsonFile(index)
-    file.choice("_class_name", PIPELINES[0], PIPELINES)
-    for part, kind in CLASSES.items():
-        file.choice(part, kind, (kind,))
-    config, source = read_config(folder), "given by the caller"
-    if prediction_type is None:
-        prediction_type, source = read_schedule(folder).prediction_type, f"from {SCHEDULER}"
-    parts: dict[str, dict[str, StoredTensor]] = {}
-    for part, rows in names.folder(config).items():
-        tensors = _folder_tensors(folder / part, STEMS[part])
-        parts |= _assign(tensors, {part: rows}, {"": part}, config)
-    config = resolve(config, prediction_type)
-    return Checkpoint(folder, "folder", config, source, _tokenizer(folder), parts)
-
-
-def _tokenizer(folder: Path | None) -> Path | None:
-    place = folder / "tokenizer" if folder else None
-    return place if place and place.is_dir() else None
-
-
-def _folder_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
-    """A part's tensors, in one file or in shards; half precision where there is nothing else."""
-    for variant in ("", ".fp16"):
-        whole = folder / f"{stem}{variant}.safetensors"
-        if whole.is_file():
-            return read_header(whole)
-        index = folder / f"{stem}.safetensors.index{variant}.json"
-        if index.is_file():
-            return _shards(index)
-    pickled = f"; of the pickles there: {TO_CONVERT}" if any(folder.glob("*.bin")) else ""
-    raise WeightError(f"{folder} has no {stem}.safetensors (nor .fp16, nor shards){pickled}")
-
-
-def _shards(index: Path) -> dict[str, StoredTensor]:
-    rows = JsonFile(index).fields.get("weight_map")
-    if not isinstance(rows, dict) or not all(isinstance(v, str) for v in rows.values()):
-        raise WeightError(f"{index} has no weight_map from tensors to files")
-    tensors: list[StoredTensor] = []
-    for shard in sorted(set(rows.values())):
-        if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
-            raise WeightError(f"{index} names {shard!r}, which is not a shard in its own folder")
-        if not (index.parent / shard).is_file():
-            raise WeightError(f"{index} names {shard}, which is missing")
-        tensors += read_header(index.parent / shard).values()
-    if sorted((t.name, t.path.name) for t in tensors) != sorted(rows.items()):
-        raise WeightError(f"{index} and its shards do not hold the same tensors")
-    return {tensor.name: tensor for tensor in tensors}
-
-
-def _assign(
-    tensors: Mapping[str, StoredTensor],
-    rows: Mapping[str, names.NameMap],
-    prefixes: Mapping[str, str],
-    config: Config,
-) -> dict[str, dict[str, StoredTensor]]:
+def _assign(group: Group, config: Config) -> dict[str, dict[str, StoredTensor]]:
     """Part -> parameter -> place, by the rows of names.py.
 
     An unknown tensor under a part's prefix stays with that part under its own name, so that
     ``check`` can report it beside what is missing.
     """
+    tensors, rows, prefixes = group
     parts: dict[str, dict[str, StoredTensor]] = {part: {} for part in rows}
     dropped, unknown = names.dropped(config), []
     table = {name: (part, ours) for part, row in rows.items() for name, ours in row.items()}

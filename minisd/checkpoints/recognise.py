@@ -12,8 +12,14 @@ from pathlib import Path
 import torch
 
 from minisd.checkpoints import names
-from minisd.checkpoints.diffusers_config import SCHEDULER, read_schedule
-from minisd.checkpoints.safetensors_file import StoredTensor, read_metadata, read_tensor
+from minisd.checkpoints.diffusers_config import SCHEDULER, read_config, read_schedule
+from minisd.checkpoints.found import Found, Group, tokenizer_of
+from minisd.checkpoints.safetensors_file import (
+    StoredTensor,
+    read_header,
+    read_metadata,
+    read_tensor,
+)
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config
 from minisd.errors import WeightError
 
@@ -41,6 +47,28 @@ PARAMETERIZATION = re.compile(r"""^\s*parameterization:\s*["']?(\w+)["']?\s*(#.*
 MAX_SIDECAR = 2**20
 
 Tensors = Mapping[str, StoredTensor]
+
+
+def read_file(path: Path, config: Config | Path | None, prediction_type: str | None) -> Found:
+    """What a single file holds; WeightError where it is no Stable Diffusion 1 or 2.
+
+    ``config``: its sizes, or a folder of diffusers JSON files with them, else they are recognised.
+    ``prediction_type`` outranks what is found.
+    """
+    tensors, folder, source = read_header(path), None, "given by the caller"
+    reject(path, tensors)
+    if isinstance(config, Config):
+        prediction_type = prediction_type or config.schedule.prediction_type
+    elif config is not None:
+        folder = config
+        config = read_config(folder)
+    else:
+        config = recognise(path, tensors)
+    if prediction_type is None:
+        prediction_type, source = find_prediction(path, folder, config, tensors)
+    config = resolve(config, prediction_type)
+    group = Group(tensors, names.single_file(config), names.SINGLE_FILE_PREFIXES)
+    return Found(path, "single file", config, source, tokenizer_of(folder), [group])
 
 
 def reject(path: Path, tensors: Tensors) -> None:

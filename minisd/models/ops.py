@@ -180,6 +180,7 @@ def _channels_last_group_norm(
 ) -> Tensor:
     # Mean and variance of each channel, then of a group: torch's own GroupNorm on a CPU computes
     # E[x^2] - E[x]^2 in channels_last, which is wrong in the first digit at a mean of 1000.
+    dtype, s = s.dtype, _at_least_float32(s)
     rows = s.permute(0, 2, 3, 1).flatten(1, 2)                               # (B, L, C)
     mean = rows.mean(1, keepdim=True)                                        # (B, 1, C)
     var = (rows - mean).square_().mean(1)                                    # (B, C)
@@ -189,7 +190,7 @@ def _channels_last_group_norm(
     scale = scale * weight.view(groups, -1)                                  # (B, G, C/G)
     offset = bias.view(groups, -1) - centre * scale
     scale, offset = (m.view(*s.shape[:2], 1, 1) for m in (scale, offset))    # (B, C, 1, 1)
-    return torch.addcmul(offset, s, scale)
+    return torch.addcmul(offset, s, scale).to(dtype)
 
 
 def torch_layer_norm(

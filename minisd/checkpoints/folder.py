@@ -1,0 +1,92 @@
+"""A folder in diffusers layout: its JSON files, and its weights, whole or in shards."""
+
+import re
+from pathlib import Path
+
+from minisd.checkpoints import names
+from minisd.checkpoints.diffusers_config import (
+    SCHEDULER,
+    JsonFile,
+    read_config,
+    read_schedule,
+    read_vae,
+)
+from minisd.checkpoints.found import Found, Group, tokenizer_of
+from minisd.checkpoints.recognise import resolve
+from minisd.checkpoints.safetensors_file import TO_CONVERT, StoredTensor, read_header
+from minisd.config import Config
+from minisd.errors import WeightError
+
+# What a folder's model_index.json may say, and the stem of each part's weight file.
+PIPELINES = tuple(f"StableDiffusion{x}Pipeline" for x in ("", "Img2Img", "Inpaint"))
+CLASSES = {
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+STEMS = {
+    "text_encoder": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+
+
+def read_folder(folder: Path, prediction_type: str | None) -> Found:
+    """What a folder holds; WeightError where it is no Stable Diffusion 1 or 2.
+
+    ``prediction_type`` outranks what the folder says.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise WeightError(
+            f"{folder} has no model_index.json, which a folder in diffusers layout has beside "
+            f"{', '.join(names.PARTS)}"
+        )
+    file = JsonFile(index)
+    file.choice("_class_name", PIPELINES[0], PIPELINES)
+    for part, kind in CLASSES.items():
+        file.choice(part, kind, (kind,))
+    config, source = read_config(folder), "given by the caller"
+    if prediction_type is None:
+        prediction_type, source = read_schedule(folder).prediction_type, f"from {SCHEDULER}"
+    groups = [Group(part_tensors(folder / part, STEMS[part]), {part: rows}, {"": part})
+              for part, rows in names.folder(config).items()]
+    config = resolve(config, prediction_type)
+    return Found(folder, "folder", config, source, tokenizer_of(folder), groups)
+
+
+def read_stand_alone_vae(path: Path, config: Config) -> Group:
+    """A VAE in a file or a folder of its own; WeightError if it is not of the model's sizes."""
+    tensors = part_tensors(path, STEMS["vae"]) if path.is_dir() else read_header(path)
+    if (path / "config.json").is_file() and read_vae(path / "config.json") != config.vae:
+        raise WeightError(f"{path} has a VAE of other sizes or another scaling_factor")
+    return Group(tensors, {"vae": names.stand_alone_vae(config.vae)}, {"": "vae"})
+
+
+def part_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
+    """A part's tensors, in one file or in shards; half precision where there is nothing else."""
+    for variant in ("", ".fp16"):
+        whole = folder / f"{stem}{variant}.safetensors"
+        if whole.is_file():
+            return read_header(whole)
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.is_file():
+            return _shards(index)
+    pickled = f"; of the pickles there: {TO_CONVERT}" if any(folder.glob("*.bin")) else ""
+    raise WeightError(f"{folder} has no {stem}.safetensors (nor .fp16, nor shards){pickled}")
+
+
+def _shards(index: Path) -> dict[str, StoredTensor]:
+    rows = JsonFile(index).fields.get("weight_map")
+    if not isinstance(rows, dict) or not all(isinstance(v, str) for v in rows.values()):
+        raise WeightError(f"{index} has no weight_map from tensors to files")
+    tensors: list[StoredTensor] = []
+    for shard in sorted(set(rows.values())):
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", shard):
+            raise WeightError(f"{index} names {shard!r}, which is not a shard in its own folder")
+        if not (index.parent / shard).is_file():
+            raise WeightError(f"{index} names {shard}, which is missing")
+        tensors += read_header(index.parent / shard).values()
+    if sorted((t.name, t.path.name) for t in tensors) != sorted(rows.items()):
+        raise WeightError(f"{index} and its shards do not hold the same tensors")
+    return {tensor.name: tensor for tensor in tensors}
