@@ -6,9 +6,16 @@ Stability-AI/stablediffusion (v2-inference.yaml, v2-inference-v.yaml), and the J
 same models in diffusers layout, whose field names these are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+# The kinds of model: the channels that the UNet reads after those of x, of a latent's n channels.
+KINDS: dict[str, Callable[[int], int]] = {
+    "text to image": lambda n: 0,
+    "inpainting": lambda n: 1 + n,  # the mask, and the latent of the masked image
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,13 @@ class Config:
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
 
+    @property
+    def kind(self) -> str:
+        """Which of KINDS it is, by the channels that its UNet reads; "" if it is none."""
+        n = self.vae.latent_channels
+        reads = self.unet.in_channels - n
+        return next((kind for kind, extra in KINDS.items() if extra(n) == reads), "")
+
 
 SD1 = Config("Stable Diffusion 1")
 
@@ -109,7 +123,6 @@ SD2_V = replace(
     sample_size=768,
 )
 
-# Inpainting: the UNet also sees the mask (1 channel) and the masked image's latent (4).
 SD1_INPAINT = replace(
     SD1, name="Stable Diffusion 1 inpainting", unet=replace(SD1.unet, in_channels=9)
 )

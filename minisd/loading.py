@@ -5,7 +5,7 @@ from typing import TypedDict
 
 import torch
 
-from minisd import request
+from minisd import checks
 from minisd.backends import resolve
 from minisd.checkpoints import checkpoint
 from minisd.checkpoints.tokenizer_folder import read_tokenizer
@@ -48,9 +48,9 @@ def load(
 
     Raises FileNotFoundError, WeightError (naming file and tensor), or ValueError for the rest.
     """
-    device = request.device(device)
-    dtype = request.dtype(dtype, device)
-    tile = request.tile(tile)
+    device = checks.device(device)
+    dtype = checks.dtype(dtype, device)
+    tile = checks.tile(tile)
     backend = resolve(ops, fused, device, dtype)
     found = checkpoint.open_checkpoint(path, config=config, vae=vae,
                                        prediction_type=prediction_type)

@@ -24,7 +24,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisd import backends, images, memory, request
+from minisd import backends, checks, images, memory, request
 from minisd.backends import Backend, Call, Repacked, coverage
 from minisd.checkpoints.save import save_model
 from minisd.conditioning import start
@@ -163,8 +163,8 @@ class StableDiffusion:
         """
         if isinstance(device, torch.dtype):  # as torch's own .to(torch.float16)
             device, dtype = None, device
-        device = self.device if device is None else request.device(device)
-        dtype = self.dtype if dtype is None else request.dtype(dtype, device)
+        device = self.device if device is None else checks.device(device)
+        dtype = self.dtype if dtype is None else checks.dtype(dtype, device)
         self.backend = self.backend.at(device, dtype)
         self.release()
         for part in self.parts.values():
@@ -194,8 +194,8 @@ class StableDiffusion:
         ``height`` and ``width`` are pixels, as in a call; two latents, as with guidance.
         """
         f, usual = self.config.vae.downscale, self.config.sample_size
-        height = request.side("height", height, f, usual) // f
-        width = request.side("width", width, f, usual) // f
+        height = checks.side("height", height, f, usual) // f
+        width = checks.side("width", width, f, usual) // f
         return coverage(self.config.unet, self.backend, height, width, self.dtype)
 
     @property

@@ -1,23 +1,19 @@
-"""What a caller may ask for: each argument checked, with one sentence, before any work is done.
+"""What a call asks for, and what that means for a model; every argument is checked before any work.
 
-A wrong type is a TypeError and a wrong value a ValueError, save that a number of the wrong kind
-(2.5 or "3" steps, True) is a ValueError too: the caller's mistake is the same.
+checks.py has the checks of single values.
 """
 
 import math
-import reprlib
 import secrets
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Integral, Real
 from os import PathLike
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from minisd import checks
 from minisd.config import Config
 from minisd.images import open_image
 from minisd.samplers import schedule
@@ -28,19 +24,9 @@ OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_SEED = 2**32 - 1
 # How much of the way is walked again unless said: without a mask, and with one.
 DEFAULT_STRENGTH = (0.8, 1.0)
-# Attention grows with the fourth power of the side; nothing beyond this can finish.
-MAX_SIDE = 8192
 # Without a size an image keeps its own, up to the area of this many times the side that the model
 # was trained on; a larger one is scaled down, because a model draws nothing sensible far from that.
 LARGEST_UNASKED = 2.5
-LARGEST = sys.float_info.max
-DTYPES = {
-    "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-    "float32": torch.float32, "fp32": torch.float32, "float64": torch.float64,
-}
-
-
 Prompts = str | list[str] | None
 Picture = Image | str | PathLike | None
 # (sd, index of the step, timestep, {"latents": x}) -> None, or {"latents": another x}.
@@ -79,11 +65,12 @@ class Request:
         """The plan that carries this out with a model, or one TypeError, ValueError or OSError."""
         f, trained = config.vae.downscale, config.schedule.num_train_timesteps
         count, prompts, negative_prompts = _prompts(self, config)
-        copies = _integer("num_images_per_prompt", self.num_images_per_prompt, 1, 10_000)
-        steps = _integer("num_inference_steps",
-                         _or(self.num_inference_steps, config.num_inference_steps), 1, trained)
-        guidance_scale = _real("guidance_scale", _or(self.guidance_scale, config.guidance_scale))
-        eta = _real("eta", _or(self.eta, 0.0), 0.0, 1.0)
+        copies = checks.integer("num_images_per_prompt", self.num_images_per_prompt, 1, 10_000)
+        steps = checks.integer("num_inference_steps", _or(
+            self.num_inference_steps, config.num_inference_steps), 1, trained)
+        guidance_scale = checks.real(
+            "guidance_scale", _or(self.guidance_scale, config.guidance_scale))
+        eta = checks.real("eta", _or(self.eta, 0.0), 0.0, 1.0)
         image = None if self.image is None else open_image(self.image)
         height, width = _size(self.height, self.width, config, image)
         strength, left = _strength(self.strength, steps, image, self.mask_image)
@@ -93,7 +80,7 @@ class Request:
         shape = (len(generators), config.vae.latent_channels, height // f, width // f)
         if not isinstance(self.output_type, str) or self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, "
-                             f"not {_shown(self.output_type)}")
+                             f"not {checks.shown(self.output_type)}")
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
             raise TypeError("callback_on_step_end must be a function, "
                             f"not {type(self.callback_on_step_end).__name__}")
@@ -149,46 +136,13 @@ def _or(value: object, default: object) -> object:
     return default if value is None else value
 
 
-def _shown(value: object) -> str:
-    return " ".join(reprlib.repr(value).split())  # arrays have lines, and 10**400 has no end
-
-
-def _number(value: object) -> int | float | None:
-    """``value`` as a number of Python's; None for what is no number, as True is none."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
-    return int(value) if isinstance(value, Integral) else float(value)
-
-
-def _integer(name: str, value: object, low: int, high: int) -> int:
-    """``value`` as an int from ``low`` to ``high``."""
-    number = _number(value)
-    if not isinstance(number, int) or not low <= number <= high:
-        raise ValueError(f"{name} must be an integer from {low} to {high}, not {_shown(value)}")
-    return number
-
-
-def _real(name: str, value: object, low: float = -LARGEST, high: float = LARGEST) -> float:
-    """``value`` as a finite float from ``low`` to ``high``."""
-    number = _number(value)
-    if number is None or not low <= number <= high:  # nan and the infinities are not between them
-        bounds = f" from {low:g} to {high:g}" if high < LARGEST else ""
-        raise ValueError(f"{name} must be a finite number{bounds}, not {_shown(value)}")
-    return float(number)
-
-
-def tile(value: object) -> int | None:
-    """The side of a tile in cells of the latent, or None: no tiles."""
-    return None if value is None else _integer("tile", value, 1, MAX_SIDE)
-
-
 def _strength(value: object, steps: int, image: object, mask: object) -> tuple[float | None, int]:
     """The strength in (0, 1], or None without an image; and how many steps are to be done."""
     if image is None:
         if value is not None:
             raise ValueError("strength needs the image that it is about")
         return None, steps
-    share = _real("strength", DEFAULT_STRENGTH[mask is not None] if value is None else value, 0, 1)
+    share = checks.real("strength", _or(value, DEFAULT_STRENGTH[mask is not None]), 0, 1)
     left = int(share * steps)  # truncated, as the official scripts do: 0.75 of 50 is 37
     if left == 0:
         raise ValueError(f"strength {share:g} of {steps} steps leaves none to do: "
@@ -202,7 +156,7 @@ def _task(
     """Reject images, masks and latents that do not go together, or not with the model."""
     if mask is not None and image is None:
         raise ValueError("mask_image needs the image that it is the mask of")
-    if config.unet.in_channels != config.vae.latent_channels and mask is None:
+    if config.kind == "inpainting" and mask is None:
         raise ValueError("this is an inpainting model: give it image and mask_image")
     if latents is not None and image is not None and (mask is None or strength != 1):
         raise ValueError("give either image or latents to start from, not both")
@@ -212,39 +166,18 @@ def _size(height: object, width: object, config: Config, image: Image | None) ->
     """Height and width in pixels; what is not given keeps the proportions of the image."""
     f, usual = config.vae.downscale, config.sample_size
     if image is None or (height is not None and width is not None):
-        return side("height", height, f, usual), side("width", width, f, usual)
+        return checks.side("height", height, f, usual), checks.side("width", width, f, usual)
     if height is not None:
-        scale = side("height", height, f, usual) / image.height
+        scale = checks.side("height", height, f, usual) / image.height
     elif width is not None:
-        scale = side("width", width, f, usual) / image.width
+        scale = checks.side("width", width, f, usual) / image.width
     else:
         scale = min(1.0, LARGEST_UNASKED * usual / math.sqrt(image.height * image.width))
 
     def scaled(name: str, pixels: int) -> int:
-        return side(name, max(round(scale * pixels / f), 1) * f, f, usual)
+        return checks.side(name, max(round(scale * pixels / f), 1) * f, f, usual)
 
     return scaled("height", image.height), scaled("width", image.width)
-
-
-def side(name: str, value: object, multiple: int, default: int) -> int:
-    """A height or width in pixels: a multiple of ``multiple``, at most MAX_SIDE."""
-    if value is None:
-        return default
-    number = _number(value)
-    if (not isinstance(number, int) or number % multiple
-            or not multiple <= number <= MAX_SIDE):
-        near = "" if number is None else f" (nearest valid: {_nearest(number, multiple)})"
-        raise ValueError(
-            f"{name} must be a multiple of {multiple} from {multiple} to {MAX_SIDE} pixels, "
-            f"not {_shown(value)}{near}"
-        )
-    return number
-
-
-def _nearest(value: float, multiple: int) -> str:
-    value = multiple if value != value else min(max(value, multiple), MAX_SIDE)  # nan: no number
-    near = {math.floor(value / multiple), math.ceil(value / multiple)}
-    return " or ".join(str(n * multiple) for n in sorted(near))
 
 
 def _prompts(r: Request, config: Config) -> tuple[int, list[str] | None, list[str] | None]:
@@ -326,36 +259,10 @@ def _seeds(count: int, seed: object) -> list[int]:
     if isinstance(seed, (list, tuple)):
         if len(seed) != count:
             raise ValueError(f"there are {count} images but {len(seed)} seeds")
-        return [_integer(f"seed[{i}]", s, 0, MAX_SEED) for i, s in enumerate(seed)]
+        return [checks.integer(f"seed[{i}]", s, 0, MAX_SEED) for i, s in enumerate(seed)]
     if seed is None:
         seed = secrets.randbelow(MAX_SEED - count + 2)
-    first = _integer("seed", seed, 0, MAX_SEED)
+    first = checks.integer("seed", seed, 0, MAX_SEED)
     if first + count - 1 > MAX_SEED:
         raise ValueError(f"seed {first} + {count - 1} for the last image is past {MAX_SEED}")
     return [first + i for i in range(count)]
-
-
-def device(name: object) -> torch.device:
-    """"auto" is cuda, then mps, then cpu; anything else must be there."""
-    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    there += ["mps:0"] * torch.backends.mps.is_available() + ["cpu"]
-    if isinstance(name, str) and name == "auto":
-        return torch.device(there[0])
-    with suppress(RuntimeError):
-        if isinstance(name, (str, int, torch.device)):
-            chosen = torch.device(name)
-            whole = "cpu" if str(chosen) == "cpu:0" else str(chosen)
-            whole += ":0" if chosen.index is None and chosen.type != "cpu" else ""
-            if whole in there:
-                return chosen
-    raise ValueError(f"device must be auto or one of {', '.join(there)}, not {_shown(name)}")
-
-
-def dtype(name: object, on: torch.device) -> torch.dtype:
-    """"auto" is float16 on a GPU; float32 on a CPU, where half precision is far slower."""
-    if isinstance(name, str) and name == "auto":
-        return torch.float32 if on.type == "cpu" else torch.float16
-    chosen = DTYPES.get(name) if isinstance(name, str) else name
-    if not isinstance(chosen, torch.dtype) or chosen not in DTYPES.values():
-        raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {_shown(name)}")
-    return chosen

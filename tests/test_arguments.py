@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from reference_models import SMALL, small_model
 
-from minisd import request
+from minisd import checks, request
 from minisd.pipeline import StableDiffusion
 
 NAN, INF = float("nan"), float("inf")
@@ -195,19 +195,19 @@ def test_the_last_seed_and_the_timesteps_of_a_strength():
 def test_auto_takes_the_best_available_device(cudas, mps, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cudas)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert request.device("auto") == torch.device(chosen)
+    assert checks.device("auto") == torch.device(chosen)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:7", 3.5, None])
 def test_a_device_that_does_not_exist(name):
     with pytest.raises(ValueError, match="device must be auto or one of .*cpu"):
-        request.device(name)
+        checks.device(name)
 
 
 @pytest.mark.parametrize("name", ["int8", "float", torch.int32, None, 16])
 def test_a_dtype_that_weights_cannot_have(name):
     with pytest.raises(ValueError, match="dtype must be auto or one of float16"):
-        request.dtype(name, torch.device("cpu"))
+        checks.dtype(name, torch.device("cpu"))
 
 
 def test_callbacks_see_and_change_the_latents():

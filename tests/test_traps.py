@@ -44,7 +44,6 @@ from reference_models import (
 from traps import TRAPS
 
 from minisd import conditioning, pipeline
-from minisd.conditioning import inpaint
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
 from minisd.models import clip as clip_file, unet as unet_file, vae as vae_file
 from minisd.models.ops import TORCH
@@ -258,7 +257,8 @@ def official_latents(task, model):
 
 
 TAKEN = [(pipeline, "Noise"), (pipeline, "Steps"), (conditioning, "image_to_image"),
-         (conditioning, "text_to_image"), (inpaint, "by_blending"), (inpaint, "by_channels")]
+         (conditioning, "text_to_image")]
+INPAINTS = {"by_blending": "text to image", "by_channels": "inpainting"}
 
 
 def loop(task):
@@ -272,6 +272,10 @@ def loop(task):
                 for user, name in TAKEN:  # where the loop takes a name from a mutated module
                     if hasattr(module, name):
                         patched.enter_context(patch.object(user, name, getattr(module, name)))
+                for name, kind in INPAINTS.items():
+                    if hasattr(module, name):
+                        patched.enter_context(
+                            patch.dict(conditioning.INPAINTS, {kind: getattr(module, name)}))
                 ours = sd(PROMPTS, seed=0, **CALL, **TASKS[task][2]).images
             errors.append(error(ours, official_latents(task, model)))
         return max(errors)

@@ -11,6 +11,7 @@ from pathlib import Path
 from minisd.checkpoints.names import REJECTED_INPUTS
 from minisd.checkpoints.safetensors_file import parse_json
 from minisd.config import (
+    KINDS,
     PREDICTION_TYPES,
     Config,
     ScheduleConfig,
@@ -219,14 +220,15 @@ def _groups(file: JsonFile, widths: tuple[int, ...]) -> int:
 
 
 def _check_fit(folder: Path, text: TextConfig, unet: UNetConfig, vae: VAEConfig) -> None:
-    latent, inpainting = vae.latent_channels, 2 * vae.latent_channels + 1
+    latent = vae.latent_channels
+    inputs = [latent + extra(latent) for extra in KINDS.values()]
     if unet.cross_attention_dim != text.hidden_size:
         widths = f"{unet.cross_attention_dim} wide, but the text encoder's are {text.hidden_size}"
         fault = f"reads contexts {widths}"
     elif unet.out_channels != latent:
         fault = f"has {unet.out_channels} output channels, but the VAE's latents have {latent}"
-    elif unet.in_channels not in (latent, inpainting):
-        fault = f"has {unet.in_channels} input channels, neither {latent} nor {inpainting}"
+    elif unet.in_channels not in inputs:
+        fault = f"has {unet.in_channels} input channels, not {' or '.join(map(str, inputs))}"
     else:
         return
     raise WeightError(f"{folder}: the UNet {fault}")

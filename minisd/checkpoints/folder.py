@@ -17,8 +17,12 @@ from minisd.checkpoints.safetensors_file import TO_CONVERT, StoredTensor, read_h
 from minisd.config import Config
 from minisd.errors import WeightError
 
-# What a folder's model_index.json may say, and the stem of each part's weight file.
-PIPELINES = tuple(f"StableDiffusion{x}Pipeline" for x in ("", "Img2Img", "Inpaint"))
+# What model_index.json says for each kind of model, what is written first; any of them is read for
+# any kind, as diffusers does. Then the classes of the parts, and the stems of their weight files.
+PIPELINES = {
+    "text to image": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
+    "inpainting": ("StableDiffusionInpaintPipeline",),
+}
 CLASSES = {
     "text_encoder": ["transformers", "CLIPTextModel"],
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -43,7 +47,8 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
             f"{', '.join(names.PARTS)}"
         )
     file = JsonFile(index)
-    file.choice("_class_name", PIPELINES[0], PIPELINES)
+    known = [name for names_of_kind in PIPELINES.values() for name in names_of_kind]
+    file.choice("_class_name", known[0], known)
     for part, kind in CLASSES.items():
         file.choice(part, kind, (kind,))
     config, source = read_config(folder), "given by the caller"

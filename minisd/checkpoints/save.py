@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minisd import files
 from minisd.checkpoints import names
+from minisd.checkpoints.folder import PIPELINES
 from minisd.checkpoints.recognise import MODELSPEC
 from minisd.checkpoints.tokenizer_folder import write_tokenizer
 from minisd.config import Config
@@ -123,10 +124,9 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
     text, unet, vae, schedule = config.text, config.unet, config.vae, config.schedule
     attends = ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in unet.has_attention]
     ups = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in unet.has_attention[::-1]]
-    inpainting = unet.in_channels != vae.latent_channels
     return {
         "model_index.json": {
-            "_class_name": f"StableDiffusion{'Inpaint' * inpainting}Pipeline",
+            "_class_name": PIPELINES[config.kind][0],
             "_diffusers_version": "0.20.0",  # not written by it, but it is looked for
             "feature_extractor": [None, None],
             "image_encoder": [None, None],

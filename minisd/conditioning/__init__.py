@@ -7,13 +7,14 @@ inpaint.py  inpainting, with a model trained for it and with any other
 from minisd.conditioning import inpaint
 from minisd.conditioning.start import Given, Start, image_to_image, text_to_image
 
+# How a kind of model (config.KINDS) inpaints.
+INPAINTS = {"text to image": inpaint.by_blending, "inpainting": inpaint.by_channels}
+
 
 def start(given: Given) -> Start:
-    """The start for what is given: a row for each task and kind of model."""
-    image, mask, config = given.image, given.mask, given.plan.config
-    if image is None:
+    """The start for what is given, and for the kind of model."""
+    if given.image is None:
         return text_to_image(given)
-    if mask is None:
-        return image_to_image(given, image)
-    reads_masks = config.unet.in_channels != config.vae.latent_channels
-    return (inpaint.by_channels if reads_masks else inpaint.by_blending)(given, image, mask)
+    if given.mask is None:
+        return image_to_image(given, given.image)
+    return INPAINTS[given.plan.config.kind](given, given.image, given.mask)
