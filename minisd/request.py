@@ -24,6 +24,8 @@ OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_SEED = 2**32 - 1
 # How much of the way is walked again unless said: without a mask, and with one.
 DEFAULT_STRENGTH = (0.8, 1.0)
+# What a kind of model (config.KINDS) cannot do without.
+NEEDS = {"inpainting": ("image", "mask_image")}
 # Without a size an image keeps its own, up to the area of this many times the side that the model
 # was trained on; a larger one is scaled down, because a model draws nothing sensible far from that.
 LARGEST_UNASKED = 2.5
@@ -156,8 +158,9 @@ def _task(
     """Reject images, masks and latents that do not go together, or not with the model."""
     if mask is not None and image is None:
         raise ValueError("mask_image needs the image that it is the mask of")
-    if config.kind == "inpainting" and mask is None:
-        raise ValueError("this is an inpainting model: give it image and mask_image")
+    needs = NEEDS.get(config.kind, ())
+    if ("image" in needs and image is None) or ("mask_image" in needs and mask is None):
+        raise ValueError(f"this is an {config.kind} model: give it {' and '.join(needs)}")
     if latents is not None and image is not None and (mask is None or strength != 1):
         raise ValueError("give either image or latents to start from, not both")
 

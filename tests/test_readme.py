@@ -12,7 +12,7 @@ from weights.recipe.gallery import captions
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / name for name in ("README.md", "weights/README.md", "tests/README.md",
-                                  "bench/README.md", "CONTRIBUTING.md")]
+                                  "bench/README.md", "kernels/README.md", "CONTRIBUTING.md")]
 PROGRAM, EXAMPLE = (block.split("```")[0] for block in README.split("```python")[1:])
 
 
@@ -44,7 +44,8 @@ def test_the_prompts_of_the_gallery():
 
 def test_every_link_leads_somewhere():
     for page in PAGES:
-        for target in re.findall(r'(?:\]\(|src=")(?!http)([^)#"]+)', page.read_text()):
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for target in re.findall(r'(?:\]\(|src=")(?!http)([^)#"]+)', text):
             assert (page.parent / target).exists(), f"{page}: {target}"
 
 

@@ -23,6 +23,7 @@ from minisd.checkpoints.safetensors_file import (
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config
 from minisd.errors import WeightError
 
+# A row for each official model. A file is the first one whose sizes it has.
 OFFICIAL = (SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT)
 
 UNET = "model.diffusion_model."
@@ -88,7 +89,7 @@ def reject(path: Path, tensors: Tensors) -> None:
 def recognise(path: Path, tensors: Tensors) -> Config:
     """The official model of these sizes; WeightError if there is none."""
     shapes = {name: getattr(tensors.get(name), "shape", None) for name in (CONV_IN, CONTEXT_KEY)}
-    for config in (SD1, SD1_INPAINT, SD2, SD2_INPAINT):
+    for config in OFFICIAL:
         width = config.unet.block_out_channels[0]
         inputs, context = config.unet.in_channels, config.unet.cross_attention_dim
         if tuple(shapes.values()) == ((width, inputs, 3, 3), (width, context)):
