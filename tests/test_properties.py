@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings as effort, strategies as st
 from reference_models import error
 
-from minisd import request as arguments
+from minisd import checks
 from minisd.checkpoints import names
 from minisd.config import ScheduleConfig, UNetConfig, VAEConfig
 from minisd.models.ops import TORCH
@@ -64,17 +64,17 @@ def test_new_noise_replaces_predicted_noise(alphas, t, eta):
     assert error(kept**2 + new**2, one * (1 - abar_next)) <= 1e-9
 
 
-@given(st.integers(-100, 2 * arguments.MAX_SIDE), st.sampled_from([1, 4, 8, 16]))
+@given(st.integers(-100, 2 * checks.MAX_SIDE), st.sampled_from([1, 4, 8, 16]))
 def test_a_side_is_valid_or_the_nearest_are_named(value, multiple):
     try:
-        assert arguments.side("width", value, multiple, 1) == value
+        assert checks.side("width", value, multiple, 1) == value
         assert value % multiple == 0 and value > 0
     except ValueError as caught:
         near = str(caught).partition("nearest valid: ")[2].rstrip(")").split(" or ")
         for other in map(int, near):
-            assert arguments.side("width", other, multiple, 1) == other
+            assert checks.side("width", other, multiple, 1) == other
         assert min(abs(int(other) - value) for other in near) < multiple or not (
-            multiple <= value <= arguments.MAX_SIDE)
+            multiple <= value <= checks.MAX_SIDE)
 
 
 @st.composite
