@@ -56,7 +56,7 @@ def resolve(ops: str | Ops, fused: bool | None, device: torch.device,
     Raises ValueError or TypeError for anything else, and ValueError for kernels that cannot run.
     """
     asked = (ops, fused)
-    if fused not in (None, True, False):
+    if fused is not None and not isinstance(fused, bool):
         raise TypeError(f"fused must be True, False or None, not {fused!r}")
     if isinstance(ops, Ops):
         proven = fused is None and not _not_proven(device, dtype)
@@ -85,6 +85,8 @@ def _no_kernels(device: torch.device, dtype: torch.dtype) -> str:
         from minisd_kernels.ops.launch import DTYPES
     except ModuleNotFoundError as error:
         return f"no module named {error.name}; pip install 'minisd[kernels]' brings it, on Linux"
+    except (ImportError, OSError) as error:  # an installation of Triton that is broken
+        return f"triton cannot be imported: {error}"
     x = torch.empty(1, 1, 8, dtype=torch.float32, device=device)
     if why := refusal(x, x, x, heads=1):
         return why
@@ -121,7 +123,7 @@ class Preferred:
 
 
 def _families() -> dict[str, tuple[Callable, Callable[..., str | None]]]:
-    """Each function's kernel, and why it does not take a call of that function."""
+    """Each function's kernel and its refusal: why it does not take a call."""
     from minisd_kernels.ops import (
         attention as flash_attention,
         geglu,
@@ -250,7 +252,8 @@ class Repacked:
     """The repacked UNet and decoder of a model, made when first asked for.
 
     It is a cache: made again when the networks or their weights have changed, empty in a copy and
-    in a pickle. Threads take turns.
+    in a pickle. Threads take turns. A change that torch does not count, through ``weight.data``, is
+    not seen: clear it then.
     """
 
     def __init__(self):
@@ -264,7 +267,9 @@ class Repacked:
         with self._lock:
             if self._made is None or self._key != _key(unet, vae.decoder, ops):
                 self._made = None
-                self._made = Fused(unet, vae, ops)
+                # Outside the caller's mode, because it outlives the call.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._made = Fused(unet, vae, ops)
                 self._key = _key(unet, vae.decoder, ops)
             return self._made
 

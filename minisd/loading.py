@@ -44,7 +44,8 @@ def load(
     "auto": the kernels on a GPU where they are proven, else torch's. ``fused``: whether the steps
     and the decoding run on repacked copies of the UNet and the decoder, which is faster; on a CPU
     the copies take memory. None is True on a GPU where the kernels are proven, else False.
-    ``ops`` "fused" is short for fused=True.
+    Hooks of the UNet are not called then. ``ops`` "fused" is short for fused=True with the kernels
+    on a GPU, which it needs there, and with torch's functions on a CPU.
 
     Raises FileNotFoundError, WeightError (naming file and tensor), or ValueError for the rest.
     """

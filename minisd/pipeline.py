@@ -165,12 +165,13 @@ class StableDiffusion:
             device, dtype = None, device
         device = self.device if device is None else checks.device(device)
         dtype = self.dtype if dtype is None else checks.dtype(dtype, device)
-        self.backend = self.backend.at(device, dtype)
+        modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+        self.backend, before = self.backend.at(device, dtype), self.backend
         self.release()
-        for part in self.parts.values():
+        for part in modules:
             part.to(device, dtype)
             for module in part.modules():
-                if hasattr(module, "ops"):
+                if getattr(module, "ops", None) == before.ops:
                     setattr(module, "ops", self.backend.ops)
         return self
 
@@ -182,14 +183,20 @@ class StableDiffusion:
         sizes nor the tokenizer: one of unofficial sizes, as the shipped model's, needs
         ``load(file, config=folder)``. Raises FileExistsError for a name that is taken, and OSError.
         """
+        for name, part in self.parts.items():
+            if not isinstance(part, nn.Module):
+                raise TypeError(f"{name} is a {type(part).__name__}, which has no weights to save")
         save_model(Path(os.path.expanduser(path)), self.config, self.tokenizer, self.parts)
 
     def release(self) -> None:
-        """Free what calls have left for the next ones: repacked weights and CUDA graphs."""
+        """Free what calls have left for the next ones: repacked weights and CUDA graphs.
+
+        To be called after a change of weights through ``weight.data``, which torch does not count.
+        """
         self._repacked.clear()
 
     def coverage(self, height: int | None = None, width: int | None = None) -> list[Call]:
-        """What each attention and GroupNorm of one UNet forward took, and why not a kernel.
+        """What each attention, norm and GEGLU of one UNet forward took, and why not a kernel.
 
         ``height`` and ``width`` are pixels, as in a call; two latents, as with guidance.
         """

@@ -40,7 +40,7 @@ ARROWS = {
 # room of the kernels -> the rooms of the kernels, and of minisd, that it may import
 KERNEL_ARROWS = {
     "ops": (set(), set()),
-    "fused": ({"ops"}, {"models", "samplers", "steps"}),
+    "fused": (set(), {"models", "samplers", "steps"}),
     "proof": ({"ops"}, set()),
 }
 # Everything else that minisd may import: what pyproject.toml declares, by import name.

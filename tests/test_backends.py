@@ -39,7 +39,7 @@ def test_by_name():
     for wrong in ("numpy", None, 3, ["torch"]):
         with pytest.raises(ValueError, match="ops must be one of auto, torch, reference, triton"):
             resolve(wrong, None, CPU, FLOAT)
-    for wrong in (1.5, "yes", "auto"):
+    for wrong in (1.5, 1, "yes", "auto"):
         with pytest.raises(TypeError, match="fused must be True, False or None"):
             resolve("torch", wrong, CPU, FLOAT)
 
@@ -245,6 +245,23 @@ def test_released_and_moved(model):
     assert torch.equal(model("a", seed=0, **CALL).images, first)
     model.to(dtype="float64")
     assert 0 < error(model("a", seed=0, **CALL).images, first) <= 1e-5
+
+
+def test_a_call_in_inference_mode_leaves_the_weights_trainable(model):
+    with torch.inference_mode():
+        first = model("a", seed=0, **CALL).images.clone()
+    model.unet.requires_grad_(True)
+    assert not any(p.is_inference() for p in model.unet.parameters())
+    assert error(model("a", seed=0, **CALL).images, first) <= 1e-6
+
+
+def test_a_model_made_by_hand_keeps_its_ops_when_it_is_moved():
+    m = copy.deepcopy(small_model(SMALL, REFERENCE))
+    sd = StableDiffusion(m.config, m.tokenizer, m.text_encoder, m.unet, m.vae)
+    sd.to(dtype="float32")
+    assert sd.unet.mid_block.resnets[0].ops == REFERENCE
+    sd.unet = lambda *args: m.unet(*args)
+    assert sd.to(dtype="float64").vae.quant_conv.weight.dtype == torch.float64
 
 
 def test_saved(model, tmp_path):

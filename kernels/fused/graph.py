@@ -51,11 +51,11 @@ class Graph:
         new = [*zip(self.changing, changing)]
         if fixed is not self.holds:
             new += zip(self.fixed, fixed)
-            self.holds = fixed
         for mine, given in new:
             if given is not None:
                 assert mine is not None  # the key tells calls with other Nones apart
                 mine.copy_(given)
+        self.holds = fixed  # last, so that a copy that failed is made again
         with torch.cuda.device_of(self.out):
             self.graph.replay()
         return self.out.clone()  # the next replay overwrites it

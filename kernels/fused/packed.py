@@ -69,9 +69,10 @@ class Conv(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, None, *where, "none", [], "")
 
     def _pack(self, size: torch.Size) -> None:
-        weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        own = self.weight  # read once: another thread may pack it meanwhile
+        weight = own.to_dense() if own.is_mkldnn else own
         if self.transposed:
-            if self.weight.is_mkldnn:
+            if own.is_mkldnn:
                 weight = weight.transpose(0, 1).contiguous()  # oneDNN swaps the first two axes
             self.weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(
                 weight, [1, 1], [0, 0], [self.stride] * 2, [1, 1], 1, list(size))
@@ -98,7 +99,8 @@ class Linear(nn.Module):
         if not packs(x):
             return F.linear(flat, self.weight, self.bias).unflatten(0, x.shape[:-1])
         if len(flat) != self.rows:
-            weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+            own = self.weight
+            weight = own.to_dense() if own.is_mkldnn else own
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, len(flat))
             self.rows = len(flat)
         y = torch.ops.mkldnn._linear_pointwise(flat, self.weight, self.bias, "none", [], "")

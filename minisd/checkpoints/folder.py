@@ -17,8 +17,8 @@ from minisd.checkpoints.safetensors_file import TO_CONVERT, StoredTensor, read_h
 from minisd.config import Config
 from minisd.errors import WeightError
 
-# What model_index.json says for each kind of model, what is written first; any of them is read for
-# any kind, as diffusers does. Then the classes of the parts, and the stems of their weight files.
+# What model_index.json says for each kind of model: the first is written, and all are read, for any
+# kind. Then the classes of the parts, and the stems of their weight files.
 PIPELINES = {
     "text to image": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
     "inpainting": ("StableDiffusionInpaintPipeline",),

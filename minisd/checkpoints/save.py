@@ -16,20 +16,12 @@ from torch import Tensor, nn
 
 from minisd import files
 from minisd.checkpoints import names
-from minisd.checkpoints.folder import PIPELINES
+from minisd.checkpoints.folder import CLASSES, PIPELINES, STEMS
 from minisd.checkpoints.recognise import MODELSPEC
 from minisd.checkpoints.tokenizer_folder import write_tokenizer
 from minisd.config import Config
 from minisd.errors import WeightError
 from minisd.text.tokenizer import Tokenizer
-
-# Where diffusers looks for the weights of each part.
-WEIGHTS = {
-    "text_encoder": "text_encoder/model.safetensors",
-    "unet": "unet/diffusion_pytorch_model.safetensors",
-    "vae": "vae/diffusion_pytorch_model.safetensors",
-}
-
 
 # In the original layout these are convolutions of 1x1, and linear layers here.
 VAE_ATTENTION = re.compile(r"first_stage_model\..*\.attn_1\.(q|k|v|proj_out)\.weight")
@@ -74,9 +66,10 @@ def original_tensors(config: Config, weights: Weights) -> dict[str, Tensor]:
 
 def _write_folder(folder: Path, config: Config, tokenizer: Tokenizer, weights: Weights) -> None:
     rows = names.folder(config)
-    for part, file in WEIGHTS.items():
+    for part, stem in STEMS.items():
         (folder / part).mkdir(parents=True)
-        _write_tensors(folder / file, _named(rows[part], weights[part]))
+        place = folder / part / f"{stem}.safetensors"
+        _write_tensors(place, _named(rows[part], weights[part]))
     for file, fields in folder_configs(config, tokenizer).items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(json.dumps(fields, indent=2) + "\n")
@@ -133,10 +126,8 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
             "requires_safety_checker": False,
             "safety_checker": [None, None],
             "scheduler": ["diffusers", "DDIMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            **CLASSES,
         },
         "scheduler/scheduler_config.json": {
             "_class_name": "DDIMScheduler",
