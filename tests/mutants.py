@@ -34,7 +34,7 @@ MUTANTS = [
      "count"),
     ("text/tokenizer", "arguments tokenizer", '"[\\ud800-\\udfff]", text):',
      '"[\\ud800-\\udbff]", text):'),
-    ("request", "arguments", "scale = checks.side(\"height\", height, f, usual) / image.height",
+    ("request", "doors", "scale = checks.side(\"height\", height, f, usual) / image.height",
      "scale = checks.side(\"height\", height, f, usual) / image.width"),
     ("request", "arguments", "if value.shape[1:] != shape or len(value) == 0:",
      "if value.shape[1:] != shape:"),
