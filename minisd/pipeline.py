@@ -254,7 +254,8 @@ class StableDiffusion:
         if output_type == "latent":
             return x
         # One at a time: it takes less memory, and an image is the same alone or in a batch.
-        image = torch.cat([self._decode(one) for one in x.split(1)])      # (B, 3, H, W)
+        fused = self._fused()
+        image = torch.cat([self._decode(one, fused) for one in x.split(1)])  # (B, 3, H, W)
         if keep is not None:
             image = keep.pixels(image)
         image = ((image + 1) / 2).clamp(0, 1)                                # (B, 3, H, W)
@@ -266,10 +267,8 @@ class StableDiffusion:
         """Scaled latents (B, 4, h, w), drawn from the VAE's posterior of an image (1, 3, H, W)."""
         return self._in_float32_if_need_be(lambda vae, *given: vae.encode(*given), image, noise)
 
-    def _decode(self, latent: Tensor) -> Tensor:
+    def _decode(self, latent: Tensor, fused: "backends.Fused | None") -> Tensor:
         """Latent (1, 4, h, w) -> image (1, 3, H, W), about [-1, 1]."""
-        fused = self._fused()
-
         def decode(vae: VAE, latent: Tensor) -> Tensor:
             if fused and vae is self.vae:
                 return vae.decode(latent, fused.decoder)

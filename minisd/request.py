@@ -87,7 +87,7 @@ class Request:
             raise TypeError("callback_on_step_end must be a function, "
                             f"not {type(self.callback_on_step_end).__name__}")
         return Plan(
-            request=self, config=config, prompts=prompts, negative_prompts=negative_prompts,
+            config=config, prompts=prompts, negative_prompts=negative_prompts,
             num_images_per_prompt=copies, height=height, width=width, num_inference_steps=steps,
             timesteps=schedule.timesteps(steps, trained)[-left:], guidance_scale=guidance_scale,
             eta=eta, strength=strength, image=image, mask_image=mask_image, generators=generators,
@@ -99,7 +99,6 @@ class Request:
 class Plan:
     """A request, checked and complete. The lists have one entry per prompt."""
 
-    request: Request
     config: Config
     prompts: list[str] | None    # None where embeddings were given instead
     negative_prompts: list[str] | None

@@ -202,7 +202,7 @@ class FusedUNet:
 
     @torch.no_grad()
     def __init__(self, unet: UNet, ops: Ops):
-        self.config, self.ops = unet.config, ops
+        self.config = unet.config
         self.graphs = Graphs()  # recorded steps, by size; clear it to free their memory
         blocks = of_kind(ResBlock, unet.modules())
         res = {m: Res(m, ops) for m in blocks}

@@ -74,8 +74,9 @@ def draw(argv: list[str]) -> None:
         call["image"] = images.open_image(args.image)
     if args.mask is not None:
         call["mask_image"] = images.open_image(args.mask)
-    from minisd.checkpoints import checkpoint  # not above: a usage error need not wait for torch
-    from minisd.request import Request  # not above: a usage error need not wait for torch
+    # Not above: a usage error need not wait for torch.
+    from minisd.checkpoints import checkpoint
+    from minisd.request import Request
 
     weights = {"vae": args.vae, "prediction_type": args.prediction_type}
     config = checkpoint.open_checkpoint(args.model, **weights).config

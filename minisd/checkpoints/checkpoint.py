@@ -81,7 +81,8 @@ def open_checkpoint(
         parts |= _assign(group, found.config)
     if vae is not None:
         parts |= _assign(read_stand_alone_vae(locate(vae), found.config), found.config)
-    return Checkpoint(*found[:5], parts)
+    return Checkpoint(found.path, found.layout, found.config, found.prediction_source,
+                      found.tokenizer_folder, parts)
 
 
 def locate(path: str | PathLike) -> Path:

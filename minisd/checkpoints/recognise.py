@@ -16,8 +16,7 @@ from minisd.checkpoints.diffusers_config import SCHEDULER, read_config, read_sch
 from minisd.checkpoints.found import Found, Group, tokenizer_of
 from minisd.checkpoints.safetensors_file import (
     StoredTensor,
-    read_header,
-    read_metadata,
+    read_header_and_metadata,
     read_tensor,
 )
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config
@@ -56,7 +55,8 @@ def read_file(path: Path, config: Config | Path | None, prediction_type: str | N
     ``config``: its sizes, or a folder of diffusers JSON files with them, else they are recognised.
     ``prediction_type`` outranks what is found.
     """
-    tensors, folder, source = read_header(path), None, "given by the caller"
+    tensors, metadata = read_header_and_metadata(path)
+    folder, source = None, "given by the caller"
     reject(path, tensors)
     if isinstance(config, Config):
         prediction_type = prediction_type or config.schedule.prediction_type
@@ -66,7 +66,8 @@ def read_file(path: Path, config: Config | Path | None, prediction_type: str | N
     else:
         config = recognise(path, tensors)
     if prediction_type is None:
-        prediction_type, source = find_prediction(path, folder, config, tensors)
+        prediction_type, source = find_prediction(
+            path, folder, config, tensors, metadata)
     config = resolve(config, prediction_type)
     group = Group(tensors, names.single_file(config), names.SINGLE_FILE_PREFIXES)
     return Found(path, "single file", config, source, tokenizer_of(folder), [group])
@@ -104,7 +105,8 @@ def recognise(path: Path, tensors: Tensors) -> Config:
 
 
 def find_prediction(
-    path: Path, folder: Path | None, config: Config, tensors: Tensors
+    path: Path, folder: Path | None, config: Config, tensors: Tensors,
+    metadata: Mapping[str, str],
 ) -> tuple[str, str]:
     """What the UNet predicts, and in words how that is known.
 
@@ -117,7 +119,7 @@ def find_prediction(
     for sidecar in (path.with_suffix(".yaml"), path.with_suffix(".yml")):
         if sidecar.is_file():
             return _read_sidecar(sidecar), f"from {sidecar}"
-    said = SPELLINGS.get(read_metadata(path).get(MODELSPEC, "").lower())
+    said = SPELLINGS.get(metadata.get(MODELSPEC, "").lower())
     if said:
         return said, f"from the file's {MODELSPEC}"
     unet = config.unet

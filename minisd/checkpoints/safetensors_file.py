@@ -75,15 +75,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     WeightError for anything but a well-formed .safetensors file, of exactly the size it declares.
     """
-    return _read(path)[0]
+    return read_header_and_metadata(path)[0]
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a file says about itself; WeightError where ``read_header`` raises it."""
-    return _read(path)[1]
-
-
-def _read(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The same, and what the file says about itself."""
     size = path.stat().st_size
     if size < 8:
         raise WeightError(f"{path} has {size} bytes, too few to be weights: interrupted download?")
