@@ -442,7 +442,8 @@ def test_the_command_line_shows_warnings_its_own_way_and_changes_nothing_else(
         monkeypatch, sd, folder):
     table = seen(monkeypatch, (images, "to_pil"))
     line(0, "--output", "seen.png")(sd, folder)
-    assert [change.keys() for change in table.values()] == [{"warnings.showwarning"}]
+    changed = {"warnings.showwarning", "warnings.filters"}
+    assert [change.keys() for change in table.values()] == [changed]
 
 
 def test_no_call_enters_the_warnings_of_the_process(monkeypatch, folder):
