@@ -12,10 +12,18 @@ from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 from minisd.config import Config, UNetConfig
 from minisd.models.vae import VAE
 from minisd.request import Plan
 
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# What the files of a control group are called, in version 2 and in version 1 (cgroups(7)).
+LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 REMEDIES = ("choose a smaller size or fewer images at once, load with tile=64 (--tile 64) for "
             "large images, or load with dtype float16 on a GPU")
 # What torch and oneDNN say, beside the two types, when there is no memory left.
@@ -85,14 +93,57 @@ def free(device: torch.device) -> int | None:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
+    if device.type != "cpu":
+        return None
+    return min((room for room in (_of_machine(), _of_container(), _of_process())
+                if room is not None), default=None)
+
+
+def _of_machine() -> int | None:
+    kib = _numbers(PROC / "meminfo", r"^(\w+): +(\d+) kB$")
+    return 1024 * (kib["MemAvailable"] + kib.get("SwapFree", 0)) if "MemAvailable" in kib else None
+
+
+def _of_container() -> int | None:
+    """The least room in the control groups of this process, which a container is made of. Pages of
+    files that nobody needs now count as free there, because the kernel takes them back."""
+    rooms = []
+    for controllers, path in re.findall(r"^\d+:(.*?):/(.*)$", _text(PROC / "self/cgroup"), re.M):
+        if not (controllers == "" or "memory" in controllers.split(",")):
+            continue
+        root = CGROUPS / ("memory" if controllers else "")  # version 1 has a tree a controller
+        limit, usage = LIMITS[bool(controllers)]
+        # A limit of a group is one of all groups inside it.
+        for group in (root / path, *(root / path).parents):
+            if (most := _text(group / limit).strip()).isdigit():
+                stat = _numbers(group / "memory.stat", r"^(\w+) (\d+)$")
+                files = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+                rooms.append(int(most) - int(_text(group / usage) or 0) + files)
+            if group == root:
+                break
+    return max(0, min(rooms)) if rooms else None
+
+
+def _of_process() -> int | None:
+    """What `ulimit -v` leaves of the address space."""
+    if resource is None:  # on Windows
+        return None
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    size = _numbers(PROC / "self/status", r"^(VmSize):\s+(\d+) kB$")
+    if most == resource.RLIM_INFINITY or not size:
+        return None
+    return max(0, most - 1024 * size["VmSize"])
+
+
+def _text(path: Path) -> str:
     try:
-        lines = Path("/proc/meminfo").read_text() if device.type == "cpu" else ""
-    except OSError:
-        return None
-    kib = dict(re.findall(r"^(\w+): +(\d+) kB$", lines, re.MULTILINE))
-    if "MemAvailable" not in kib:
-        return None
-    return 1024 * (int(kib["MemAvailable"]) + int(kib.get("SwapFree", 0)))
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""
+
+
+def _numbers(path: Path, row: str) -> dict[str, int]:
+    return {name: int(number) for name, number in re.findall(row, _text(path), re.MULTILINE)}
 
 
 def check(

@@ -15,6 +15,7 @@ import copy
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -57,12 +58,15 @@ Bar.set_lock(threading.RLock())
 class Output:
     """What a call made: the images, and for each its seed and the settings that made it.
 
+    A seed is None where it does not make the image again: with ``latents``, or with a ``generator``
+    that is not freshly seeded or not the CPU's.
+
     ``images`` is a list of PIL images or, by ``output_type``, a (B, 3, H, W) tensor ("pt") or a
     (B, H, W, 3) array ("np") in [0, 1], or a (B, 4, h, w) tensor of scaled latents ("latent").
     """
 
     images: list[Image] | Tensor | np.ndarray
-    seeds: list[int]
+    seeds: list[int | None]
     settings: list[dict]
 
 
@@ -119,6 +123,8 @@ class StableDiffusion:
         """
         asked = Request(**{name: value for name, value in locals().items() if name != "self"})
         r = asked.plan(self.config)
+        for sentence in r.warnings:
+            warnings.warn(sentence, stacklevel=4)  # past the two decorators
         memory.check(r, self.dtype, self.device, self.vae, encodes=r.image is not None,
                      decodes=output_type != "latent",
                      stores_scores=self.backend.ops.attention is REFERENCE.attention)
@@ -141,16 +147,14 @@ class StableDiffusion:
         noise = Noise(r.generators, like)
         x, extra, keep = start(
             Given(r, pixels, mask, noise, self._encode, self.alphas_cumprod))
-        # After the last timestep comes the noise level of timestep 0: a little noise is left.
-        abars = [self.alphas_cumprod[t] for t in (*r.timesteps, 0)]
+        abars = schedule.abars(self.config.schedule, r.timesteps)
         steps: Callable[..., Tensor] = Steps(
             self.unet, context, extra, r.timesteps, abars, self.config.schedule.prediction_type,
             r.guidance_scale, r.eta)
         if fused := self._fused():
             steps = fused.steps(steps)
         x = self._denoise(r, x, steps, abars, noise, keep, callback_on_step_end, progress)
-        seeds = [g.initial_seed() for g in r.generators]
-        return Output(self._images(x, keep, output_type), seeds, r.settings())
+        return Output(self._images(x, keep, output_type), r.seeds, r.settings())
 
     @property
     def parts(self) -> dict[str, nn.Module]:

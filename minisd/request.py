@@ -89,10 +89,28 @@ class Request:
         return Plan(
             config=config, prompts=prompts, negative_prompts=negative_prompts,
             num_images_per_prompt=copies, height=height, width=width, num_inference_steps=steps,
-            timesteps=schedule.timesteps(steps, trained)[-left:], guidance_scale=guidance_scale,
-            eta=eta, strength=strength, image=image, mask_image=mask_image, generators=generators,
+            timesteps=schedule.timesteps(
+                steps, trained, config.schedule.timestep_spacing)[-left:],
+            guidance_scale=guidance_scale, eta=eta, strength=strength, image=image,
+            mask_image=mask_image, generators=generators,
+            seeds=_known_seeds(generators) if self.latents is None else [None] * len(generators),
             latents=None if self.latents is None else _check_latents(self.latents, shape),
-            shape=shape)
+            shape=shape, warnings=self._without_effect(config, steps, guidance_scale))
+
+    def _without_effect(self, config: Config, steps: int, guidance_scale: float) -> list[str]:
+        """What is asked for and will not be seen in the image."""
+        found = []
+        if steps == 1 and config.schedule.timestep_spacing == "leading":
+            found.append("1 step is for models that are made for few: this one leaves noise as "
+                         "noise, and an image as it is")
+        if guidance_scale < 1.0:
+            found.append(f"with guidance {guidance_scale:g} the image follows the prompt less than "
+                         "without guidance, which is 1")
+        negative = self.negative_prompt_embeds is not None or self.negative_prompt and any(
+            self.negative_prompt)
+        if negative and guidance_scale == 1.0:
+            found.append("the negative prompt has no effect without guidance, which 1 means")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +131,10 @@ class Plan:
     image: Image | None
     mask_image: Image | None
     generators: list[torch.Generator]
+    seeds: list[int | None]      # None where a seed alone does not make the image again
     latents: Tensor | None
     shape: tuple[int, ...]       # of the latents: (B, 4, h, w)
+    warnings: list[str]          # what will have no effect
 
     def settings(self) -> list[dict]:
         """For each image, what it was made with."""
@@ -128,8 +148,8 @@ class Plan:
         return [
             {"prompt": self.prompts and self.prompts[i // n],
              "negative_prompt": self.negative_prompts and self.negative_prompts[i // n],
-             "seed": generator.initial_seed(), **same}
-            for i, generator in enumerate(self.generators)
+             "seed": seed, **same}
+            for i, seed in enumerate(self.seeds)
         ]
 
 
@@ -254,6 +274,19 @@ def _generators(count: int, seed: object, generator: object) -> list[torch.Gener
         return generators
     # On the CPU whatever the device, so that a seed is the same image everywhere.
     return [torch.Generator("cpu").manual_seed(s) for s in _seeds(count, seed)]
+
+
+def _known_seeds(generators: list[torch.Generator]) -> list[int | None]:
+    """The seed that makes an image again; None for a generator that has drawn already, that draws
+    for an earlier image, or that is no CPU's."""
+    seeds: list[int | None] = []
+    for i, g in enumerate(generators):
+        seed = g.initial_seed()
+        known = g.device.type == "cpu" and seed <= MAX_SEED and g not in generators[:i]
+        fresh = known and torch.equal(
+            g.get_state(), torch.Generator("cpu").manual_seed(seed).get_state())
+        seeds.append(seed if fresh else None)
+    return seeds
 
 
 def _seeds(count: int, seed: object) -> list[int]:

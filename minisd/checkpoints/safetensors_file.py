@@ -113,7 +113,7 @@ def read_tensor(
     tensor = torch.empty(stored.shape, dtype=dtype, device=device)
     step = CHUNK // source.itemsize
     direct = dtype == source and device.type == "cpu"
-    scratch = torch.empty(0 if direct else min(step, tensor.numel()), dtype=source)
+    scratch = torch.empty(0 if direct else min(step, tensor.numel()), dtype=source, device="cpu")
     # Read, not mapped: a mapped file that somebody cuts short kills the process.
     with open(stored.path, "rb") as file:
         file.seek(stored.start)

@@ -6,16 +6,19 @@ a WeightError that names the file.
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import AddedToken
 
 from minisd.checkpoints.diffusers_config import JsonFile
 from minisd.errors import WeightError
 from minisd.text.tokenizer import BOS, EOS, LENGTH, Tokenizer, check_texts, parse_merges
 
 MAX_BYTES = 32 * 2**20  # the official files are below 4 MB
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 DEFAULTS = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 
 
@@ -27,18 +30,22 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """
     path, vocab, merges = _read_vocabulary(folder)
     settings = _read_settings(folder)
-    tokens = {key: _token(folder, settings, key, vocab) for key in DEFAULTS}
+    added = _read_added(folder, settings, vocab)
+    ids = vocab | {str(token): len(vocab) + i for i, token in enumerate(added)}
+    tokens = {key: _token(folder, settings, key, ids if key == "pad_token" else vocab)
+              for key in DEFAULTS}
     length = settings.get("model_max_length", LENGTH)
     if type(length) is not int or length < 3:
         raise WeightError(f"{folder}: model_max_length is {length!r}, not an integer above 2")
     # transformers writes 10^30 for "never set"; CLIP has no more than 77 positions anyway.
     length = min(length, LENGTH)
-    pad = vocab[tokens.pop("pad_token")]
+    options: dict[str, Any] = {"pad_token_id": ids[tokens.pop("pad_token")], "length": length,
+                               "added": added, **tokens}
     words = folder.parent / "words.txt"
     if not words.is_file():
-        return Tokenizer(vocab, merges, pad_token_id=pad, length=length, **tokens)
-    taught = _read_text(words).split()
-    return TaughtTokenizer(vocab, merges, taught, pad_token_id=pad, length=length, **tokens)
+        return Tokenizer(vocab, merges, **options)
+    taught = [*_read_text(words).split(), *(token.content.lower() for token in added)]
+    return TaughtTokenizer(vocab, merges, taught, **options)
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -51,6 +58,10 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     tokens["unk_token"] = tokenizer.bpe.model.unk_token
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.length, **tokens}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if tokenizer.added:
+        added = {token.content: tokenizer.bpe.token_to_id(token.content)
+                 for token in tokenizer.added}
+        (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(tokens, indent=2) + "\n")
     if isinstance(tokenizer, TaughtTokenizer):
         (folder.parent / "words.txt").write_text("\n".join(tokenizer.words) + "\n", "utf-8")
@@ -106,6 +117,52 @@ def _read_settings(folder: Path) -> dict:
         if (folder / name).exists():
             settings |= _read_json(folder / name)
     return settings
+
+
+def _read_added(folder: Path, settings: dict, vocab: Mapping[str, int]) -> list[AddedToken]:
+    """The words that were added to the vocabulary, in the order of their ids, which follow it.
+
+    They stand in tokenizer.json, in tokenizer_config.json or, in folders until 2023, in
+    added_tokens.json; what is in the vocabulary too, as the two markers are, is not added.
+    """
+    found: dict[int, AddedToken] = {}
+    for path, rows in _added_rows(folder, settings):
+        for index, row in rows:
+            content = row.get("content")
+            if not isinstance(content, str) or not content or type(index) is not int:
+                raise WeightError(f"{path}: the added token {row!r} has no text or no id")
+            if vocab.get(content) == index:
+                continue
+            flags = {key: row[key] for key in FLAGS if isinstance(row.get(key), bool)}
+            token = AddedToken(content, **{"special": False, **flags})
+            if found.setdefault(index, token).content != content or index in vocab.values():
+                raise WeightError(f"{path}: the id {index} of {content!r} is another token's")
+    if sorted(found) != list(range(len(vocab), len(vocab) + len(found))):
+        raise WeightError(f"{folder}: the added tokens have the ids {sorted(found)[:5]}, which do "
+                          f"not follow the last of the vocabulary, {len(vocab) - 1}")
+    return [found[index] for index in sorted(found)]
+
+
+def _added_rows(folder: Path, settings: dict) -> Iterator[tuple[Path, list[tuple[object, dict]]]]:
+    """(file, its (id, token) pairs), of each file that may have some."""
+    def checked(path: Path, rows: object, kind: type) -> Any:
+        if not isinstance(rows, kind):
+            raise WeightError(f"{path}: its added tokens are no {kind.__name__}")
+        return rows
+
+    def table(row: object) -> dict:
+        return row if isinstance(row, dict) else {}
+
+    whole, old = folder / "tokenizer.json", folder / "added_tokens.json"
+    if whole.exists():
+        rows = checked(whole, _read_json(whole).get("added_tokens") or [], list)
+        yield whole, [(table(row).get("id"), table(row)) for row in rows]
+    config = folder / "tokenizer_config.json"
+    rows = checked(config, settings.get("added_tokens_decoder") or {}, dict)
+    yield config, [(int(key) if key.isdecimal() and len(key) < 9 else None, table(row))
+                   for key, row in rows.items()]
+    if old.exists():
+        yield old, [(index, {"content": text}) for text, index in _read_json(old).items()]
 
 
 def _read_json(path: Path) -> dict:

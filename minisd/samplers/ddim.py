@@ -19,7 +19,7 @@ def step(
     """
     # x_0 is not clipped, as it is for models of pixels: the values of a latent have no bounds. At
     # the last step abar_next is abar_0, not 1 (set_alpha_to_one=False in diffusers): the official
-    # models are sampled so, and with 1 every image would differ a little.
+    # models are sampled so, and with 1 every image would differ a little (schedule.abars).
     x0, eps = predicted_x0_eps(x, prediction, abar, prediction_type)
     # sigma = eta sqrt((1 - abar_next) / (1 - abar)) sqrt(1 - abar / abar_next)
     sigma = eta * ((1.0 - abar_next) / (1.0 - abar)) ** 0.5 * (1.0 - abar / abar_next) ** 0.5

@@ -12,6 +12,7 @@ https://arxiv.org/abs/2103.00020 (CLIP).
 import gzip
 import re
 import warnings
+from collections.abc import Sequence
 from importlib import resources
 
 import tokenizers
@@ -33,6 +34,7 @@ class Tokenizer:
     """Prompts to a (B, length) int64 tensor: begin, at most length - 2 tokens, end, padding.
 
     ``vocab`` maps each symbol to its id; ``merges`` lists the pairs to join, the first one first.
+    ``added`` are whole words with ids after the vocabulary's, as textual inversion adds them.
     Attributes: ``vocab_size``, ``bos_token_id``, ``eos_token_id``, ``pad_token_id``, ``length``.
     """
 
@@ -46,15 +48,18 @@ class Tokenizer:
         eos_token: str = EOS,
         unk_token: str = EOS,
         length: int = LENGTH,
+        added: Sequence[AddedToken] = (),
     ):
-        self.vocab_size = len(vocab)
+        self.vocab_size = len(vocab) + len(added)
         self.bos_token_id = vocab[bos_token]
         self.eos_token_id = vocab[eos_token]
         self.pad_token_id = pad_token_id
         self.length = length
+        self.added = list(added)
         # The padding token is not declared special. SD2 pads with "!": if that were special, every
         # "!" that a user types would become padding too (as it does in transformers).
         self.bpe = _build_bpe(vocab, merges, unk_token, special=(bos_token, eos_token))
+        self.bpe.add_tokens(self.added)
 
     @classmethod
     def clip(cls, pad_token_id: int) -> "Tokenizer":
@@ -78,10 +83,11 @@ class Tokenizer:
         TypeError for anything that is not text, ValueError for an empty list or a lone surrogate.
         """
         prompts = check_texts("prompt", prompts)
-        ids = torch.full((len(prompts), self.length), self.pad_token_id, dtype=torch.int64)
+        ids = torch.full((len(prompts), self.length), self.pad_token_id, dtype=torch.int64,
+                         device="cpu")
         for row, prompt in zip(ids, prompts):
             tokens = [self.bos_token_id, *self._fit(prompt), self.eos_token_id]
-            row[: len(tokens)] = torch.tensor(tokens)
+            row[: len(tokens)] = torch.tensor(tokens, device="cpu")
         return ids  # (B, length)
 
     def _fit(self, prompt: str) -> list[int]:
