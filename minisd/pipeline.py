@@ -13,6 +13,8 @@ B images, H W height and width in pixels, h w of the latent, D width of the cont
 
 import copy
 import os
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -38,6 +40,17 @@ from minisd.request import Callback, Picture, Plan, Prompts, Request
 from minisd.samplers import schedule
 from minisd.steps import Steps
 from minisd.text.tokenizer import Tokenizer
+
+
+class Bar(tqdm):
+    """tqdm without what its first bar leaves in the process: a thread, which looks after bars that
+    skip steps, and a lock between processes, which settles the start method of multiprocessing.
+    """
+
+    monitor_interval = 0
+
+
+Bar.set_lock(threading.RLock())
 
 
 @dataclass(frozen=True)
@@ -239,8 +252,8 @@ class StableDiffusion:
                  noise: Noise, keep: Keep | None, callback: Callback | None,
                  progress: bool | None) -> Tensor:
         """Denoise x (B, 4, h, w), a timestep after the other: Stable Diffusion is this loop."""
-        bar = tqdm(r.timesteps, disable=None if progress is None else not progress)
-        for i, t in enumerate(bar):
+        shown = getattr(sys.stderr, "isatty", bool)() if progress is None else progress
+        for i, t in enumerate(Bar(r.timesteps, miniters=1) if shown else r.timesteps):
             x = steps(x, i, noise.draw() if r.eta > 0 else None)
             if keep is not None:
                 x = keep.latent(x, abars[i + 1] if i + 1 < len(r.timesteps) else 1.0)

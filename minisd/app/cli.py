@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.reconfigure(errors="backslashreplace")  # a file name must not end the run
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        warnings.filterwarnings("ignore", module="PIL")  # an image that is bad is an error
         try:
             if argv and argv[0] in COMMANDS:
                 COMMANDS[argv[0]](argv[1:])

@@ -9,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from minisd import files
 from minisd.errors import ImageError
-from minisd.images import decoding
+from minisd.images import decoding, opened
 
 
 def check_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -65,7 +65,7 @@ def _quoted(value: object) -> str:
 def read_settings(path: str | os.PathLike) -> dict:
     """The settings dict that ``save`` put into a PNG; ImageError if there is none."""
     with open(path, "rb") as file, decoding(path, ("PNG",)):
-        text = Image.open(file, formats=("PNG",)).info.get("minisd")
+        text = opened(file, ("PNG",)).info.get("minisd")
     try:
         settings = json.loads(text or "null")
     except (ValueError, RecursionError):
