@@ -80,8 +80,8 @@ MEASURED: dict[tuple[str, str, int], Tile | Norm] = {
     ("NVIDIA H200", "sliced", 2): Tile(64, 64, 4, 3),  # a third less; spills on sm_80
 }
 
-# Other settings worth timing on a GPU, by `python -m bench.kernels --tune`. Each is listed whole,
-# because its fields go together: on Hopper a tile of 64 rows wants four warps, and one of 128 eight.
+# Other settings worth timing on a GPU (`python -m bench.kernels --tune`). Each is listed whole: on
+# Hopper a tile of 64 rows wants four warps, and one of 128 eight.
 CANDIDATES: dict[tuple[str, int], list[Tile] | list[Norm]] = {
     ("attention", 32): [Tile(64, 128, 4, 2), Tile(64, 128, 4, 3), Tile(64, 64, 4, 2),
                         Tile(64, 64, 4, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2),
