@@ -5,7 +5,7 @@ import sys
 import torch
 
 import minisd
-from bench.clock import resident
+from bench.timing import resident
 
 WARM = 50
 

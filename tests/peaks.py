@@ -9,7 +9,7 @@ import sys
 import torch
 from torch import nn
 
-from bench.clock import CLEAR, resident
+from bench.timing import CLEAR, resident
 from minisd import memory
 from minisd.config import SD1
 from minisd.models.clip import TextEncoder

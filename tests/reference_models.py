@@ -25,7 +25,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from bench.official import (
+from bench.models import (
     official_scheduler as published_scheduler,
     official_text_encoder,
     official_unet,

@@ -13,17 +13,17 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="triton compiles the kernels")
 
-from bench import compile, sass  # noqa: E402
+from bench import machine_code  # noqa: E402
+from bench.compile import Variant  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
-    not compile.CUOBJDUMP.exists(), reason="this triton comes without cuobjdump"
+    not machine_code.CUOBJDUMP.exists(), reason="this triton comes without cuobjdump"
 )
-GOOD = compile.Row(
-    "attention_kernel", "float16", "D=40 BLOCK_D1=32 BLOCK_D2=16", 8, 3, "sm_90",
-    registers=116, stack=0, spills=0, scalar_spills=0, shared=49152, matrix=22, instructions=1096,
-    unwritten="", programs=2, triton="3.9.0",
-)
+ATTENTION = Variant("attention_kernel", "float16", "D=40 BLOCK_D1=32 BLOCK_D2=16", 8, 3)
+GOOD = machine_code.Figures(  # of that on sm_90
+    registers=116, stack=0, spills=0, matrix=22, instructions=1096, unwritten="", shared=49152,
+    programs=2)
 
 
 def python(script: str, cache: Path, *arguments: object) -> subprocess.CompletedProcess:
@@ -48,17 +48,17 @@ raise SystemExit(max(main(["--only", only]) for only in sys.argv[1:]))
 def test_a_cache_is_filled_ahead(tmp_path):
     """It has the kernels that such a GPU launches: a second compilation finds them."""
     done = python("""
-from bench import compile, variants
-calls = dict(list(variants.variants().items())[:2])
-compile.variants = lambda plans: calls
+from bench import compile
+calls = dict(list(compile.variants().items())[:2])
+compile.variants = lambda all_of: calls
 assert compile.main(["--ahead", "sm_90", "--workers", "1"]) == 0
 import triton
-code, options = variants.source(next(iter(calls.values())), compile.TARGETS["sm_90"].gpu)
+code, options = compile.source(next(iter(calls.values())), compile.TARGETS["sm_90"].gpu)
 triton.knobs.compilation.listener = lambda **said: print("hit", said["cache_hit"])
 triton.compile(code, compile.TARGETS["sm_90"].gpu, options)
 """, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "2 of 2 kernels for sm_90" in done.stdout and "hit True" in done.stdout
+    assert "2 of 2 compiled" in done.stdout and "hit True" in done.stdout
 
 
 @pytest.mark.parametrize("setting, target, said", [
@@ -79,19 +79,30 @@ raise SystemExit(main(["--only", "{target} attention_kernel float16 heads:i32 D=
     assert said in report and "D=40" in report
 
 
-def test_kernels_within_bounds_are_not_reported():
-    assert compile.broken(GOOD) == []
-    assert compile.broken(GOOD._replace(dtype="float32", matrix=0)) == []
+def broken(change: dict) -> list[str]:
+    """The bounds broken on a target by a variant with other figures."""
+    change, target = dict(change), change.get("target", "sm_90")
+    v = ATTENTION._replace(**{k: change.pop(k) for k in ("kernel", "dtype") if k in change})
+    change.pop("target", None)
+    return machine_code.broken(GOOD._replace(**change), target, v.products)
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"dtype": "float32", "matrix": 0}, {"kernel": "geglu_kernel", "matrix": 0},
+    {"shared": 227 * 1024}, {"target": "gfx942", "shared": 65536},
+], ids=str)
+def test_kernels_within_bounds_are_not_reported(change):
+    assert broken(change) == []
 
 
 @pytest.mark.parametrize("change", [
     {"unwritten": "UR13 at 30c0"}, {"stack": 8}, {"spills": 1}, {"shared": 227 * 1024 + 1},
-    {"matrix": 0},
+    {"matrix": 0}, {"kernel": "attention_sliced_kernel", "matrix": 0},
     {"target": "sm_80", "shared": 163 * 1024 + 1}, {"target": "gfx942", "shared": 65537},
     {"target": "gfx942", "spills": 1}, {"dtype": "bfloat16", "target": "sm_100", "matrix": 0},
 ], ids=str)
 def test_each_bound(change):
-    assert len(compile.broken(GOOD._replace(**change))) == 1
+    assert len(broken(change)) == 1
 
 
 CODE = """
@@ -116,8 +127,8 @@ CODE = """
 def test_registers_that_nothing_wrote(lo, base, found):
     """The HGMMA has A in registers, so it reads only UR6 and UR7 of UR4 to UR7; 0090 is
     unreachable."""
-    code = sass.instructions(CODE.format(lo=lo, base=base))
-    assert len(code) == 10 and sass.unwritten(code) == found
+    code = machine_code.instructions(CODE.format(lo=lo, base=base))
+    assert len(code) == 10 and machine_code.unwritten(code) == found
 
 
 @pytest.mark.parametrize("target, registers, shared, warps, fit", [
@@ -128,4 +139,4 @@ def test_registers_that_nothing_wrote(lo, base, found):
     ("sm_89", 32, 0, 8, 6),  # 48 warps
 ])
 def test_how_many_programs_fit(target, registers, shared, warps, fit):
-    assert compile.programs(compile.TARGETS[target], registers, shared, warps) == fit
+    assert machine_code.programs(machine_code.TARGETS[target], registers, shared, warps) == fit

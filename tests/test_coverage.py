@@ -95,8 +95,8 @@ def test_the_kernels_take_every_call_of_every_model(config):
 def test_the_kernels_take_every_model_repacked(config):
     """They raise ValueError for a call that they do not take."""
     pytest.importorskip("triton")
-    from bench.variants import fused_decode, fused_step
+    from bench.counts import fused, planned
 
-    latent = config.sample_size // config.vae.downscale
-    fused_step(config, latent)
-    fused_decode(config, latent)
+    families = {call.kernel.__module__.rpartition(".")[2]
+                for call in planned(fused(config, kernels()))}
+    assert families == {"attention", "group_norm", "layer_norm", "geglu"}

@@ -1,7 +1,6 @@
-"""bench.everything without a GPU: a rehearsal, a stage that overruns, the changes to try."""
+"""bench.everything without a GPU: a rehearsal, a stage that overruns."""
 
 import csv
-import io
 import os
 import subprocess
 import sys
@@ -9,17 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from small_models import SMALL, error, randn, randomise
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from minisd_kernels.fused import unet as fused_unet
-from minisd_kernels.fused.unet import FusedUNet
-
-from bench import everything, inside
-from minisd.models.ops import TORCH
-from minisd.models.unet import UNet
+from bench import cases, everything, image, kernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,43 +66,25 @@ def test_a_stage_that_ends_before_its_turn_reports_its_exit_code():
     assert not stage.wait() and said == [("short", "ended with 3")]
 
 
-def test_a_stage_without_time_does_not_begin(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO())
-    assert everything.stage("tune", tmp_path, "abc", "") == 1
-    assert "no time was left" in capsys.readouterr().out
-
-
 def test_the_two_halves_are_all_stages():
     first, second = (everything.parse(["--out", "x", *more]).stages for more in ([], ["--tune"]))
     assert [*first, *second] == list(everything.STAGES)
-    cases = everything.heaviest()
-    assert {case.kernel for case in cases} == {
-        "attention", "group_norm_silu", "layer_norm", "geglu"}
-    assert cases[0].label == "SD1.5 2x8x4096x4096x40 packed"
 
 
-@pytest.fixture(scope="module")
-def fused():
-    unet = randomise(UNet(SMALL.unet, TORCH))
-    x, prompt = randn(1, 4, 8, 8), randn(2, 7, unet.config.cross_attention_dim)
-    model = FusedUNet(unet, TORCH)
-    return lambda: model(x, torch.tensor([981.0]), prompt)
+def test_every_stage_is_a_command_that_its_parser_takes():
+    parsers = {"bench.kernels": kernels.parse, "bench.image": image.parse}
+    for stage in everything.STAGES.values():
+        name, *line = stage.command
+        if name in parsers:
+            args = parsers[name]([*line, "--minutes", "1", "--out", "x"])
+            assert args.minutes == 1
 
 
-def test_a_change_is_made_and_computes_the_same(fused):
-    """And it ends with its context."""
-    change = next(c for c in inside.CHANGES if c.label.startswith("doubled"))
-    plain, before = fused(), fused_unet.Up.forward
-    with change.made(None):
-        changed = fused()
-    assert fused_unet.Up.forward is before
-    assert 0 < error(changed, plain) <= 1e-11 * plain.abs().max()
-
-
-def test_changes_have_distinct_labels_and_valid_settings():
-    """Changes of launch settings need no model."""
-    for change in inside.CHANGES:
-        if change.compiles:
-            with change.made(None):
-                pass
-    assert len({change.label for change in inside.CHANGES}) == len(inside.CHANGES)
+def test_the_heaviest_kernels_are_those_of_the_fused_model():
+    args = kernels.parse(list(everything.STAGES["kernels"].command[1:]))
+    chosen = [case for case in cases.full()
+              if any(text in f"{case.op} {case.label}" for text in args.only)]
+    assert {case.op for case in chosen} == {"attention", "group_norm_silu", "layer_norm", "geglu"}
+    assert chosen[0].label == "SD1.5 2x8x4096x4096x40 packed"
+    assert all(case.packed or case.d > 256 for case in chosen if case.op == "attention")
+    assert all(case.channels_last for case in chosen if case.op == "group_norm_silu")

@@ -7,6 +7,7 @@ Skipped without a GPU. The tests of interpreted_*.py run here again, with all te
 
 import importlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -24,8 +25,8 @@ from minisd_kernels.ops.attention import PRECISIONS, flash_attention
 from minisd_kernels.ops.group_norm import group_norm_silu
 
 import minisd
-from bench import shapes
-from bench.check import check, error, last_place
+from bench import cases
+from bench.harness import check, error, last_place
 from minisd.backends import Backend, Call, kernels, watch
 from minisd.config import SD1
 from minisd.models.ops import REFERENCE, TORCH, Ops
@@ -54,7 +55,7 @@ def _on_the_gpu():
 
 
 @DTYPES
-@pytest.mark.parametrize("case", shapes.full(), ids=lambda case: f"{case.kernel} {case.label}")
+@pytest.mark.parametrize("case", cases.full(), ids=lambda case: f"{case.op} {case.label}")
 def test_full_size(case, dtype):
     verdict = check(case, DEVICE, dtype)
     assert verdict.ok, verdict
@@ -70,17 +71,18 @@ def test_precisions(precision):
 
 
 @pytest.mark.parametrize("case", [
-    shapes.SELF_ATTENTION[0], shapes.CROSS_ATTENTION[0], shapes.VAE_ATTENTION[0],
-    shapes.group_norms("SD1.5")[0], shapes.group_norms("SD1.5")[-1],
+    cases.SELF_ATTENTION[0], cases.CROSS_ATTENTION[0], cases.VAE_ATTENTION[0],
+    cases.group_norms("SD1.5")[0], cases.group_norms("SD1.5")[-1],
 ], ids=lambda case: case.label)
 def test_the_same_bits_fifty_times_and_in_a_graph(case):
     """A result that changes is a race condition."""
     inputs = case.inputs(DEVICE, torch.float16)
-    first = case.ours(*inputs)
-    assert all(torch.equal(first, case.ours(*inputs)) for _ in range(50))
+    ours = partial(case.call, getattr(kernels(), case.op), *inputs)
+    first = ours()
+    assert all(torch.equal(first, ours()) for _ in range(50))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = case.ours(*inputs)
+        captured = ours()
     captured.fill_(float("nan"))
     graph.replay()
     assert torch.equal(first, captured)

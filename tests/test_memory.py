@@ -138,7 +138,7 @@ def test_other_errors_pass(monkeypatch):
 EXHAUSTED = """
 import json, resource, minisd
 from minisd import memory
-from bench.clock import resident
+from bench.timing import resident
 sd = minisd.load()
 draw = lambda side: sd("a", height=side, width=side, num_inference_steps=1, seed=0, progress=False)
 draw(64)

@@ -2,7 +2,7 @@
 
 Nothing is tuned at run time. The first call with new sizes compiles (about a second per kernel,
 kept in Triton's cache folder, so once per machine); later calls only launch. `python -m
-bench.kernels --tune` times a list of settings on the GPU at hand and prints rows for MEASURED.
+bench.kernels --tune` times CANDIDATES on the GPU at hand and prints rows for MEASURED.
 """
 
 from typing import Literal, NamedTuple, TypeAlias, overload
@@ -78,6 +78,30 @@ MEASURED: dict[tuple[str, str, int], Tile | Norm] = {
     ("NVIDIA H200", "attention", 64): Tile(64, 64, 4, 3),
     ("NVIDIA H200", "attention", 128): Tile(64, 32, 4, 4),
     ("NVIDIA H200", "sliced", 2): Tile(64, 64, 4, 3),  # a third less; spills on sm_80
+}
+
+# Other settings worth timing on a GPU (`python -m bench.kernels --tune`). Each is listed whole: on
+# Hopper a tile of 64 rows wants four warps, and one of 128 eight.
+CANDIDATES: dict[tuple[str, int], list[Tile] | list[Norm]] = {
+    ("attention", 32): [Tile(64, 128, 4, 2), Tile(64, 128, 4, 3), Tile(64, 64, 4, 2),
+                        Tile(64, 64, 4, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2),
+                        Tile(128, 64, 8, 4), Tile(256, 64, 16, 3)],
+    ("attention", 64): [Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 128, 4, 2),
+                        Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 4)],
+    ("attention", 128): [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 4),
+                         Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)],
+    ("one tile", 32): [Tile(128, 128, 8, 1), Tile(128, 128, 4, 1), Tile(64, 128, 8, 1)],
+    ("one tile", 64): [Tile(128, 128, 8, 1), Tile(64, 128, 8, 1)],
+    ("sliced", 2): [Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3),
+                    Tile(64, 128, 8, 2), Tile(128, 128, 8, 2)],
+    ("group norm", 0): [Norm(n, 1, w) for n, w in (
+        (32768, 8), (16384, 16), (16384, 8), (8192, 16))],
+    ("group norm", 1): [Norm(*setting) for setting in (
+        (4096, 64, 8), (4096, 128, 4), (4096, 64, 4), (8192, 64, 8), (8192, 128, 8), (2048, 64, 4),
+        (2048, 64, 2), (2048, 32, 2), (2048, 128, 2), (8192, 64, 4))],
+    ("layer norm", 0): [Norm(1024, 1, 4), Norm(1024, 1, 2), Norm(2048, 1, 4), Norm(2048, 1, 8)],
+    ("geglu", 0): [Norm(1024, 256, 4), Norm(1024, 256, 2), Norm(4096, 256, 4), Norm(4096, 256, 8),
+                   Norm(2048, 512, 4)],
 }
 
 
