@@ -272,7 +272,9 @@ def official_scheduler(config: ScheduleConfig):
     return DDIMScheduler(
         num_train_timesteps=config.num_train_timesteps, beta_start=config.beta_start,
         beta_end=config.beta_end, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, prediction_type=config.prediction_type,
+        set_alpha_to_one=config.timestep_spacing != "leading", steps_offset=1,
+        prediction_type=config.prediction_type, timestep_spacing=config.timestep_spacing,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
     )
 
 

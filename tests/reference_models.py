@@ -48,7 +48,8 @@ def official_scheduler(config: ScheduleConfig) -> DDIMScheduler:
     scheduler = published_scheduler(config)
     # diffusers keeps this table in float32, which hides all differences below 1e-7.
     scheduler.alphas_cumprod = schedule.alphas_cumprod(config)
-    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    if config.timestep_spacing == "leading":
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     return scheduler
 
 

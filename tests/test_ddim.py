@@ -1,9 +1,11 @@
 """The schedule and the step equal diffusers' DDIMScheduler with the official settings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from reference_models import error, official_scheduler, randn
+from reference_models import error, official_scheduler, published_scheduler, randn
 
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
 from minisd.samplers import ddim, schedule
@@ -29,6 +31,52 @@ def test_every_number_of_steps():
         assert visited == scheduler.timesteps.tolist()
         assert len(visited) == steps and visited[-1] == 1
     assert schedule.timesteps(1000) == list(range(999, -1, -1))  # diffusers has t = 1000 here
+
+
+ZERO_SNR = ScheduleConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                          timestep_spacing="trailing")
+
+
+def test_zero_terminal_snr():
+    abar = schedule.alphas_cumprod(ZERO_SNR)
+    assert abar[999] == 0 and abar[0] == ABAR[0]
+    assert abar[998].item() == pytest.approx(1.96789e-7, rel=1e-5)
+    official = published_scheduler(ZERO_SNR)
+    assert error(abar, official.alphas_cumprod) <= 1e-6
+    with pytest.raises(ValueError, match="zero terminal SNR needs a model that predicts v"):
+        schedule.alphas_cumprod(replace(ZERO_SNR, prediction_type="epsilon"))
+
+
+def test_trailing_timesteps():
+    """diffusers' are sums of fractions, which give one timestep too many, -1, for 62 numbers of
+    steps, and round a half the other way for 49. They are ours where the steps divide 1000."""
+    scheduler = published_scheduler(ZERO_SNR)
+    longer, rounded = 0, 0
+    for steps in range(1, 1001):
+        visited = schedule.timesteps(steps, 1000, "trailing")
+        assert len(set(visited)) == steps and visited[0] == 999 and visited[-1] >= 0
+        scheduler.set_timesteps(steps)
+        theirs = scheduler.timesteps.tolist()
+        longer += len(theirs) > steps
+        rounded += visited != theirs and len(theirs) == steps
+        assert visited == theirs or 1000 % steps
+    assert (longer, rounded) == (62, 49)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 50])
+def test_trailing_steps_end_without_noise(steps):
+    scheduler = published_scheduler(ZERO_SNR)
+    scheduler.alphas_cumprod = schedule.alphas_cumprod(ZERO_SNR)
+    scheduler.set_timesteps(steps)
+    visited = schedule.timesteps(steps, 1000, "trailing")
+    abars = schedule.abars(ZERO_SNR, visited)
+    assert abars[0] == 0.0 and abars[-1] == 1.0
+    x = theirs = randn(2, 4, 3, 3)
+    for i, t in enumerate(visited):
+        prediction = randn(2, 4, 3, 3, seed=i + 1)
+        theirs = scheduler.step(prediction, t, theirs).prev_sample
+        x = ddim.step(x, prediction, abars[i], abars[i + 1], "v_prediction")
+        assert error(x, theirs) <= 1e-12
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

@@ -36,6 +36,7 @@ from reference_models import (
     official_tokenizer,
     official_unet,
     official_vae,
+    published_scheduler,
     randn,
     randomise,
     small_model,
@@ -173,12 +174,21 @@ def sampling(schedule, ddim):
     roots = np.linspace(config.beta_start**0.5, config.beta_end**0.5, 1000)
     alphas = torch.from_numpy(np.cumprod(1 - roots**2))
     errors = [error(schedule.alphas_cumprod(config), alphas)]
+    turbo = replace(config, prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                    timestep_spacing="trailing")
+    official = published_scheduler(turbo)
+    official.set_timesteps(7)
+    errors.append(error(torch.tensor(schedule.timesteps(7, 1000, "trailing")), official.timesteps))
+    wrong = error(schedule.alphas_cumprod(turbo), official.alphas_cumprod)
+    errors.append(wrong if wrong > 1e-5 else 0)  # theirs is in float32
     x, prediction, noise = (3 * randn(2, 4, 3, 3, seed=seed) for seed in range(3))
     for kind in PREDICTION_TYPES:
         scheduler = official_scheduler(replace(config, prediction_type=kind))
         scheduler.set_timesteps(7)
         visited = torch.tensor(schedule.timesteps(7))
         errors.append(error(visited, scheduler.timesteps))
+        last = torch.tensor(schedule.abars(config, [1])[-1:], dtype=torch.float64)
+        errors.append(error(last, scheduler.final_alpha_cumprod[None]))
         t, t_next = scheduler.timesteps[3:5].tolist()
         a, a_next = alphas[t].item(), alphas[t_next].item()
         for eta in (0.0, 1.0):

@@ -105,9 +105,9 @@ TRAPS = [
     # --- schedule and sampler
     Trap("samplers.schedule",
          "config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps,\n"
-                 "        dtype=torch.float64,\n    ).square()",
+                 "        dtype=torch.float64, device=\"cpu\",\n    ).square()",
          "config.beta_start, config.beta_end, config.num_train_timesteps,\n"
-         "        dtype=torch.float64,\n    )",
+         "        dtype=torch.float64, device=\"cpu\",\n    )",
          "the square roots of the betas are evenly spaced, not the betas as in DDPM"),
     Trap("samplers.schedule", "dtype=torch.float64", "dtype=torch.float32",
          "a cumulative product of 1000 factors loses digits in float32"),
@@ -129,13 +129,16 @@ TRAPS = [
     Trap("samplers.ddim",
          "((1.0 - abar_next) / (1.0 - abar)) ** 0.5 * (1.0 - abar / abar_next) ** 0.5",
          "(1.0 - abar / abar_next) ** 0.5", "eq. 16: the smaller of DDPM's two variances"),
+    Trap("samplers.schedule", "* r[0] / (r[0] - r[-1])", "* 1.0",
+         "zero terminal SNR shifts the last level to 0 and leaves the first where it was"),
+    Trap("samplers.schedule", "round(n - k * n / steps) - 1", "round(n - k * n / steps)",
+         "trailing spacing begins at the last timestep, 999, and counts from 0"),
     Trap("samplers.schedule", "return abar**0.5 * x0 + (1.0 - abar) ** 0.5 * noise",
          "return abar * x0 + (1.0 - abar) * noise",
          "the squares of the two coefficients add up to 1"),
     # --- the loop
-    Trap("pipeline", "for t in (*r.timesteps, 0)]", "for t in r.timesteps] + [1.0]",
-         "the last step ends at timestep 0, where a little noise is left (set_alpha_to_one: false)",
-         "text_to_image"),
+    Trap("samplers.schedule", "every[0] if config.timestep", "1.0 if config.timestep",
+         "the last step ends at timestep 0: a little noise is left (set_alpha_to_one: false)"),
     Trap("steps", "uncond, cond = ", "cond, uncond = ",
          "uncond is the first half of the batch", "text_to_image"),
     Trap("steps", "return uncond + self.guidance_scale", "return cond + self.guidance_scale",

@@ -60,8 +60,8 @@ def timesteps(
     few steps and those of zero terminal SNR need it.
     """
     if spacing == "trailing":
-        n, stride = num_train_timesteps, num_train_timesteps / num_inference_steps
-        return [round(n - k * stride) - 1 for k in range(num_inference_steps)]
+        n, steps = num_train_timesteps, num_inference_steps
+        return [round(n - k * n / steps) - 1 for k in range(steps)]
     stride = num_train_timesteps // num_inference_steps
     offset = 0 if num_inference_steps == num_train_timesteps else 1
     return [i * stride + offset for i in reversed(range(num_inference_steps))]
