@@ -90,19 +90,6 @@ def test_on_the_command_line_too(monkeypatch, tmp_path, capsys):
     assert os.listdir(tmp_path) == []
 
 
-@linux
-def test_what_is_free(monkeypatch):
-    cpu = torch.device("cpu")
-    assert 0 < memory.free(cpu) < 1024 * 2**40
-    assert memory.free(torch.device("mps")) is None
-    for text in ("", "MemTotal: 5 kB\n"):
-        monkeypatch.setattr(Path, "read_text", lambda _, text=text: text)
-        assert memory.free(cpu) is None
-    text = "MemTotal:  9 kB\nMemAvailable:    5 kB\nSwapFree:       2 kB\n"
-    monkeypatch.setattr(Path, "read_text", lambda _: text)
-    assert memory.free(cpu) == 7 * 1024
-
-
 @pytest.mark.parametrize("error", [
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),

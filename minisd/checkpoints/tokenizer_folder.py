@@ -126,6 +126,7 @@ def _read_added(folder: Path, settings: dict, vocab: Mapping[str, int]) -> list[
     added_tokens.json; what is in the vocabulary too, as the two markers are, is not added.
     """
     found: dict[int, AddedToken] = {}
+    taken = set(vocab.values())
     for path, rows in _added_rows(folder, settings):
         for index, row in rows:
             content = row.get("content")
@@ -135,8 +136,9 @@ def _read_added(folder: Path, settings: dict, vocab: Mapping[str, int]) -> list[
                 continue
             flags = {key: row[key] for key in FLAGS if isinstance(row.get(key), bool)}
             token = AddedToken(content, **{"special": False, **flags})
-            if found.setdefault(index, token).content != content or index in vocab.values():
-                raise WeightError(f"{path}: the id {index} of {content!r} is another token's")
+            if (content in vocab or index in taken
+                    or found.setdefault(index, token).content != content):
+                raise WeightError(f"{path}: {content!r} or its id, {index}, is taken already")
     if sorted(found) != list(range(len(vocab), len(vocab) + len(found))):
         raise WeightError(f"{folder}: the added tokens have the ids {sorted(found)[:5]}, which do "
                           f"not follow the last of the vocabulary, {len(vocab) - 1}")
