@@ -21,7 +21,7 @@ from minisd.app.png import read_settings
 
 ROOT = Path(__file__).parents[1]
 COUNT = 24
-LINE = ["a red heart", "--steps", "1", "--size", "32x32", "--seed", "1", "--count", str(COUNT)]
+LINE = ["a red heart", "--steps", "2", "--size", "32x32", "--seed", "1", "--count", str(COUNT)]
 
 
 def start(folder: Path, *line: str) -> subprocess.Popen:

@@ -97,9 +97,9 @@ def test_padding_may_be_an_added_token(tmp_path):
 
 BAD = {
     "a gap": ("added_tokens.json", {"<a>": SIZE + 1}, "do not follow the last of the vocabulary"),
-    "inside the vocabulary": ("added_tokens.json", {"<a>": 5}, "'<a>' or its id, 5, is taken already"),
+    "inside": ("added_tokens.json", {"<a>": 5}, "'<a>' or its id, 5, is taken already"),
     "two of one id": ("added_tokens.json", {"<a>": SIZE, "<b>": SIZE}, "is taken already"),
-    "a symbol of the vocabulary": ("added_tokens.json", {"cat</w>": SIZE}, "is taken already"),
+    "a symbol": ("added_tokens.json", {"cat</w>": SIZE}, "is taken already"),
     "no id": ("added_tokens.json", {"<a>": "5"}, "has no text or no id"),
     "a truth value": ("added_tokens.json", {"<a>": True}, "has no text or no id"),
     "no text": ("tokenizer_config.json", {"added_tokens_decoder": {str(SIZE): {}}}, "no text"),
