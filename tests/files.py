@@ -107,13 +107,18 @@ def header(shapes: Shapes, dtype: str = "F16") -> dict:
     return rows
 
 
+def framed(head: bytes, data: bytes = bytes(8)) -> bytes:
+    """The bytes of a file with that header."""
+    return struct.pack("<Q", len(head)) + head + data
+
+
 def write(path: Path, head: dict | bytes, size: int | None = None) -> Path:
     """A file with that header and zeros as data, sparse on the disk."""
     if isinstance(head, dict):
         size = max((row["data_offsets"][1] for row in head.values()), default=0)
         head = json.dumps(head).encode()
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
+        file.write(framed(head, b""))
         file.truncate(8 + len(head) + (size or 0))
     return path
 

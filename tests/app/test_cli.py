@@ -91,17 +91,17 @@ def test_prompts_that_look_like_something_else(model, line, prompt):
 # Existing files, interruptions
 
 
-def test_an_existing_file_is_rejected_before_any_work(model, capsys):
+def test_an_existing_file_is_rejected_before_any_work(model):
     Path("a.png").write_text("precious")
-    fails(capsys, ["x", "-o", "a.png"], 5, "a.png exists")
+    fails(["x", "-o", "a.png"], 5, "a.png exists")
     assert model.loaded == [] and Path("a.png").read_text() == "precious"
     assert main(["x", "-o", "a.png", "--overwrite"]) == 0
     assert read_settings("a.png")["prompt"] == "x"
 
 
-def test_the_last_of_many_names_is_checked_before_the_first_is_made(model, capsys):
+def test_the_last_of_many_names_is_checked_before_the_first_is_made(model):
     Path("a-00002.png").write_text("precious")
-    fails(capsys, ["x", "-o", "a.png", "--count", "3"], 5, "a-00002.png")
+    fails(["x", "-o", "a.png", "--count", "3"], 5, "a-00002.png")
     assert model.loaded == []
 
 
@@ -123,10 +123,9 @@ def test_the_default_said_is_the_default(model, capsys, same):
     assert "(kept" in capsys.readouterr().out and len(model.calls) == 1
 
 
-def test_a_model_of_the_same_name_elsewhere_is_another(model, capsys):
+def test_a_model_of_the_same_name_elsewhere_is_another(model):
     assert main(["x", "-o", "a.png", "--seed", "1", "-m", "a/model"]) == 0
-    capsys.readouterr()
-    fails(capsys, ["x", "-o", "a.png", "--seed", "1", "-m", "b/model"], 5, "a.png exists")
+    fails(["x", "-o", "a.png", "--seed", "1", "-m", "b/model"], 5, "a.png exists")
 
 
 @pytest.mark.parametrize("change", [
@@ -134,13 +133,12 @@ def test_a_model_of_the_same_name_elsewhere_is_another(model, capsys):
     ["--size", "96x64"], ["-m", "other"], ["--image", "start.png"], ["--vae", "other"],
     ["--prediction-type", "epsilon"], ["--tile", "8"],
 ], ids=lambda change: change[0])
-def test_an_image_of_other_settings_is_an_error(model, capsys, change):
+def test_an_image_of_other_settings_is_an_error(model, change):
     Image.new("RGB", (8, 8)).save("start.png")
     plain = ["x", "-o", "a.png", "--seed", "1"]
     for first, second in ((plain, plain + change), (plain + change, plain)):
         assert main([*first, "--overwrite"]) == 0
-        capsys.readouterr()
-        fails(capsys, second, 5, "a.png exists")
+        fails(second, 5, "a.png exists")
 
 
 def test_an_interruption_keeps_finished_images_and_the_next_run_resumes(model, capsys):
@@ -158,36 +156,6 @@ def test_an_interruption_keeps_finished_images_and_the_next_run_resumes(model, c
 # Errors
 
 
-@pytest.mark.parametrize("line, word", [
-    ([], "prompt"),
-    (["a", "red", "heart"], "red heart"),
-    (["x", "--step", "3"], "--step"),
-    (["x", "--steps", "0"], "from 1 to 1000"),
-    (["x", "--steps", "1001"], "from 1 to 1000"),
-    (["x", "--steps", "2.5"], "2.5"),
-    (["x", "--guidance", "nan"], "finite"),
-    (["x", "--guidance", "inf"], "finite"),
-    (["x", "--seed", "-1"], "from 0 to 4294967295"),
-    (["x", "--seed", "4294967296"], "from 0 to 4294967295"),
-    (["x", "--seed", "4294967295", "--count", "2"], "4294967295"),
-    (["x", "--size", "512"], "like 512x512"),
-    (["x", "--size", "512x-8"], "like 512x512"),
-    (["x", "--count", "0"], "from 1 to 100000"),
-    (["x", "--eta", "2"], "from 0 to 1"),
-    (["x", "--tile", "0"], "from 1 to 8192"),
-    (["x", "--strength", "0", "--image", "a.png"], "above 0"),
-    (["x", "--strength", "0.5"], "need --image"),
-    (["x", "--mask", "a.png"], "need --image"),
-    (["x", "-o", "a.jpg"], "only PNG"),
-    (["info"], "FILE"),
-    (["download"], "NAME"),
-    (["words", "more"], "more"),
-])
-def test_usage_errors(model, capsys, line, word):
-    fails(capsys, line, 2, word)
-    assert model.loaded == [] and os.listdir() == []
-
-
 @pytest.mark.parametrize("error, code, words", [
     (ValueError("height must be\na multiple of 8"), 2, ["height must be a multiple of 8\n"]),
     (ArithmeticError("the VAE gave NaN"), 2, ["the VAE gave NaN"]),
@@ -200,29 +168,20 @@ def test_usage_errors(model, capsys, line, word):
     (OSError(28, "No space left on device", "a.png"), 5, ["a.png: No space left on device"]),
     (KeyError("oops"), 1, ["KeyError", "oops", "--debug"]),
 ])
-def test_failures_of_the_model_have_their_codes(model, capsys, error, code, words):
+def test_failures_of_the_model_have_their_codes(model, error, code, words):
     model.failure = (1, error)
-    fails(capsys, ["x", "-o", "a.png"], code, *words)
+    fails(["x", "-o", "a.png"], code, *words)
     assert os.listdir() == []
 
 
-def test_a_real_failed_allocation_is_a_memory_error(model, capsys, monkeypatch):
+def test_a_real_failed_allocation_is_a_memory_error(model, monkeypatch):
     monkeypatch.setitem(vars(minisd), "load", lambda *_, **__: torch.empty(10**15))
-    fails(capsys, ["x"], 4, "--size")
+    fails(["x"], 4, "--size")
 
 
 def test_the_names_of_errors_that_exit_codes_depend_on():
     assert minisd.WeightError.__name__ == "WeightError"
     assert HubError.__name__ == "HubError"
-
-
-def test_bad_images_and_folders(model, capsys):
-    Path("text.png").write_text("a red heart")
-    fails(capsys, ["x", "--image", "text.png"], 2, "text.png")
-    fails(capsys, ["x", "--image", "https://example.com/a.png"], 2, "download")
-    fails(capsys, ["x", "--image", "none.png"], 3, "none.png")
-    fails(capsys, ["x", "-o", "none/a.png"], 5, "none is not a folder")
-    assert model.loaded == []
 
 
 def test_a_traceback_only_with_debug(model, capsys):

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from command_line import fails
 from PIL import Image
+from small_models import SMALL, small_model
 
 import minisd
 from minisd.app.cli import main
-from minisd.app.png import save
+from minisd.app.png import read_settings, save
 from minisd.config import SD2_V
 
 
@@ -23,12 +23,6 @@ def test_info_of_an_image_is_its_settings(tmp_path, capsys):
     save(Image.new("RGB", (8, 8)), tmp_path / "a.png", settings)
     assert main(["info", str(tmp_path / "a.png")]) == 0
     assert json.loads(capsys.readouterr().out) == settings
-
-
-def test_info_of_other_images(tmp_path, capsys):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    fails(capsys, ["info", str(tmp_path / "a.png")], 2, "a.png")
-    fails(capsys, ["info", str(tmp_path / "none.png")], 3, "none.png")
 
 
 def test_info_of_a_checkpoint_is_four_lines(capsys, monkeypatch):
@@ -55,6 +49,17 @@ def test_download_prints_the_folder(capsys, monkeypatch):
     monkeypatch.setattr("minisd.checkpoints.hub.download", fetch)
     assert main(["download", "sd15"]) == 0
     assert capsys.readouterr() == ("/models/sd15\n", "fetching sd15\n")
+
+
+def test_a_prompt_of_5000_words_is_cut_and_a_warning_quotes_the_rest(tmp_path, capsys):
+    small_model(SMALL).save(tmp_path / "model")
+    prompt = " ".join(["cat"] * 75 + ["dog"] * 4925)
+    assert main([prompt, "--size", "8x8", "--steps", "1", "--quiet", "-m", f"{tmp_path}/model",
+                 "-o", f"{tmp_path}/a.png"]) == 0
+    text = capsys.readouterr().err
+    assert text.startswith("minisd: warning: the prompt is 5000 tokens long and the model reads 75")
+    assert text.count("\n") == 1 and text.count("dog") == 4925 and "cat" not in text
+    assert read_settings(tmp_path / "a.png")["prompt"] == prompt
 
 
 def run(*line):

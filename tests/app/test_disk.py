@@ -73,16 +73,16 @@ def test_a_disk_that_fills_up_keeps_finished_images(model, disk, capsys, monkeyp
         assert read_settings(disk / name)["prompt"] == "x"
 
 
-def test_a_full_disk_is_rejected_before_the_model_is_loaded(model, disk, capsys):
+def test_a_full_disk_is_rejected_before_the_model_is_loaded(model, disk):
     mount(disk, "size=64k")
     with open(disk / "full", "wb", buffering=0) as file, pytest.raises(OSError):
         while file.write(bytes(4096)):
             pass
-    fails(capsys, ["x", "-o", f"{disk}/a.png"], 5, "a.png: No space left on device")
+    fails(["x", "-o", f"{disk}/a.png"], 5, "a.png: No space left on device")
     assert model.loaded == [] and os.listdir(disk) == ["full"]
 
 
-def test_a_read_only_disk_is_rejected_before_the_model_is_loaded(model, disk, capsys):
+def test_a_read_only_disk_is_rejected_before_the_model_is_loaded(model, disk):
     mount(disk, "ro")
-    fails(capsys, ["x", "-o", f"{disk}/a.png"], 5, "is not writable")
+    fails(["x", "-o", f"{disk}/a.png"], 5, "is not writable")
     assert model.loaded == [] and os.listdir(disk) == []

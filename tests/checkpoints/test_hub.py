@@ -9,9 +9,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from files import save_folder
+from reference_models import SMALL
 from small_hub import COMMIT, READ_BY_MINISD, REPOSITORY, UNET, VAE, Hub
 
 import minisd.checkpoints.hub
+from minisd.checkpoints.checkpoint import locate
 from minisd.checkpoints.hub import KNOWN, cached, download, wanted
 from minisd.errors import HubError
 
@@ -151,6 +154,17 @@ def test_importing_is_cheap():
 @pytest.mark.parametrize("name", ["v1-5.safetensors", "/models/x", "a--b/c", "../x", "", "a/b/c"])
 def test_cached_takes_any_string(name):
     assert cached(name) is None
+
+
+def test_a_name_in_the_cache_is_found_without_the_network(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / COMMIT
+    save_folder(SMALL, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert locate("owner/name") == snapshot
+    with pytest.raises(FileNotFoundError, match="run `minisd download owner/other` first"):
+        locate("owner/other")
 
 
 def test_names():

@@ -7,7 +7,6 @@ from types import FunctionType, ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from minisd_kernels.fused.decoder import FusedDecoder
 from minisd_kernels.fused.steps import Steps, weights
 from minisd_kernels.fused.unet import FusedUNet
@@ -144,46 +143,6 @@ def test_no_weight_is_kept_twice(unet):
                 for x in reachable((unet, FusedUNet(unet, TORCH)))}
     allowed = sum(p.numel() for p in unet.parameters()) + 16 / 9 * doubling
     assert allowed * 0.99 <= sum(storages.values()) <= allowed * 1.02
-
-
-@pytest.mark.parametrize("silu", [False, True])
-@pytest.mark.parametrize("shift", [None, (8,), (2, 8)], ids=str)
-@pytest.mark.parametrize("residual", [False, True])
-def test_plain_group_norm(silu, shift, residual):
-    x = -2.3 + randn(2, 8, 5, 3)
-    weight, bias = randn(8, seed=1), randn(8, seed=2)
-    shift = None if shift is None else randn(*shift, seed=3)
-    residual = 3 * randn(2, 8, 5, 3, seed=4) if residual else None
-    s = x if shift is None else x + shift.reshape(-1, 8, 1, 1)
-    s = s if residual is None else s + residual
-    exact = REFERENCE.group_norm_silu(s, weight, bias, 2, 1e-5, silu)
-    into = torch.full((2, 20, 5, 3), 7.0, dtype=x.dtype)
-    for form in (torch.contiguous_format, torch.channels_last):
-        given = x.contiguous(memory_format=form)
-        args = (given, weight, bias, 2, 1e-5, silu, shift, residual)
-        assert error(TORCH.group_norm_silu(*args), exact) <= BOUND
-        y, total = TORCH.group_norm_silu(*args, return_sum=into[:, 6:14])
-        assert error(y, exact) <= BOUND and error(into[:, 6:14], s) == 0 == error(total, s)
-        assert (into[:, :6] == 7).all() and (into[:, 14:] == 7).all()
-        assert torch.equal(given, x)
-
-
-def test_plain_group_norm_keeps_its_digits_far_from_zero():
-    """Where torch's own, in channels_last on a CPU, cancels completely."""
-    x = (1000 + randn(2, 8, 16, 16)).float().contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.ones(8), torch.zeros(8)
-    exact = REFERENCE.group_norm_silu(x.double(), weight, bias, 2, 1e-5, True)
-    assert error(TORCH.group_norm_silu(x, weight, bias, 2, 1e-5, True), exact) <= 1e-3
-
-
-def test_plain_functions_of_a_transformer():
-    x, residual, weight, bias = randn(2, 5, 8), randn(2, 5, 8, seed=1), randn(8), randn(8, seed=2)
-    y, s = TORCH.layer_norm(x, weight, bias, 1e-5, residual)
-    assert torch.equal(s, x + residual)
-    assert error(y, F.layer_norm(s, (8,), weight, bias)) <= BOUND
-    value, gate = x.chunk(2, dim=-1)
-    assert error(TORCH.geglu(x), value * F.gelu(gate)) <= BOUND
-    assert error(TORCH.attention(x, x, x, 2), REFERENCE.attention(x, x, x, 2)) <= BOUND
 
 
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, unet=replace(DENOISER, in_channels=9))],

@@ -11,6 +11,7 @@ from minisd.models.ops import REFERENCE, TORCH
 
 # Rounding errors of sums of a few hundred numbers of size one.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
+LOOSE = BOUNDS | {torch.float32: 2e-4}  # after an erf or a division
 PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=["reference", "torch"])
 DTYPE = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 
@@ -101,12 +102,15 @@ def test_group_norm_in_channels_last(ops):
 
 
 @PAIR
-def test_group_norm_keeps_its_digits_far_from_zero(ops):
-    """E[x^2] - E[x]^2 in float32 is wrong in the first digit here."""
-    x = 1000 + 0.5 * randn(2, 8, 16, 16, dtype=torch.float32)
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_group_norm_keeps_its_digits_far_from_zero(ops, form, silu):
+    """E[x^2] - E[x]^2 in float32 is wrong in the first digit here; so is torch's own on a CPU in
+    channels_last."""
+    x = (1000 + 0.5 * randn(2, 8, 16, 16, dtype=torch.float32)).contiguous(memory_format=form)
     weight, bias = randn(8, seed=1, dtype=torch.float32), randn(8, seed=2, dtype=torch.float32)
-    out = ops.group_norm_silu(x, weight, bias, 2, 1e-5, False)
-    assert error(out, numpy_group_norm_silu(x, weight, bias, 2, 1e-5, False)) <= 1e-3
+    out = ops.group_norm_silu(x, weight, bias, 2, 1e-5, silu)
+    assert error(out, numpy_group_norm_silu(x, weight, bias, 2, 1e-5, silu)) <= 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -130,28 +134,29 @@ def test_half_precision_group_norm(dtype):
 
 
 @PAIR
-@pytest.mark.parametrize("shift, residual", [(0, 0), (1, 0), (0, 1), (1, 1)])
-def test_group_norm_of_a_sum(ops, shift, residual):
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shift", [None, (8,), (2, 8)], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+def test_group_norm_of_a_sum(ops, silu, shift, residual):
     """In both layouts; the sum is returned, or written where it is wanted; nothing else changes."""
     x, weight, bias = -2.3 + randn(2, 8, 5, 3), randn(8, seed=1), randn(8, seed=2)
-    shift = randn(2, 8, seed=3) if shift else None
-    residual = randn(2, 8, 5, 3, seed=4) if residual else None
-    s = x.clone()
-    s = s if shift is None else s + shift[:, :, None, None]
+    shift = None if shift is None else randn(*shift, seed=3)
+    residual = 3 * randn(2, 8, 5, 3, seed=4) if residual else None
+    s = x if shift is None else x + shift.reshape(-1, 8, 1, 1)
     s = s if residual is None else s + residual
-    exact = numpy_group_norm_silu(s, weight, bias, 2, 1e-5, True)
+    exact = numpy_group_norm_silu(s, weight, bias, 2, 1e-5, silu)
+    same = 0 if ops is TORCH else 1e-15  # the reference adds in another order
     for form in (torch.contiguous_format, torch.channels_last):
         given = x.contiguous(memory_format=form)
-        before = given.clone()
-        args = (given, weight, bias, 2, 1e-5, True, shift, residual)
+        args = (given, weight, bias, 2, 1e-5, silu, shift, residual)
         assert error(ops.group_norm_silu(*args), exact) <= BOUNDS[torch.float64]
-        y, total = ops.group_norm_silu(*args, True)
-        assert error(y, exact) <= BOUNDS[torch.float64] and error(total, s) <= 1e-15
         into = torch.full((2, 20, 5, 3), 7.0, dtype=x.dtype)
-        ops.group_norm_silu(*args, return_sum=into[:, 6:14])
-        assert error(into[:, 6:14], s) <= 1e-15
+        for where in (True, into[:, 6:14]):
+            y, total = ops.group_norm_silu(*args, return_sum=where)
+            assert error(y, exact) <= BOUNDS[torch.float64] and error(total, s) <= same
+        assert error(into[:, 6:14], s) <= same
         assert (into[:, :6] == 7).all() and (into[:, 14:] == 7).all()
-        assert torch.equal(given, before)
+        assert torch.equal(given, x)
 
 
 @PAIR
@@ -166,7 +171,7 @@ def test_layer_norm(ops, dtype, shift, residual):
     rows = sum(part.double().numpy() for part in (x, shift, residual) if part is not None)
     mean, variance = rows.mean(-1, keepdims=True), rows.var(-1, keepdims=True)
     exact = (rows - mean) / np.sqrt(variance + 1e-5) * weight.numpy() + bias.numpy()
-    assert error(y, torch.from_numpy(exact)) <= 20 * BOUNDS[dtype]
+    assert error(y, torch.from_numpy(exact)) <= LOOSE[dtype]
     assert error(s, torch.from_numpy(rows)) <= BOUNDS[dtype]
     assert torch.equal(x, before) and y.dtype == s.dtype == dtype
 
@@ -177,7 +182,7 @@ def test_geglu(ops, dtype):
     h = 3 * randn(2, 5, 14, dtype=dtype)
     value, gate = np.split(h.double().numpy(), 2, axis=-1)
     gelu = np.vectorize(lambda g: g * (1 + erf(g / 2**0.5)) / 2)
-    assert error(ops.geglu(h), torch.from_numpy(value * gelu(gate))) <= 20 * BOUNDS[dtype]
+    assert error(ops.geglu(h), torch.from_numpy(value * gelu(gate))) <= LOOSE[dtype]
 
 
 @PAIR

@@ -1,30 +1,32 @@
-"""A bad file raises one WeightError with its name and the reason, before any weight is read."""
+"""Files that are no safetensors file, or damaged ones: their bytes, and words of the error."""
 
+import io
 import json
 import pickle
-import random
 import struct
 import zipfile
+from pathlib import Path
 
-import pytest
 import torch
-from files import write
-from safetensors import SafetensorError, safe_open
+from files import framed, write
+from row import Make, wrong_model
 
-from minisd.checkpoints.checkpoint import open_checkpoint
-from minisd.checkpoints.safetensors_file import MAX_HEADER, read_header, read_tensor
+from minisd.checkpoints.safetensors_file import MAX_HEADER
 from minisd.errors import WeightError
 
 ROW = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 NEXT = {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}
 
 
-def framed(head: bytes, data: bytes = bytes(8)) -> bytes:
-    return struct.pack("<Q", len(head)) + head + data
-
-
 def rows(**tensors) -> bytes:
     return framed(json.dumps(tensors).encode(), bytes(12))
+
+
+def zipped() -> bytes:
+    """A pickle as torch.save writes it."""
+    torch.save({"a": torch.zeros(2)}, buffer := io.BytesIO())
+    assert zipfile.is_zipfile(buffer)
+    return buffer.getvalue()
 
 
 GOOD = rows(a=ROW, b=NEXT)
@@ -32,7 +34,6 @@ PICKLED = pickle.dumps({"state_dict": 1})
 HTML = b"\n<!DOCTYPE html><html><body>Sign in to download</body></html>"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
 
-# First bytes and headers: file content, words of the error.
 BAD = {
     "empty": (b"", "0 bytes.*interrupted download"),
     "7 bytes": (bytes(7), "7 bytes.*interrupted download"),
@@ -43,6 +44,7 @@ BAD = {
     "web page": (HTML, "a web page"),
     "pickle": (PICKLED, "a PyTorch pickle: .*save_file"),
     "old pickle": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(99), "a PyTorch pickle: "),
+    "zip of torch.save": (zipped(), "pickle in a zip: .*save_file"),
     "zip": (b"PK\x03\x04" + bytes(99), "pickle in a zip: .*save_file"),
     "GGUF": (b"GGUF" + bytes(99), "GGUF"),
     "length 2^63": (struct.pack("<Q", 2**63) + GOOD[8:], "header of 9223372036854775808 bytes"),
@@ -90,73 +92,29 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_damaged_and_foreign_files(case, tmp_path):
-    content, message = BAD[case]
-    path = tmp_path / "model.safetensors"
+def file(content: bytes | dict) -> Make:
+    """A file with that content, or with zeros under that header."""
+    def make(here: Path, good: Path) -> Path:
+        path = here / "a.safetensors"
+        return write(path, content) if isinstance(content, dict) else written(path, content)
+
+    return make
+
+
+def written(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
-    with pytest.raises(WeightError, match=message) as caught:
-        open_checkpoint(path)
-    assert str(path) in str(caught.value)
+    return path
 
 
-def test_zipped_pickle_of_torch_is_never_opened(tmp_path):
-    path = tmp_path / "model.safetensors"
-    torch.save({"a": torch.zeros(2)}, path)
-    assert zipfile.is_zipfile(path)
-    with pytest.raises(WeightError, match="pickle in a zip"):
-        open_checkpoint(path)
+def huge(here: Path, good: Path) -> Path:
+    """A sparse file, whose header would be half a terabyte long: reading it would not end."""
+    path = write(here / "big.safetensors", b"{", 2**40)
+    with open(path, "r+b") as opened:
+        opened.write(struct.pack("<Q", 2**39))
+    return path
 
 
-def test_absurd_header_length_of_a_huge_file_is_not_read(tmp_path):
-    path = write(tmp_path / "big.safetensors", b"{", 2**40)  # sparse; reading it would not end
-    with open(path, "r+b") as file:
-        file.write(struct.pack("<Q", 2**39))
-    with pytest.raises(WeightError, match="header of 549755813888 bytes"):
-        read_header(path)
-
-
-def test_everything_that_the_format_allows_is_read(tmp_path):
-    head = json.dumps({"__metadata__": {"format": "pt"}, "b": NEXT, "a": ROW, "c": {
-        "dtype": "I64", "shape": [0, 5], "data_offsets": [12, 12]}}).encode() + b"   "
-    path = tmp_path / "a"
-    path.write_bytes(framed(head, struct.pack("<3f", 1, 2, 3)))
-    tensors = read_header(path)
-    assert {name: t.shape for name, t in tensors.items()} == {"b": (1,), "a": (2,), "c": (0, 5)}
-    assert read_tensor(tensors["a"], torch.float32).tolist() == [1, 2]
-    assert read_tensor(tensors["b"], torch.float64).tolist() == [3]
-
-
-def test_mutated_headers_are_rejected_or_read_as_by_safetensors(tmp_path):
-    assert mutate(tmp_path / "a", 1000) == {"rejected", "same"}
-
-
-def mutate(path, times: int, seed: int = 0) -> set[str]:
-    """Damage a good header at random places, many times; return the outcomes."""
-    draw, outcomes = random.Random(seed), set()
-    for _ in range(times):
-        data = bytearray(GOOD)
-        for _ in range(draw.randint(1, 3)):
-            place = draw.randrange(len(data) - 12)
-            piece = draw.choice([b'"', b"{", b"}", b"[", b"]", b",", b"0", b"9", b"-", b"a", b" ",
-                                 b"\\", b"\0", b"\xff", bytes([draw.randrange(256)])])
-            data[place : place + draw.randint(0, 2)] = piece
-        path.write_bytes(data)
-        outcomes.add(outcome(path))
-    return outcomes
-
-
-def outcome(path) -> str:
-    try:
-        ours = {name: (t.dtype, list(t.shape)) for name, t in read_header(path).items()}
-        values = {n: read_tensor(t, torch.float32) for n, t in read_header(path).items()}
-    except WeightError:
-        return "rejected"
-    try:
-        with safe_open(path, "pt") as file:
-            theirs = {n: (file.get_slice(n).get_dtype(), file.get_slice(n).get_shape())
-                      for n in file.keys()}
-            same = all(torch.equal(file.get_tensor(n).float(), values[n]) for n in theirs)
-    except SafetensorError as error:
-        return f"only ours reads it: {error}"
-    return "same" if ours == theirs and same else "different"
+ROWS = [wrong_model(case, file(content), words, WeightError)
+        for case, (content, words) in BAD.items()]
+ROWS += [wrong_model("huge header of a huge file", huge, "header of 549755813888 bytes",
+                     WeightError)]

@@ -1,8 +1,7 @@
-"""Bad arguments raise one clear sentence before any work; the model works afterwards."""
+"""What a call does with its arguments; bad ones are in refusals."""
 
 import copy
 import inspect
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -18,89 +17,6 @@ NAN, INF = float("nan"), float("inf")
 IMAGE = Image.new("RGB", (64, 64))
 SHAPE = (1, 4, 16, 16)
 
-# Arguments; the exact type of the error; words of its message, which name the argument.
-REJECTED = [
-    ({"prompt": None}, ValueError, "prompt"),
-    ({"prompt": 123}, TypeError, "prompt must be a string, not int"),
-    ({"prompt": b"a"}, TypeError, "prompt must be a string, not bytes"),
-    ({"prompt": []}, ValueError, "prompt is an empty list"),
-    ({"prompt": ["a", None]}, TypeError, r"prompt\[1\] must be a string, not NoneType"),
-    ({"prompt": "ab\ud800"}, ValueError, "prompt has a lone surrogate.* at position 2"),
-    ({"prompt": ["a", "\udfff"]}, ValueError, r"prompt\[1\] has a lone .* at position 0"),
-    ({"negative_prompt": "ab\ud800"}, ValueError, "negative_prompt has .* position 2"),
-    ({"negative_prompt": 3}, TypeError, "negative_prompt"),
-    ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, ValueError, "2 prompts but 1 negative"),
-    *(({"num_inference_steps": v}, ValueError,
-       "num_inference_steps must be an integer from 1 to 1000")
-      for v in (0, -1, 2.5, "3", True, 1001)),
-    *(({"guidance_scale": v}, ValueError, "guidance_scale must be a finite number")
-      for v in (NAN, INF, -INF, "7", True, 10**400)),
-    ({"height": 0}, ValueError, "nearest valid: 4"),
-    ({"height": 7}, ValueError, "nearest valid: 4 or 8"),
-    ({"width": -64}, ValueError, "nearest valid: 4"),
-    ({"width": 64.0}, ValueError, "nearest valid: 64"),
-    ({"width": 10**6}, ValueError, r"nearest valid: 8192\)"),
-    ({"width": 10**400}, ValueError, r"nearest valid: 8192\)"),
-    ({"width": NAN}, ValueError, r"nearest valid: 4\)"),
-    ({"width": "64"}, ValueError, "width must be a multiple of 4"),
-    ({"height": True}, ValueError, "height must be a multiple of 4"),
-    *(({"seed": v}, ValueError, "seed must be an integer from 0 to 4294967295")
-      for v in (-1, 2**32, 1.5, "7", True)),
-    ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, ValueError, "past 4294967295"),
-    ({"seed": [1, 2]}, ValueError, "1 images but 2 seeds"),
-    ({"seed": 1, "generator": torch.Generator()}, ValueError, "either seed or generator"),
-    ({"generator": [torch.Generator()] * 2, "seed": None}, ValueError,
-     "1 images but 2 generators"),
-    ({"generator": 7, "seed": None}, TypeError, "generator must be a torch.Generator"),
-    *(({"eta": v}, ValueError, "eta must be a finite number from 0 to 1") for v in (NAN, -1, 2)),
-    *(({"strength": v, "image": IMAGE}, ValueError, "strength must be a finite number")
-      for v in (NAN, 1.5, -0.5)),
-    ({"strength": 0, "image": IMAGE}, ValueError, "strength 0 of 2 steps leaves none"),
-    ({"strength": 0.4, "image": IMAGE}, ValueError, "must be at least 1"),
-    ({"strength": 0.5}, ValueError, "strength needs the image"),
-    ({"mask_image": IMAGE}, ValueError, "mask_image needs the image"),
-    ({"image": IMAGE, "latents": torch.zeros(SHAPE)}, ValueError, "either image or latents"),
-    ({"image": IMAGE, "mask_image": IMAGE, "strength": 0.5, "latents": torch.zeros(SHAPE)},
-     ValueError, "either image or latents"),
-    ({"callback_on_step_end": 5}, TypeError, "callback_on_step_end must be a function, not int"),
-    ({"latents": torch.zeros(1, 4, 8, 8)}, ValueError, r"latents must be \(1, 4, 16, 16\)"),
-    ({"latents": torch.zeros(SHAPE, dtype=torch.long)}, ValueError, "floating-point"),
-    ({"latents": torch.full(SHAPE, NAN)}, ValueError, "not finite"),
-    ({"latents": np.zeros(SHAPE)}, TypeError, "latents must be a tensor"),
-    ({"prompt_embeds": torch.zeros(1, 77, 20)}, ValueError, "either prompt or prompt_embeds"),
-    *(({"prompt": None, "prompt_embeds": torch.zeros(shape)}, ValueError, "prompt_embeds must be")
-      for shape in ((1, 77, 9), (77, 20), (0, 77, 20))),
-    ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt"),
-    ({"output_type": "gif"}, ValueError, "output_type must be one of pil, pt, np, latent"),
-    ({"image": 3}, TypeError, "an image is a path or a PIL image, not int"),
-    ({"stepps": 3}, TypeError, "stepps"),
-]
-
-
-def name(value):
-    """An id without memory addresses: pytest-xdist needs the same id in every process."""
-    return re.sub(r" at 0x\w+", "", str(value))[:60]
-
-
-@pytest.mark.parametrize("call, kind, words", REJECTED, ids=name)
-def test_bad_arguments_are_rejected_before_any_work(call, kind, words, monkeypatch):
-    sd = small_model(SMALL)
-
-    def work(*args):
-        raise AssertionError("work was done before the arguments were checked")
-
-    with monkeypatch.context() as patched:
-        for part in (sd.text_encoder, sd.unet, sd.vae):
-            patched.setattr(part, "forward", work)
-        with pytest.raises(kind, match=words) as caught:
-            sd(**{"prompt": "a", "num_inference_steps": 2, "seed": 0} | call)
-    assert type(caught.value) is kind and "\n" not in str(caught.value)
-
-
-ODD = [np.zeros((3, 3)), np.array("pil"), torch.full((2, 2), NAN), {"a": 1}, set(), (), [[]], b"x",
-       1j, 10**400, "x" * 1000, range(3), int, object()]
-NEVER_ODD = {"self", "prompt", "negative_prompt", "image", "callback_on_step_end", "progress"}
-
 
 def test_the_signature_of_a_call_is_that_of_a_request():
     """Names, order, defaults and types: help() and editors show what is checked."""
@@ -115,26 +31,6 @@ def test_an_unknown_argument_is_a_type_error():
     for call in (lambda **more: small_model(SMALL)("a", **more), request.Request):
         with pytest.raises(TypeError, match="unexpected keyword argument 'sampler'"):
             call(sampler="ddim")
-
-
-@pytest.mark.parametrize(
-    "name", sorted(inspect.signature(StableDiffusion.__call__).parameters.keys() - NEVER_ODD)
-)
-def test_odd_objects_are_rejected_in_one_line(name):
-    for value in ODD:
-        call = {"prompt": "a", "num_inference_steps": 2, name: value}
-        with pytest.raises((TypeError, ValueError)) as caught:
-            small_model(SMALL)(**call)
-        message = str(caught.value)
-        assert name in message or name in ("mask_image", "seed", "generator")
-        assert "\n" not in message and len(message) < 200
-
-
-def test_the_model_works_after_errors():
-    sd = small_model(SMALL)
-    with pytest.raises(ValueError):
-        sd("a", num_inference_steps=0)
-    assert sd("a", num_inference_steps=1, seed=0).images[0].size == (64, 64)
 
 
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1.0, 1e3])
@@ -198,18 +94,6 @@ def test_auto_takes_the_best_available_device(cudas, mps, chosen, monkeypatch):
     assert checks.device("auto") == torch.device(chosen)
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:7", 3.5, None])
-def test_a_device_that_does_not_exist(name):
-    with pytest.raises(ValueError, match="device must be auto or one of .*cpu"):
-        checks.device(name)
-
-
-@pytest.mark.parametrize("name", ["int8", "float", torch.int32, None, 16])
-def test_a_dtype_that_weights_cannot_have(name):
-    with pytest.raises(ValueError, match="dtype must be auto or one of float16"):
-        checks.dtype(name, torch.device("cpu"))
-
-
 def test_callbacks_see_and_change_the_latents():
     sd, seen = small_model(SMALL), []
 
@@ -236,17 +120,6 @@ def test_an_error_of_a_callback_is_raised_and_the_model_unchanged(error):
         sd("a", callback_on_step_end=callback, **call)
     assert caught.value is error
     assert torch.equal(sd("a", **call).images, before)
-
-
-@pytest.mark.parametrize("changes, kind, words", [
-    (5, TypeError, "a callback must return a dict or None, not int"),
-    ({"latents": None}, TypeError, "latents must be a tensor"),
-    ({"latents": torch.zeros(1, 4, 2, 2)}, ValueError, "latents must be"),
-])
-def test_wrong_results_of_a_callback(changes, kind, words):
-    with pytest.raises(kind, match=words):
-        small_model(SMALL)("a", num_inference_steps=2, seed=0, output_type="latent",
-                           callback_on_step_end=lambda *_: changes)
 
 
 def test_a_tokenizer_too_large_for_the_text_encoder():
