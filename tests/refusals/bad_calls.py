@@ -155,17 +155,18 @@ def name(value: object) -> str:
     return re.sub(r" at 0x\w+", "", str(value))[:60]
 
 
-def row(arguments: dict, kind: type, words: str, line: Line | None = None, where: str = "call",
-        late: bool = False) -> Row:
+def row(arguments: dict, kind: type, words: str, line: Line | None = None,
+        where: str = "call") -> Row:
     argv, said, code = line or (None, "", 0)
     return Row(what=name(arguments), kind=kind, words=words, line=argv, said=said, code=code,
-               late=late, **{where: arguments})
+               **{where: arguments})
 
 
 ROWS = [
     *(row(*call) for call in CALLS),
-    *(row({"callback_on_step_end": lambda *_, changes=changes: changes}, *rest, late=True)
-      for changes, *rest in CALLBACKS),
+    *(Row(what=f"a callback returns {changes}"[:60], kind=kind, words=words, late=True,
+          call={"callback_on_step_end": lambda *_, changes=changes: changes})
+      for changes, kind, words in CALLBACKS),
     *(row(*load, where="load") for load in LOADS),
     *(Row(what=" ".join(argv), line=argv, said=said, code=code) for argv, said, code in USAGE),
 ]

@@ -85,6 +85,7 @@ def field(name: str, **fields) -> Make:
 MANY = 10**18
 FIELDS = [  # file, its changed fields, words of the error
     ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "_class_name is 'Stable"),
+    ("model_index.json", {"_class_name": "FluxPipeline"}, "_class_name is 'FluxPipe"),
     ("model_index.json", {"_class_name": ["x"]}, "_class_name"),
     ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "vae is .*AutoencoderTiny"),
     ("model_index.json", {"text_encoder": ["transformers", "T5EncoderModel"]}, "T5EncoderModel"),

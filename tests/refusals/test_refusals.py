@@ -95,7 +95,7 @@ def named(path):
 
 def on_the_command_line(row, path):
     argv = row.line
-    if argv[:1] != ["--"] and not COMMANDS.keys() & set(argv[:1]):
+    if not COMMANDS.keys() & set(argv[:1]):
         argv = [*argv, "-m", str(path), *([] if "-o" in argv else ["-o", "a.png"])]
     code, out, err = run(argv)
     assert (code, out) == (row.code, "")
