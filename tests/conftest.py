@@ -1,6 +1,6 @@
 """The state in which every test starts: one thread, no network, no gradients.
 
-pyproject.toml runs as many processes as there are cores, and `pytest -n0` none but its own.
+pytest runs in as many processes as there are cores, or with `-n0` in its own alone.
 """
 
 import os

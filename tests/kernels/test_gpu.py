@@ -1,6 +1,6 @@
 """Tests that need a GPU: compiled kernels, at full size too.
 
-    python -m pytest tests/kernels/test_gpu.py    # -n 6 with pytest-xdist: most is compiling
+    python -m pytest -n 6 tests/kernels/test_gpu.py    # most of the time is compiling
 
 Skipped without a GPU. The tests of interpreted_*.py run here again, with all tensors on the GPU.
 """

@@ -3,7 +3,7 @@
 A row is run through `minisd.load` or a call, and through the command line, if it has an option for
 it. Each way there is one error: of the exact type, one line, before a weight is read or computed
 with. Nothing is written, and a model that was loaded before still works. row.py says what a row is;
-the rows are in bad_files.py, bad_folders.py, bad_tensors.py and bad_calls.py.
+the rows are in bad_calls.py, bad_files.py, bad_folders.py and bad_tensors.py.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from minisd.app.cli import COMMANDS
 from minisd.app.png import read_settings
 from minisd.checkpoints import checkpoint
 
-ROWS = [*bad_files.ROWS, *bad_folders.ROWS, *bad_tensors.ROWS, *bad_calls.ROWS]
+ROWS = [*bad_calls.ROWS, *bad_files.ROWS, *bad_folders.ROWS, *bad_tensors.ROWS]
 PARTS = ("text_encoder", "unet", "vae")
 
 
