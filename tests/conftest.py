@@ -1,7 +1,12 @@
-"""The state in which every test starts: one thread, no network, no gradients."""
+"""The state in which every test starts: one thread, no network, no gradients.
+
+pytest runs in as many processes as there are cores, or with `-n0` in its own alone.
+"""
 
 import os
 
+# The tensors are tiny: more threads only wait for each other, here and in the processes of tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -9,7 +14,6 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import pytest
 import torch
 
-# The tensors are tiny: more threads only wait for each other.
 torch.set_num_threads(1)
 
 

@@ -4,6 +4,7 @@ manifests/ lists every tensor that the single-file checkpoints hold, as the refe
 CompVis/stable-diffusion, Stability-AI/stablediffusion and OpenCLIP declare them: name, shape.
 """
 
+import gzip
 import json
 import math
 import struct
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from minisd.checkpoints import names
 from minisd.config import Config
+from minisd.text import tokenizer
 
 MANIFESTS = Path(__file__).parent / "manifests"
 ITEM_SIZE = {"I8": 1, "F16": 2, "F32": 4, "F64": 8}
@@ -105,16 +107,47 @@ def header(shapes: Shapes, dtype: str = "F16") -> dict:
     return rows
 
 
+def framed(head: bytes, data: bytes = bytes(8)) -> bytes:
+    """The bytes of a file with that header."""
+    return struct.pack("<Q", len(head)) + head + data
+
+
 def write(path: Path, head: dict | bytes, size: int | None = None) -> Path:
     """A file with that header and zeros as data, sparse on the disk."""
     if isinstance(head, dict):
         size = max((row["data_offsets"][1] for row in head.values()), default=0)
         head = json.dumps(head).encode()
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
+        file.write(framed(head, b""))
         file.truncate(8 + len(head) + (size or 0))
     return path
 
 
 def with_unet(config: Config, **changes) -> Config:
     return replace(config, unet=replace(config.unet, **changes))
+
+
+def clip_merges() -> list[str]:
+    packed = Path(tokenizer.__file__).with_name("merges.txt.gz").read_bytes()
+    return gzip.decompress(packed).decode().split("\n")[1:-1]
+
+
+def clip_vocab(merges: list[str]) -> dict[str, int]:
+    """CLIP's ids, from its description: printable bytes as themselves, the others as characters
+    from U+0100 on; each again as the end of a word; the merges; the special tokens."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = len(set(range(256)) - set(printable))
+    symbols = [chr(point) for point in printable + list(range(0x100, 0x100 + moved))]
+    symbols += [symbol + "</w>" for symbol in symbols]
+    symbols += [merge.replace(" ", "") for merge in merges] + [tokenizer.BOS, tokenizer.EOS]
+    return {symbol: index for index, symbol in enumerate(symbols)}
+
+
+def save_tokenizer(folder: Path, vocab: dict, merges: list[str], **settings) -> Path:
+    """A tokenizer/ folder as the official checkpoints have it."""
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

@@ -66,6 +66,15 @@ def official_tokenizer(pad_token_id: int) -> CLIPTokenizer:
     )
 
 
+def official_ids(theirs: CLIPTokenizer, prompts, pad_token_id: int | None = None) -> Tensor:
+    out = theirs(
+        prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    )
+    if pad_token_id is None:
+        return out.input_ids
+    return torch.where(out.attention_mask.bool(), out.input_ids, pad_token_id)
+
+
 @cache
 def official_pipeline(kind: type[DiffusionPipeline], sd: StableDiffusion) -> DiffusionPipeline:
     """diffusers' pipeline of that kind with the weights of our model."""

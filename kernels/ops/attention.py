@@ -5,7 +5,7 @@ Takes    q (B, Lq, H*d), k and v (B, Lk, H*d), as a projection left them: any st
          transposed, copied or padded in memory.
 Refuses  everything else, and gradients, with a ValueError that says why: `refusal`.
 Tested   on an NVIDIA H200 at the sizes of SD1 and SD2 (proven.json), and against float64 in
-         Triton's interpreter (tests/interpreted_attention.py).
+         Triton's interpreter (tests/kernels/interpreted_attention.py).
 
 One program computes BLOCK_M queries of one head:
 

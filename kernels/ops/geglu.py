@@ -3,7 +3,7 @@
 Takes    h (..., 2C) in fp16, bf16 or fp32, contiguous; returns (..., C).
 Refuses  everything else, and gradients, with a ValueError that says why: `refusal`.
 Tested   on an NVIDIA H200 at the sizes of SD1 and SD2 (proven.json), and against float64 in
-         Triton's interpreter (tests/interpreted_fused.py).
+         Triton's interpreter (tests/kernels/interpreted_fused.py).
 
 The GELU is the exact one, with the error function: the tanh approximation is another function.
 

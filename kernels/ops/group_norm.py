@@ -8,7 +8,7 @@ Takes    x (B, C, ...) in fp16, bf16 or fp32, NCHW or channels_last (neither is 
          other), or a run of channels of a larger tensor; any number of pixels.
 Refuses  everything else, and gradients, with a ValueError that says why: `refusal`.
 Tested   on an NVIDIA H200 at the sizes of SD1 and SD2 (proven.json), and against float64 in
-         Triton's interpreter (tests/interpreted_group_norm.py).
+         Triton's interpreter (tests/kernels/interpreted_group_norm.py).
 
 The same code reads both layouts, through strides: a tile is (BLOCK_L, BLOCK_C), and neighbouring
 threads read along the side with stride 1, 16 bytes per thread where that is possible.

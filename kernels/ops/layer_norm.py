@@ -8,7 +8,7 @@ Takes    x (..., C) in fp16, bf16 or fp32, contiguous, C up to 8192; a shift (C,
          shape of x.
 Refuses  everything else, and gradients, with a ValueError that says why: `refusal`.
 Tested   on an NVIDIA H200 at the sizes of SD1 and SD2 (proven.json), and against float64 in
-         Triton's interpreter (tests/interpreted_fused.py).
+         Triton's interpreter (tests/kernels/interpreted_fused.py).
 
 One program computes BLOCK_M rows and holds each in registers: it reads x once, and the variance is
 the mean of centred squares.

@@ -35,7 +35,7 @@ ROWS = [
      ("{} beside {}", "hamburger", "doughnut", "teal"), ("{} beside {}", "key", "anchor", "pink")],
     [("{}", "panda", ""), ("{}", "rainbow", ""), ("{}", "cactus", ""), ("{}", "dragon", ""),
      ("{}", "mushroom", ""), ("{}", "teapot", ""), ("{}", "koala", ""), ("{}", "butterfly", "")],
-]  # fmt: skip
+]
 FILE = Path(__file__).parents[1] / "gallery.png"
 
 

@@ -31,16 +31,16 @@ BACKGROUNDS = {
     "green": (60, 165, 70), "teal": (0, 135, 140), "blue": (40, 90, 220),
     "purple": (130, 60, 190), "pink": (250, 155, 195), "brown": (120, 75, 45),
     "black": (20, 20, 22), "gray": (130, 132, 135), "white": (250, 250, 250),
-}  # fmt: skip
+}
 SKIN_TONES = {"1f3fb": "light", "1f3fc": "medium light", "1f3fd": "medium",
-              "1f3fe": "medium dark", "1f3ff": "dark"}  # fmt: skip
+              "1f3fe": "medium dark", "1f3ff": "dark"}
 # The places of the objects: x, y, size. The frame is 2 by 2 around (0, 0).
 LAYOUTS = {
     "{}": [(0, 0, 1)], "small {}": [(0, 0, 0.5)],
     "small {} on the left": [(-0.5, 0, 0.5)], "small {} on the right": [(0.5, 0, 0.5)],
     "small {} at the top": [(0, -0.5, 0.5)], "small {} at the bottom": [(0, 0.5, 0.5)],
     "{} beside {}": [(-0.5, 0, 0.5), (0.5, 0, 0.5)],
-}  # fmt: skip
+}
 WEIGHTS = (0, 1, 1, 1, 1, 1, 4)  # of the layouts, in a scene that is not plain
 NOWHERE = (9, 9, 1)  # a place outside the frame
 HELD_BACK = 20  # one object in so many is held out of the training of the autoencoder
@@ -108,7 +108,7 @@ def catalogue(state: Path, size: int, things: int) -> None:
             "first": len(pixels),
             "skin_tones": list(looks),
             "held_out": [b for b in BACKGROUNDS if fifth(f"{name}|{b}")],
-        })  # fmt: skip
+        })
         pixels += [read_emoji(files[c], size) for c in looks.values()]
     about = {"backgrounds": BACKGROUNDS, "layouts": LAYOUTS, "objects": objects}
     write_json(state / "objects.json", about)
@@ -133,7 +133,7 @@ def vocabulary(state: Path, objects: list[dict]) -> None:
     bpe.train_from_iterator([*words, *letters], trainers.BpeTrainer(
         vocab_size=10**6, min_frequency=1, initial_alphabet=letters, end_of_word_suffix="</w>",
         special_tokens=["<|startoftext|>", "<|endoftext|>"], show_progress=False,
-    ))  # fmt: skip
+    ))
     (state / "tokenizer").mkdir(exist_ok=True)
     bpe.model.save(str(state / "tokenizer"))  # vocab.json, then merges.txt
 

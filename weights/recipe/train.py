@@ -80,7 +80,7 @@ class Recipe:
             UNetConfig(c, c, plan.unet, 1, (*[False] * (n - 1), True), (4,) * n, WIDTH, False, 16),
             VAEConfig(plan.vae, 1, c, norm_num_groups=8, scaling_factor=1.0),
             ScheduleConfig(prediction_type="v_prediction"), plan.size,
-        )  # fmt: skip
+        )
         # The backward pass of torch's fused attention is slow in bfloat16 on a CPU.
         ops = replace(TORCH, attention=reference_attention) if self.device == "cpu" else TORCH
         self.half = partial(torch.autocast, self.device, torch.bfloat16)

@@ -1,0 +1,155 @@
+"""Does the suite see mutations that look almost right, where no parity test looks?
+
+    python -m tests.long.mutants            # all; some minutes
+    python -m tests.long.mutants --only seed
+
+Each row is one mutation of one line in a copy of the package; the tests named beside it must fail.
+The constants of the model have theirs in models/traps.py, which the suite itself runs.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# file, tests, the line as it is, the line mutated
+MUTANTS = [
+    ("checks", "calls refusals", "if isinstance(value, bool) or not isinstance(value, Real):",
+     "if not isinstance(value, Real):"),
+    ("checks", "calls refusals", "not low <= number <= high:  # nan",
+     "not low < number <= high:  # nan"),
+    ("request", "calls refusals", "left = int(share * steps)", "left = round(share * steps)"),
+    ("request", "calls refusals", "if left == 0:", "if left < 0:"),
+    ("request", "calls refusals", "mask is None or strength != 1",
+     "mask is None and strength != 1"),
+    ("checks", "calls refusals", "not multiple <= number <= MAX_SIDE",
+     "not 0 <= number <= MAX_SIDE"),
+    ("checks", "calls refusals", "math.floor(value / multiple), math.ceil(value / multiple)",
+     "math.floor(value / multiple), math.floor(value / multiple)"),
+    ("request", "calls refusals", "if (r.prompt is None) == (count is None):",
+     "if r.prompt is None and count is None:"),
+    ("request", "calls refusals", "1 if isinstance(r.negative_prompt, (list, tuple)) else count",
+     "count"),
+    ("text/tokenizer", "calls refusals tokenizer", '"[\\ud800-\\udfff]", text):',
+     '"[\\ud800-\\udbff]", text):'),
+    ("request", "doors", "scale = checks.side(\"height\", height, f, usual) / image.height",
+     "scale = checks.side(\"height\", height, f, usual) / image.width"),
+    ("request", "calls refusals", "if value.shape[1:] != shape or len(value) == 0:",
+     "if value.shape[1:] != shape:"),
+    ("request", "calls refusals", "_check_latents(changes[\"latents\"], tuple(latents.shape)).to(",
+     "changes[\"latents\"].to("),
+    ("request", "calls refusals", "return [first + i for i in range(count)]",
+     "return [first for i in range(count)]"),
+    ("request", "calls refusals", "first + count - 1 > MAX_SEED", "first + count > MAX_SEED"),
+    ("request", "calls refusals", "if len(seed) != count:", "if len(seed) < count:"),
+    ("request", "calls refusals", "schedule.timesteps(steps, trained)[-left:]",
+     "schedule.timesteps(steps, trained)[:left]"),
+    ("conditioning/start", "parity determinism", "device=g.device, dtype=torch.float32)",
+     "device=g.device, dtype=self.like.dtype)"),
+    ("conditioning/inpaint", "calls refusals",
+     "return (1 - self.mask) * self.image + self.mask * image", "return image"),
+    ("pipeline", "parity determinism", "x.split(1)", "x.split(2)"),
+    ("pipeline", "calls refusals determinism",
+     "if self.vae.quant_conv.weight.dtype == inputs[0].dtype:", "if True:"),
+    ("text/tokenizer", "tokenizer", "return encoding.ids[:room]", "return encoding.ids[-room:]"),
+    ("text/tokenizer", "tokenizer", "room = self.length - 2", "room = self.length - 1"),
+    ("text/tokenizer", "tokenizer", "normalizers.NFC(), normalizers.Lowercase()",
+     "normalizers.Lowercase()"),
+    ("text/tokenizer", "tokenizer", "dropped = prompt[encoding.offsets[room][0] :]",
+     "dropped = prompt[encoding.offsets[room - 1][0] :]"),
+    ("text/tokenizer", "tokenizer",
+     "ids = torch.full((len(prompts), self.length), self.pad_token_id",
+     "ids = torch.full((len(prompts), self.length), self.eos_token_id"),
+    ("checkpoints/safetensors_file", "refusals safetensors_file fuzz", "if tensor.start != end:",
+     "if tensor.start < end:"),
+    ("checkpoints/safetensors_file", "refusals safetensors_file fuzz", "    if end != size:",
+     "    if end > size:"),
+    ("checkpoints/safetensors_file", "refusals safetensors_file fuzz",
+     "type(v) is int and 0 <= v < limit", "isinstance(v, int) and 0 <= v < limit"),
+    ("checkpoints/safetensors_file", "refusals safetensors_file fuzz",
+     "if len(result) < len(pairs):", "if False:"),
+    ("checkpoints/safetensors_file", "refusals safetensors_file checkpoint",
+     "shape=shape, start=s, stop=s + size)",
+     "shape=shape, start=self.start, stop=self.start + size)"),
+    ("checkpoints/safetensors_file", "refusals safetensors_file",
+     "if tensor.numel() and not all(extreme.isfinite()",
+     "if tensor.numel() and not any(extreme.isfinite()"),
+    ("checkpoints/safetensors_file", "refusals safetensors_file",
+     "if file.readinto(raw) != len(raw):", "if not file.readinto(raw):"),
+    ("checkpoints/checkpoint", "refusals safetensors_file", "for name in want if name not in have]",
+     "for name in want if name in have]"),
+    ("checkpoints/checkpoint", "refusals safetensors_file checkpoint",
+     "if parameter in parts[part]:", "if False:"),
+    ("checkpoints/folder", "refusals checkpoint", "!= sorted(rows.items()):",
+     "< sorted(rows.items()):"),
+    ("checkpoints/folder", "refusals", r'r"\w[\w.-]*\.safetensors", shard',
+     r'r".*\.safetensors", shard'),
+    ("checkpoints/folder", "checkpoint refusals", 'for variant in ("", ".fp16"):',
+     'for variant in (".fp16", ""):'),
+    ("checkpoints/recognise", "recognise", "for place in (folder, path.parent):",
+     "for place in (folder,):"),
+    ("checkpoints/recognise", "recognise",
+     'guess = "v_prediction" if std > TELLTALE_STD else "epsilon"', 'guess = "epsilon"'),
+    ("images", "image", "image = ImageOps.exif_transpose(image)", "image = image"),
+    ("images", "image", "clip(0, 65535) / 257", "clip(0, 65535) / 256"),
+    ("images", "image", 'Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size)'),
+    ("images", "image save", ".mul(255).round().byte()", ".mul(255).byte()"),
+    ("images", "image", ">= 0.5).float()", ">= 0.49).float()"),
+    ("files", "save", "if os.path.lexists(path) and not overwrite:",
+     "if os.path.exists(path) and not overwrite:"),
+    ("app/png", "save", "        os.fsync(file.fileno())\n", ""),
+    ("files", "save", "        path.unlink(missing_ok=True)", "        pass"),
+    ("app/png", "save", 'if settings.get("negative_prompt"):', "if False:"),
+    ("memory", "memory", "count * (1 + guided) * (", "count * ("),
+    ("memory", "memory", "part = h * w if tile is None else", "part = h * w if True else"),
+    ("models/vae", "vae tiny", "_tent(part.shape[2], z)[:, None] * _tent(part.shape[3], z)",
+     "_tent(part.shape[3], z)[:, None] * _tent(part.shape[2], z)"),
+    ("models/vae", "vae", "4 * (length - side) // (3 * side)", "(length - side) // side"),
+]
+
+
+def killed(file: str, tests: str, right: str, wrong: str, tree: Path) -> bool:
+    """Whether the tests fail with the mutation in the copy; a tree is whole again afterwards."""
+    path = tree / "minisd" / f"{file}.py"
+    source = path.read_text()
+    if source.count(right) != 1:
+        raise SystemExit(f"{file}.py has {source.count(right)} times, not once: {right}")
+    path.write_text(source.replace(right, wrong))
+    try:
+        names = [next((tree / "tests").rglob(f"test_{name}.py")) for name in tests.split()]
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-xq", "-p",
+                   "no:cacheprovider", *names]
+        environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        if done.returncode > 1:
+            raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
+        return done.returncode == 1
+    finally:
+        path.write_text(source)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="rows with this in them")
+    args = parser.parse_args()
+    rows = [row for row in MUTANTS if args.only in " ".join(row)]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        ignored = shutil.ignore_patterns(".git", "__pycache__", "*.csv", "*.png")
+        shutil.copytree(ROOT, tree, ignore=ignored)
+        for row in rows:
+            dead = killed(*row, tree)
+            file, _, right, wrong = row
+            print("killed  " if dead else "SURVIVED", f"{file}: {right} -> {wrong}", flush=True)
+            survivors += [] if dead else [row]
+    print(f"{len(rows) - len(survivors)} of {len(rows)} killed")
+    return min(len(survivors), 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,267 @@
+"""The checks of test_traps.py: how far a module of minisd is from the official model.
+
+Each is a function of a module, which may be mutated, and returns the largest error.
+"""
+
+import itertools
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
+from operator import attrgetter
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from reference_models import (
+    AUTOENCODER,
+    DENOISER,
+    SMALL,
+    TEXT,
+    error,
+    official_pipeline,
+    official_scheduler,
+    official_text_encoder,
+    official_tokenizer,
+    official_unet,
+    official_vae,
+    published_scheduler,
+    randn,
+    randomise,
+    small_model,
+    with_weights,
+)
+
+from minisd import conditioning, pipeline
+from minisd.config import PREDICTION_TYPES, ScheduleConfig
+from minisd.models import clip as clip_file, unet as unet_file, vae as vae_file
+from minisd.models.ops import TORCH
+from minisd.samplers import ddim as ddim_file, schedule as schedule_file
+
+INPAINT = replace(SMALL, unet=replace(SMALL.unet, in_channels=9))
+PUBLISHED = {  # from the JSON files of the official models, by the field's place in Config
+    "text.hidden_act": ("quick_gelu", "gelu"),
+    "text.num_hidden_layers": (12, 23),
+    "text.pad_token_id": (49407, 0),
+    "unet.num_heads": ((8, 8, 8, 8), (5, 10, 20, 20)),
+    "vae.scaling_factor": (0.18215, 0.18215),
+    "schedule.beta_start": (0.00085, 0.00085),
+    "schedule.beta_end": (0.012, 0.012),
+}
+
+
+def official_error(ours, official, *args) -> float:
+    """How far our module is from the official one with the same weights."""
+    ours = ours.double()
+    ours.load_state_dict(official.state_dict())
+    return error(ours(*args), official(*args)[0])
+
+
+# --- one module ----------------------------------------------------------------------------------
+
+
+@cache
+def unet_case():
+    config = replace(DENOISER, layers_per_block=1)
+    official = with_weights(official_unet(config), randomise(unet_file.UNet(config, TORCH)))
+    t = torch.tensor([999, 1])
+    return config, official, (randn(2, 4, 8, 12), t, randn(2, 7, 20, seed=1))
+
+
+@cache
+def clip_case(act):
+    config = replace(TEXT, vocab_size=100, hidden_act=act)
+    ours = randomise(clip_file.TextEncoder(config, TORCH))
+    return config, with_weights(official_text_encoder(config), ours)
+
+
+@cache
+def vae_case():
+    return with_weights(official_vae(AUTOENCODER), randomise(vae_file.VAE(AUTOENCODER, TORCH)))
+
+
+def unet(module, ops=TORCH):
+    config, official, args = unet_case()
+    return official_error(module.UNet(config, ops), official, *args)
+
+
+def transformer(module):
+    with patch.object(unet_file, "SpatialTransformer", module.SpatialTransformer):
+        return unet(unet_file)
+
+
+def clip(module, ops=TORCH):
+    ids = torch.arange(70)[None]
+    cases = [clip_case(act) for act in ("quick_gelu", "gelu")]
+    return max(official_error(module.TextEncoder(c, ops), official, ids) for c, official in cases)
+
+
+def ops(module):
+    both = module.REFERENCE, module.TORCH
+    return max(check(*pair) for check, pair in (
+        (check, (part, ops)) for ops in both
+        for check, part in ((unet, unet_file), (clip, clip_file))
+    ))
+
+
+def vae(module):
+    ours, official = module.VAE(AUTOENCODER, TORCH).double(), vae_case()
+    ours.load_state_dict(official.state_dict())
+    image, noise = randn(2, 3, 24, 20).tanh(), randn(2, 4, 6, 5, seed=1)
+    posterior, scale = official.encode(image).latent_dist, official.config.scaling_factor
+    sample = scale * (posterior.mean + posterior.std * noise)
+    errors = [error(ours.encode(image, noise), sample),
+              error(ours.decode(noise), official.decode(noise / scale).sample)]
+    for logvar in (-1000.0, 1000.0):  # far past where it is clamped
+        ours.quant_conv.bias[4:] = logvar
+        errors.append(error(ours.moments(image)[1], torch.full_like(noise, logvar).clamp(-30, 20)))
+    return max(errors)
+
+
+def tokenizer(module):
+    prompts = ["A Red Heart", "heart " * 100, "two stars, a boat"]
+    wrong = module.Tokenizer.clip(49407)("wow!")[0, 1:3].tolist() != [2781, 256]
+    for pad in (49407, 0):
+        theirs = official_tokenizer(pad)(
+            prompts, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+        wrong += error(module.Tokenizer.clip(pad)(prompts), theirs)
+    return wrong
+
+
+def schedule(module):
+    with patch.object(ddim_file, "predicted_x0_eps", module.predicted_x0_eps):
+        return sampling(module, ddim_file)
+
+
+def ddim(module):
+    return sampling(schedule_file, module)
+
+
+def sampling(schedule, ddim):
+    config = ScheduleConfig()
+    roots = np.linspace(config.beta_start**0.5, config.beta_end**0.5, 1000)
+    alphas = torch.from_numpy(np.cumprod(1 - roots**2))
+    errors = [error(schedule.alphas_cumprod(config), alphas)]
+    turbo = replace(config, prediction_type="v_prediction", rescale_betas_zero_snr=True,
+                    timestep_spacing="trailing")
+    official = published_scheduler(turbo)
+    official.set_timesteps(7)
+    errors.append(error(torch.tensor(schedule.timesteps(7, 1000, "trailing")), official.timesteps))
+    wrong = error(schedule.alphas_cumprod(turbo), official.alphas_cumprod)
+    errors.append(wrong if wrong > 1e-5 else 0)  # theirs is in float32
+    x, prediction, noise = (3 * randn(2, 4, 3, 3, seed=seed) for seed in range(3))
+    for kind in PREDICTION_TYPES:
+        scheduler = official_scheduler(replace(config, prediction_type=kind))
+        scheduler.set_timesteps(7)
+        visited = torch.tensor(schedule.timesteps(7))
+        errors.append(error(visited, scheduler.timesteps))
+        last = torch.tensor(schedule.abars(config, [1])[-1:], dtype=torch.float64)
+        errors.append(error(last, scheduler.final_alpha_cumprod[None]))
+        t, t_next = scheduler.timesteps[3:5].tolist()
+        a, a_next = alphas[t].item(), alphas[t_next].item()
+        for eta in (0.0, 1.0):
+            z = noise if eta else None
+            theirs = scheduler.step(prediction, t, x, eta=eta, variance_noise=z).prev_sample
+            ours = ddim.step(x, prediction, a, a_next, kind, eta, z)
+            errors.append(error(ours, theirs))
+    theirs = scheduler.add_noise(x, noise, torch.tensor([t, t]))
+    return max(*errors, error(schedule.add_noise(x, noise, a), theirs))
+
+
+def request(module):
+    official = official_pipeline(StableDiffusionImg2ImgPipeline, small_model(SMALL))
+    errors = []
+    for steps, strength in itertools.product((10, 30, 50), (0.1, 0.25, 0.55, 0.75, 0.85, 1.0)):
+        ours = module.Request(prompt="", image=DRAWING, num_inference_steps=steps,
+                              strength=strength).plan(SMALL)
+        official.scheduler.set_timesteps(steps)
+        theirs, _ = official.get_timesteps(steps, strength, "cpu")
+        errors.append(abs(len(ours.timesteps) - len(theirs)))
+    return max(errors)
+
+
+def images(module):
+    colour = VaeImageProcessor()
+    grey = VaeImageProcessor(do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+    drawing = Image.fromarray((255 * randn(30, 50, 3).sigmoid()).byte().numpy())
+    pixels = randn(1, 3, 8, 8).sigmoid()
+    theirs = colour.numpy_to_pil(colour.pt_to_numpy(pixels))[0]
+    levels = [torch.tensor(np.array(x)) for x in (module.to_pil(pixels)[0], theirs)]
+    return max(
+        error(*levels),
+        error(module.to_tensor(drawing, 24, 16), colour.preprocess(drawing, 16, 24)),
+        error(module.mask_to_tensor(drawing, 24, 16), grey.preprocess(drawing, 16, 24)),
+    )
+
+
+def config(module):
+    return sum(
+        attrgetter(field)(model) != value
+        for field, values in PUBLISHED.items()
+        for model, value in zip((module.SD1, module.SD2), values)
+    )
+
+
+# --- the same for the loop, on three tasks -------------------------------------------------------
+
+DRAWING = Image.fromarray((255 * randn(16, 24, 3).sigmoid()).byte().numpy())
+MASK = Image.fromarray(np.arange(24 * 16, dtype=np.uint16).reshape(16, 24) % 11 > 4)  # ragged
+PROMPTS = ["a heart", "a boat"]
+CALL = dict(
+    num_images_per_prompt=2, num_inference_steps=4, output_type="latent", width=24, height=16
+)
+TASKS = {
+    "text_to_image": (StableDiffusionPipeline, [SMALL], dict(eta=0.5)),
+    "image_to_image": (
+        StableDiffusionImg2ImgPipeline, [SMALL], dict(image=DRAWING, strength=0.5)
+    ),
+    "inpainting": (
+        StableDiffusionInpaintPipeline, [INPAINT, SMALL],
+        dict(image=DRAWING, mask_image=MASK, strength=1.0),
+    ),
+}
+
+
+@cache
+def official_latents(task, model):
+    kind, _, call = TASKS[task]
+    call = CALL | call
+    if task == "image_to_image":  # which takes the size of the image
+        call = {k: v for k, v in call.items() if k not in ("width", "height")}
+    if task == "inpainting":  # which encodes as many images as it is given
+        call = call | dict(image=[DRAWING] * 4, mask_image=[MASK] * 4)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    return official_pipeline(kind, small_model(model))(PROMPTS, generator=generators, **call).images
+
+
+TAKEN = [(pipeline, "Noise"), (pipeline, "Steps"), (conditioning, "image_to_image"),
+         (conditioning, "text_to_image")]
+INPAINTS = {"by_blending": "text to image", "by_channels": "inpainting"}
+
+
+def loop(task):
+    def check(module):
+        errors = []
+        for model in TASKS[task][1]:
+            m = small_model(model)
+            kind = getattr(module, "StableDiffusion", pipeline.StableDiffusion)
+            sd = kind(model, m.tokenizer, m.text_encoder, m.unet, m.vae)
+            with ExitStack() as patched:
+                for user, name in TAKEN:  # where the loop takes a name from a mutated module
+                    if hasattr(module, name):
+                        patched.enter_context(patch.object(user, name, getattr(module, name)))
+                for name, kind in INPAINTS.items():
+                    if hasattr(module, name):
+                        patched.enter_context(
+                            patch.dict(conditioning.INPAINTS, {kind: getattr(module, name)}))
+                ours = sd(PROMPTS, seed=0, **CALL, **TASKS[task][2]).images
+            errors.append(error(ours, official_latents(task, model)))
+        return max(errors)
+    return check
