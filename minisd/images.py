@@ -4,21 +4,23 @@ An image is read once; one that cannot be read is rejected with one sentence.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from minisd.errors import ImageError
+from minisd.image_files import decoded, decoding, given, read
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Source = str | os.PathLike | Image.Image
-# Listed, because otherwise Pillow tries all the formats it knows, and for EPS it runs Ghostscript.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# The EXIF orientations from 2 on, and what turns them upright.
+TURNS: dict[object, Image.Transpose] = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), start=2))
 
 
 def open_image(source: Source) -> Image.Image:
@@ -27,75 +29,93 @@ def open_image(source: Source) -> Image.Image:
     Raises ImageError for what is no image, is damaged, or has too many pixels (Pillow's limit,
     ``PIL.Image.MAX_IMAGE_PIXELS``); FileNotFoundError for no file; TypeError for anything else.
     """
+    return _open(source, "the image", "white")
+
+
+def open_mask(source: Source) -> Image.Image:
+    """The same over black: light is painted, and what is transparent is not, whatever its colour.
+    """
+    return _open(source, "the mask", "black")
+
+
+def _open(source: Source, what: str, backdrop: str) -> Image.Image:
     if isinstance(source, Image.Image):
-        with decoding("the image", FORMATS):
-            return _to_rgb(source, "the image")
+        with decoding(what):
+            return _to_rgb(given(source), what, backdrop)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"an image is a path or a PIL image, not {type(source).__name__}")
     if str(source).startswith("data:") or "://" in str(source):
         raise ImageError(f"{str(source)[:80]} is an address: download the image, pass its path")
-    with open(source, "rb") as file, decoding(source, FORMATS):
-        return _to_rgb(opened(file, FORMATS), source)
+    with open(source, "rb") as file, decoding(source):
+        return _to_rgb(read(file, decoded), source, backdrop)
 
 
-def opened(file: BinaryIO, formats: tuple[str, ...]) -> Image.Image:
-    """What Pillow opens; DecompressionBombError for too many pixels, which are not read."""
-    image = Image.open(file, formats=formats)
-    # Pillow raises only above twice its limit. Its warning could be made an error, and the others
-    # be silenced, but the filters are the whole process's: another thread would notice.
-    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError
-    return image
-
-
-@contextmanager
-def decoding(name: str | os.PathLike, formats: tuple[str, ...]) -> Iterator[None]:
-    """Turn whatever a decoder raises on a bad file into one ImageError that names it."""
-    try:
-        yield
-    except (ImageError, MemoryError):
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
-        raise ImageError(f"{name} has more than {limit}: make it smaller first") from None
-    except UnidentifiedImageError:
-        kinds = " or ".join(formats)
-        raise ImageError(f"{name} is not an image in {kinds}: convert it first") from None
-    except Exception as error:  # Pillow's decoders raise a dozen types, down to struct.error
-        raise ImageError(f"{name} is damaged or cut short ({error})") from error
-
-
-def _to_rgb(image: Image.Image, name: str | os.PathLike) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str | os.PathLike, backdrop: str) -> Image.Image:
     if 0 in image.size:
         raise ImageError(f"{name} has no pixels")
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ImageError(f"{name} has float pixels, of unknown range: save it with 8 bits")
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16 bits to 8, which turns a grey image white.
-        grey = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    turn = _turn(image)
+    if image.mode.startswith(("I", "F")):
+        image = _from_16_bits(image, name)
+    try:
+        if image.mode == "La":  # of which Pillow makes nothing else
+            image = image.convert("LA")
+        if image.has_transparency_data:
+            behind = Image.new("RGBA", image.size, backdrop)
+            image = Image.alpha_composite(behind, image.convert("RGBA"))
+        image = image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError(f"{name} has mode {image.mode}, which does not turn into RGB ({error}): "
+                         "convert it first") from error
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns an image upright; None also if its EXIF cannot be read: the pixels are whole."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # as many types as of the decoders
+        return None
+
+
+def _from_16_bits(image: Image.Image, name: str | os.PathLike) -> Image.Image:
+    """Grey of 16 bits -> L, or LA; Pillow clips it to 8 instead, which turns a grey image white.
+
+    Mode I holds them where Pillow reads these formats (PNG before Pillow 11). Any other I, and F,
+    has no known range: pixels of 0 to 255 would be black as 16 bits.
+    """
+    if not image.mode.startswith("I;16") and (image.mode, image.format) not in (
+            ("I", "PNG"), ("I", "PPM")):
+        kind = "float" if image.mode == "F" else "integer"
+        raise ImageError(f"{name} has {kind} pixels, of unknown range: scale them to 0 to 255 and "
+                         "convert them to 8 bits, mode L")
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})  # a TIFF's
+    white = 4095 if tags.get(258) == (12,) else 65535  # BitsPerSample
+    levels = (values.clip(0, white) / (white / 255)).round().astype(np.uint8)
+    if tags.get(262) == 0:  # PhotometricInterpretation: white is 0, which Pillow leaves
+        levels = 255 - levels
+    grey, key = Image.fromarray(levels), image.info.get("transparency")
+    if key is not None:
+        grey.putalpha(Image.fromarray(np.uint8(255) * (values != key)))
+    return grey
 
 
 def to_tensor(source: Source, width: int, height: int) -> "Tensor":
     """What ``open_image`` takes -> (1, 3, height, width) float32 in [-1, 1], by Lanczos."""
-    return 2 * _grid(source, "RGB", width, height) - 1
+    return 2 * _grid(open_image(source), "RGB", width, height) - 1
 
 
 def mask_to_tensor(source: Source, width: int, height: int) -> "Tensor":
-    """What ``open_image`` takes -> (1, 1, height, width) float32: 1, repaint, where it is light."""
-    return (_grid(source, "L", width, height) >= 0.5).float()
+    """What ``open_mask`` takes -> (1, 1, height, width) float32: 1, repaint, where it is light."""
+    return (_grid(open_mask(source), "L", width, height) >= 0.5).float()
 
 
-def _grid(source: Source, mode: str, width: int, height: int) -> "Tensor":
+def _grid(image: Image.Image, mode: str, width: int, height: int) -> "Tensor":
     """(1, C, height, width) in [0, 1]; resized before it is turned grey, as in diffusers."""
     import torch  # not above: `minisd info` need not wait for it
 
-    resized = open_image(source).resize((width, height), Image.Resampling.LANCZOS)
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
     pixels = np.array(resized.convert(mode))
     grid = torch.from_numpy(pixels).float() / 255
     return grid.reshape(1, height, width, -1).permute(0, 3, 1, 2).contiguous()

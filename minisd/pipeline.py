@@ -113,8 +113,9 @@ class StableDiffusion:
         ``prompt_embeds``, ``negative_prompt_embeds`` (prompts, 77, D): contexts instead of text.
 
         ``image``: start from this image; ``strength`` in (0, 1] is how much of the way from noise
-        is walked again (0.8). ``mask_image``: repaint only where it is white (strength 1); an
-        inpainting model decodes the rest anew too. Both are resized to height and width.
+        is walked again (0.8). ``mask_image``: repaint only where it is light and not transparent
+        (strength 1); an inpainting model decodes the rest anew too. Both are resized to height and
+        width. A mask that repaints nothing, as it is thinner than a latent's cell, is warned of.
 
         ``callback_on_step_end(sd, step, t, {"latents": x})`` may return {"latents": another x}.
         ``progress``: whether to draw a bar; None draws one on a terminal only.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minisd import checks
 from minisd.config import Config
-from minisd.images import open_image
+from minisd.images import open_image, open_mask
 from minisd.samplers import schedule
 from minisd.text.tokenizer import check_texts
 
@@ -77,7 +77,7 @@ class Request:
         height, width = _size(self.height, self.width, config, image)
         strength, left = _strength(self.strength, steps, image, self.mask_image)
         _task(config, image, self.mask_image, self.latents, strength)
-        mask_image = None if self.mask_image is None else open_image(self.mask_image)
+        mask_image = None if self.mask_image is None else open_mask(self.mask_image)
         generators = _generators(count * copies, self.seed, self.generator)
         shape = (len(generators), config.vae.latent_channels, height // f, width // f)
         if not isinstance(self.output_type, str) or self.output_type not in OUTPUT_TYPES:

@@ -110,6 +110,7 @@ VALUES = """
     sys.stderr sys.stderr.encoding sys.stderr.errors sys.stderr.line_buffering
     logging.root.level logging.root.handlers logging.root.manager.disable
     PIL.Image.MAX_IMAGE_PIXELS PIL.ImageFile.LOAD_TRUNCATED_IMAGES
+    PIL.PngImagePlugin.MAX_TEXT_CHUNK PIL.PngImagePlugin.MAX_TEXT_MEMORY
     torch.backends.cudnn.enabled torch.backends.cudnn.benchmark torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.deterministic torch.backends.cuda.matmul.allow_tf32
     torch.backends.mkldnn.enabled"""

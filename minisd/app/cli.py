@@ -74,7 +74,7 @@ def draw(argv: list[str]) -> None:
     if args.image is not None:
         call["image"] = images.open_image(args.image)
     if args.mask is not None:
-        call["mask_image"] = images.open_image(args.mask)
+        call["mask_image"] = images.open_mask(args.mask)
     # Not above: a usage error need not wait for torch.
     from minisd.checkpoints import checkpoint
     from minisd.request import Request

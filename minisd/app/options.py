@@ -78,7 +78,8 @@ def _drawing_parser() -> Parser:
            help="decode in tiles of N cells of the latent, 64 for 512 pixels in the official"
            " models: less memory, not exact (default: no tiles)")
     option("--image", help="an image to start from")
-    option("--mask", help="where to repaint --image: light is repainted, dark is kept")
+    option("--mask", help="where to repaint --image: light is repainted, dark and transparent are"
+           " kept")
     option("--strength", type=_number(float, lambda s: 0 < s <= 1, "above 0 and at most 1"),
            help="how far to leave --image (default: 0.8; with --mask 1)")
     option("--eta", type=_number(float, lambda e: 0 <= e <= 1, "from 0 to 1"),

@@ -9,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from minisd import files
 from minisd.errors import ImageError
-from minisd.images import decoding, opened
+from minisd.image_files import decoding, read
 
 
 def check_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -65,7 +65,7 @@ def _quoted(value: object) -> str:
 def read_settings(path: str | os.PathLike) -> dict:
     """The settings dict that ``save`` put into a PNG; ImageError if there is none."""
     with open(path, "rb") as file, decoding(path, ("PNG",)):
-        text = opened(file, ("PNG",)).info.get("minisd")
+        text = read(file, lambda image: image.info.get("minisd"), ("PNG",))
     try:
         settings = json.loads(text or "null")
     except (ValueError, RecursionError):

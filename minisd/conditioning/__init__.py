@@ -4,6 +4,8 @@ start.py    noise, image to image; the shape that all of these functions have
 inpaint.py  inpainting, with a model trained for it and with any other
 """
 
+import warnings
+
 from minisd.conditioning import inpaint
 from minisd.conditioning.start import Given, Start, image_to_image, text_to_image
 
@@ -17,4 +19,11 @@ def start(given: Given) -> Start:
         return text_to_image(given)
     if given.mask is None:
         return image_to_image(given, given.image)
+    cells = inpaint.in_cells(given.mask, given.noise.like)                   # (1, 1, h, w)
+    if not cells.any():
+        h, w = cells.shape[-2:]
+        warnings.warn(
+            f"the mask repaints nothing: reduced to the latent's {w}x{h} cells, of "
+            f"{given.mask.shape[-1] // w} pixels a side, it is dark or transparent in all of them",
+            stacklevel=5)  # who called the model, past __call__ and its two decorators
     return INPAINTS[given.plan.config.kind](given, given.image, given.mask)

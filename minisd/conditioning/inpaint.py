@@ -16,6 +16,11 @@ from minisd.conditioning.start import Given, Start, noised
 from minisd.samplers import schedule
 
 
+def in_cells(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask (1, 1, H, W) at the size of the latent x: the value of one pixel of each cell."""
+    return F.interpolate(mask, size=x.shape[-2:])                            # (1, 1, h, w)
+
+
 @dataclass(frozen=True)
 class MaskBlending:
     """Inpainting with a model that knows no masks: the given image, wherever the mask is 0.
@@ -32,7 +37,7 @@ class MaskBlending:
 
     def latent(self, x: Tensor, abar: float) -> Tensor:
         """x (B, 4, h, w) <- m x + (1 - m) (sqrt(abar) x_0 + sqrt(1 - abar) eps)."""
-        mask = F.interpolate(self.mask, size=x.shape[-2:])                   # (1, 1, h, w)
+        mask = in_cells(self.mask, x)                                        # (1, 1, h, w)
         return (1 - mask) * schedule.add_noise(self.x0, self.noise, abar) + mask * x
 
     def pixels(self, image: Tensor) -> Tensor:
@@ -57,6 +62,6 @@ def by_channels(given: Given, image: Tensor, mask: Tensor) -> Start:
         x0 = given.encode(image, given.noise.draw())                         # (B, 4, h, w)
         x = noised(given, x0, given.x_T())                                   # (B, 4, h, w)
     masked_image = given.encode(image * (1 - mask), given.noise.draw())      # (B, 4, h, w)
-    small = F.interpolate(mask, size=x.shape[-2:]).expand(len(x), -1, -1, -1)
+    small = in_cells(mask, x).expand(len(x), -1, -1, -1)                     # (B, 1, h, w)
     extra = torch.cat([small, masked_image], dim=1)                          # (B, 5, h, w)
     return Start(x, extra)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 ARROWS = {
     "__main__": {"app"},
     "__init__": {"checkpoints", "config", "errors", "loading", "models", "pipeline"},
-    "app": {"checkpoints", "errors", "files", "images", "request"},
+    "app": {"checkpoints", "errors", "files", "image_files", "images", "request"},
     "loading": {"backends", "checkpoints", "checks", "config", "models", "pipeline", "text"},
     "pipeline": {"backends", "checkpoints", "checks", "conditioning", "config", "images", "memory",
                  "models", "request", "samplers", "steps", "text"},
@@ -31,7 +31,8 @@ ARROWS = {
     "models": {"config"},
     "samplers": {"config"},
     "text": set(),
-    "images": {"errors"},
+    "images": {"errors", "image_files"},
+    "image_files": {"errors"},
     "files": set(),
     "checks": set(),
     "config": set(),

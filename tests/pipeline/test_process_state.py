@@ -23,7 +23,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, PngImagePlugin
 from process_state import READERS, UNREAD, changes, snapshot, unchanged
 
 import minisd
@@ -131,6 +131,8 @@ MUTATIONS = {
     "logging.root.manager.disable": attribute(logging.root.manager, "disable", 7),
     "PIL.Image.MAX_IMAGE_PIXELS": attribute(Image, "MAX_IMAGE_PIXELS", 7),
     "PIL.ImageFile.LOAD_TRUNCATED_IMAGES": toggle(ImageFile, "LOAD_TRUNCATED_IMAGES"),
+    "PIL.PngImagePlugin.MAX_TEXT_CHUNK": attribute(PngImagePlugin, "MAX_TEXT_CHUNK", 7),
+    "PIL.PngImagePlugin.MAX_TEXT_MEMORY": attribute(PngImagePlugin, "MAX_TEXT_MEMORY", 7),
     **{f"torch.backends.cudnn.{name}": toggle(cudnn, name)
        for name in ("enabled", "benchmark", "allow_tf32", "deterministic")},
     "torch.backends.cuda.matmul.allow_tf32": toggle(torch.backends.cuda.matmul, "allow_tf32"),
@@ -427,7 +429,7 @@ def seen(monkeypatch, *functions):
 
 def test_another_thread_sees_no_change_in_the_middle(monkeypatch, folder, tmp_path):
     places = [
-        (loading, "UNet"), (checkpoint, "read_tensor"), (ImageOps, "exif_transpose"),
+        (loading, "UNet"), (checkpoint, "read_tensor"), (images, "_turn"),
         (images, "_to_rgb"), (pipeline.UNet, "forward"), (pipeline.VAE, "encode"),
         (pipeline.VAE, "decode"), (images, "to_pil"), (save, "save_file"),
     ]
@@ -459,11 +461,11 @@ def test_threads_that_decode_at_once_leave_the_filters_alone(monkeypatch, folder
     entered = {"a": threading.Event(), "b": threading.Event()}
     a_has_left, to_rgb = threading.Event(), images._to_rgb
 
-    def overlapping(image, name):
+    def overlapping(*args):
         me = threading.current_thread().name
         entered[me].set()
         assert (entered["b"] if me == "a" else a_has_left).wait(10)
-        return to_rgb(image, name)
+        return to_rgb(*args)
 
     monkeypatch.setattr(images, "_to_rgb", overlapping)
     a, b = (threading.Thread(target=images.open_image, args=[folder / "photo.png"], name=name)
