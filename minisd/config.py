@@ -73,6 +73,8 @@ class ScheduleConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     prediction_type: str = "epsilon"  # or "v_prediction"
+    rescale_betas_zero_snr: bool = False  # whether the last timestep is noise alone
+    timestep_spacing: str = "leading"  # or "trailing": which timesteps a call visits
 
 
 @dataclass(frozen=True)

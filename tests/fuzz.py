@@ -24,7 +24,7 @@ import damage
 
 TARGETS = {
     "headers": 100_000, "bodies": 1_000, "tensors": 4_520, "prompts": 50_000, "images": 20_000,
-    "steps": 1_000, "metadata": 5_000,
+    "steps": 1_000, "metadata": 5_000, "yaml": 20_000,
 }  # fmt: skip
 RIGHT = ("rejected", "same")
 SLICE = 2  # seconds of one turn of a kind

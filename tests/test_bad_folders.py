@@ -79,7 +79,7 @@ BAD_FIELDS = [
     ("unet/config.json", {"down_block_types": ["DownBlock2D", "K", "DownBlock2D"]}, "down_block"),
     ("unet/config.json", {"up_block_types": ["CrossAttnUpBlock2D"] * 3}, "up_block_types"),
     ("unet/config.json", {"layers_per_block": MANY}, "layers_per_block"),
-    ("unet/config.json", {"layers_per_block": 2.0}, "layers_per_block"),
+    ("unet/config.json", {"layers_per_block": 2.5}, "layers_per_block"),
     ("unet/config.json", {"layers_per_block": True}, "layers_per_block"),
     ("unet/config.json", {"layers_per_block": None}, "layers_per_block"),
     ("unet/config.json", {"attention_head_dim": 7}, "attention_head_dim"),
@@ -113,7 +113,7 @@ BAD_FIELDS = [
     ("scheduler/scheduler_config.json", {"beta_start": float("inf")}, "beta_start"),
     ("scheduler/scheduler_config.json", {"beta_start": 0.5}, "beta_start"),
     ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
-    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas"),
+    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero-terminal"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps"),
 ]  # fmt: skip
 
@@ -183,7 +183,7 @@ def test_folder_of_pickles_says_how_to_convert(folder):
 
 
 def test_yaml_with_an_unknown_parameterization(tmp_path):
-    (tmp_path / "a.yaml").write_text("parameterization: x0")
+    (tmp_path / "a.yaml").write_text("model: {params: {parameterization: x0}}")
     path = write(tmp_path / "a.safetensors", header(all_shapes(SD1)))
     with pytest.raises(WeightError, match="parameterization is 'x0'"):
         open_checkpoint(path)

@@ -10,7 +10,7 @@ import pytest
 
 # Number of cases of each kind: enough for both outcomes, where both are possible.
 SHORT = {"headers": 600, "bodies": 20, "tensors": 16, "prompts": 300, "images": 300, "steps": 30,
-         "metadata": 60}  # fmt: skip
+         "metadata": 60, "yaml": 300}  # fmt: skip
 ONE_OUTCOME = {"tensors": "rejected", "steps": "same", "metadata": "same"}
 
 

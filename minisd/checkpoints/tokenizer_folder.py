@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minisd.checkpoints.diffusers_config import JsonFile
+from minisd.checkpoints.json_file import JsonFile
 from minisd.errors import WeightError
 from minisd.text.tokenizer import BOS, EOS, LENGTH, Tokenizer, check_texts, parse_merges
 
@@ -147,6 +147,9 @@ def _check_merges(
         if not (left in vocab and right in vocab and left + right in vocab):
             raise WeightError(f"{path}: the merge {merge!r} does not fit the vocabulary")
         pairs.append((left, right))
+    if not pairs and any(len(symbol.removesuffix("</w>")) > 1 for symbol in vocab
+                         if symbol not in DEFAULTS.values()):
+        raise WeightError(f"{path.parent} has no merges, of which the vocabulary's tokens are made")
     return pairs
 
 
