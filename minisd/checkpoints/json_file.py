@@ -27,9 +27,11 @@ class JsonFields:
 
     def whole(self, name: str, default: int, low: int, high: int, levels: int = 0) -> int:
         """A whole number; with ``levels``, or a list that repeats it so often."""
-        value = plain(_even(self.fields.get(name, default), levels))
+        value = self.fields.get(name, default)
+        if _is_list(value, levels) and all(each == value[0] for each in value):
+            value = value[0]
         same = ", the same for every level" if levels else ""
-        return int(self.within(name, value, low, high, (int,), same))
+        return int(self.within(name, plain(value), low, high, (int,), same))
 
     def real(self, name: str, default: float, low: float, high: float) -> float:
         value = self.fields.get(name, default)
@@ -58,13 +60,14 @@ class JsonFields:
     def fixed(self, table: Mapping[str, tuple], levels: int = 0) -> None:
         """Reject any field that has none of its row's values, which all mean what the first does.
 
-        An absent field has the first. With ``levels``, a value may be a list that repeats it.
+        An absent field has the first. With ``levels``, a field may be a list of so many values.
         """
         for name, same in table.items():
             value = self.fields.get(name, same[0])
-            if _even(value, levels) not in list(same):
-                each = f" for each of {levels} levels" if isinstance(value, list) else ""
-                raise self.fault(name, f"{same[0]!r}{each}")
+            values = value if _is_list(value, levels) else [value]
+            if not all(each in list(same) for each in values):
+                which = f" for each of {levels} levels" if isinstance(value, list) else ""
+                raise self.fault(name, f"{same[0]!r}{which}")
 
     def within(self, name: str, value, low: float, high: float, types: tuple[type, ...],
                which: str = ""):
@@ -100,7 +103,5 @@ def is_width(value: object) -> bool:
     return type(value) is int and 1 <= value <= MAX_WIDTH
 
 
-def _even(value, levels: int):
-    """The value that a list repeats once per level; anything else as it is."""
-    repeats = isinstance(value, list) and len(value) == levels > 0
-    return value[0] if repeats and all(each == value[0] for each in value) else value
+def _is_list(value: object, levels: int) -> bool:
+    return isinstance(value, list) and len(value) == levels > 0
