@@ -142,6 +142,14 @@ def test_the_memory_of_a_header_is_a_few_times_its_size(tmp_path):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580, 0x10280])
+def test_a_cut_file_whose_length_begins_like_a_pickle(length, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(framed(f"{{{ONE}}}".ljust(length))[:300])
+    with pytest.raises(WeightError, match=f"ends at byte {8 + length}.*only 300: interrupted"):
+        read_header_and_metadata(path)
+
+
 def test_a_file_that_safetensors_wrote_with_an_image_in_it(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(2)}, path, {"modelspec.thumbnail": "A" * 5 * 10**6})

@@ -28,6 +28,7 @@ MAX_DIMENSION = 2**32
 
 ITEM_SIZE = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
@@ -185,9 +186,11 @@ def _json_of(path: Path) -> Iterator[json.JSONDecoder]:
 
 
 def _what_else(head: bytes, length: int, size: int) -> str:
-    for start, what in IMPOSTORS:
-        if re.match(start, head):
-            return f"this is {what}"
+    # The length of a header can look like the begin of a pickle, but not with a "{" behind it.
+    if head[8:9] != b"{" or length > MAX_HEADER:
+        for start, what in IMPOSTORS:
+            if re.match(start, head):
+                return f"this is {what}"
     if length > MAX_HEADER:
         return (f"not a safetensors file (a header of {length} bytes; the format has at most "
                 f"{MAX_HEADER})")
