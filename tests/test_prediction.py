@@ -29,6 +29,7 @@ EPS, V = ScheduleConfig(), ScheduleConfig(prediction_type="v_prediction")
 ZERO = replace(V, rescale_betas_zero_snr=True, timestep_spacing="trailing")
 UNET = "model.diffusion_model."
 PREDICTION, KEY = "modelspec.prediction_type", "modelspec.predict_key"
+ARCHITECTURE = "modelspec.architecture"
 
 
 @pytest.fixture
@@ -71,6 +72,10 @@ SAID = [
     ((), {KEY: "v"}, V, f"from the file's {KEY}"),
     ((), {KEY: "epsilon"}, EPS, f"from the file's {KEY}"),
     ((), {PREDICTION: "v", KEY: "v"}, V, f"from the file's {PREDICTION}"),
+    ((), {ARCHITECTURE: "stable-diffusion-v2-768-v"}, V, f"from the file's {ARCHITECTURE}"),
+    ((), {ARCHITECTURE: "stable-diffusion-v2-512"}, EPS, f"from the file's {ARCHITECTURE}"),
+    ((), {ARCHITECTURE: "stable-diffusion-v1"}, EPS, "the default"),
+    ((), {ARCHITECTURE: "stable-diffusion-v1", KEY: "v"}, V, f"from the file's {KEY}"),
     (("v_pred",), {}, V, "from the file's marker v_pred"),
     (("v_pred", "ztsnr"), {}, ZERO, "from the file's markers v_pred and ztsnr"),
     (("ztsnr", "v_pred"), {KEY: "v"}, ZERO, "from the file's markers v_pred and ztsnr"),
@@ -137,6 +142,7 @@ def test_the_caller_is_believed_in_silence(sd):
     ([], {PREDICTION: "v"}, f"the file's {PREDICTION}"),
     ([], {KEY: "v"}, f"the file's {KEY}"),
     ([], {KEY: "flow"}, f"the file's {KEY}"),
+    ([], {ARCHITECTURE: "stable-diffusion-v2-768-v"}, f"the file's {ARCHITECTURE}"),
     ([], {PREDICTION: "epsilon", KEY: "v"}, f"the file's {KEY}"),
 ])
 def test_the_config_beside_the_file_outranks_it(markers, metadata, where, sd):

@@ -26,17 +26,22 @@ from minisd.checkpoints.scheduler_config import (
 from minisd.config import PREDICTION_TYPES, Config, ScheduleConfig
 from minisd.errors import WeightError
 
-# Metadata that tools write: https://github.com/Stability-AI/ModelSpec, ComfyUI, SwarmUI; the last
-# is minisd's own, where the schedule is not the official one.
+# Metadata that tools write (https://github.com/Stability-AI/ModelSpec, ComfyUI, SwarmUI), and the
+# words in it -> the prediction type, and whether that is with zero-terminal SNR.
 MODELSPEC = "modelspec.prediction_type"
 PREDICT_KEY = "modelspec.predict_key"
-SCHEDULE = "minisd.scheduler_config"
-# Their words -> the prediction type, and whether that is with zero-terminal SNR.
 WORDS = {
     **dict.fromkeys(("epsilon", "eps"), ("epsilon", False)),
     **dict.fromkeys(("v", "v_prediction", "v-prediction", "velocity"), ("v_prediction", False)),
     "v-zsnr": ("v_prediction", True),
 }
+# Of the architectures there only these two say it.
+ARCHITECTURE = "modelspec.architecture"
+ARCHITECTURES = {
+    "stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction",
+}
+# minisd's own, where the schedule is not the official one.
+SCHEDULE = "minisd.scheduler_config"
 
 # The rule of thumb of AUTOMATIC1111's web UI: among descendants of the official models, those
 # that predict v vary more in this bias.
@@ -117,6 +122,8 @@ def _own(
     for key in (MODELSPEC, PREDICT_KEY):
         if word := metadata.get(key, "").strip().lower():
             own.append(Said(f"the file's {key}", *WORDS.get(word, (word[:80],))))
+    if kind := ARCHITECTURES.get(metadata.get(ARCHITECTURE, "")):
+        own.append(Said(f"the file's {ARCHITECTURE}", kind))
     return own, schedule
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minisd.checkpoints.json_file import JsonFile
+from minisd.checkpoints.json_file import JsonFile, plain
 from minisd.errors import WeightError
 from minisd.text.tokenizer import BOS, EOS, LENGTH, Tokenizer, check_texts, parse_merges
 
@@ -28,7 +28,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     path, vocab, merges = _read_vocabulary(folder)
     settings = _read_settings(folder)
     tokens = {key: _token(folder, settings, key, vocab) for key in DEFAULTS}
-    length = settings.get("model_max_length", LENGTH)
+    length = settings.get("model_max_length")
+    length = LENGTH if length is None else plain(length)
     if type(length) is not int or length < 3:
         raise WeightError(f"{folder}: model_max_length is {length!r}, not an integer above 2")
     # transformers writes 10^30 for "never set"; CLIP has no more than 77 positions anyway.
