@@ -106,8 +106,9 @@ def info(argv: list[str]) -> None:
     print(f"version     {checkpoint.config.name}")
     counts = (f"{dtype} ({count:,} tensors)" for dtype, count in checkpoint.dtypes.items())
     print(f"dtype       {', '.join(counts)}")
-    prediction = checkpoint.config.schedule.prediction_type
-    print(f"prediction  {prediction} ({checkpoint.prediction_source})")
+    schedule = checkpoint.config.schedule
+    zero = ", zero-terminal SNR" if schedule.rescale_betas_zero_snr else ""
+    print(f"prediction  {schedule.prediction_type}{zero} ({checkpoint.prediction_source})")
 
 
 def download(argv: list[str]) -> None:

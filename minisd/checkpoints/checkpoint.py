@@ -121,7 +121,7 @@ def check(checkpoint: Checkpoint, part: str, module: nn.Module) -> None:
         "of the wrong shape": [
             f"{s.name} {list(s.shape)} for {list(shape)}" for s, shape in shared if s.shape != shape
         ],
-        f"of a dtype other than {', '.join(DTYPES)}": [
+        f"of a dtype other than {', '.join(DTYPES)} (save the model in float16)": [
             f"{s.name} {s.dtype}" for s in have.values() if s.dtype not in DTYPES
         ],
     }

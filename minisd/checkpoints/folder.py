@@ -1,19 +1,16 @@
 """A folder in diffusers layout: its JSON files, and its weights, whole or in shards."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from minisd.checkpoints import names
-from minisd.checkpoints.diffusers_config import (
-    SCHEDULER,
-    JsonFile,
-    read_config,
-    read_schedule,
-    read_vae,
-)
-from minisd.checkpoints.found import Found, Group, tokenizer_of
+from minisd.checkpoints.diffusers_config import read_config, read_vae
+from minisd.checkpoints.found import Found, Group, tokenizer_of, unwrapped
+from minisd.checkpoints.json_file import JsonFile
 from minisd.checkpoints.recognise import resolve
 from minisd.checkpoints.safetensors_file import TO_CONVERT, StoredTensor, read_header
+from minisd.checkpoints.scheduler_config import SCHEDULER, check_zero_snr
 from minisd.config import Config
 from minisd.errors import WeightError
 
@@ -48,21 +45,27 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
         )
     file = JsonFile(index)
     known = [name for names_of_kind in PIPELINES.values() for name in names_of_kind]
-    file.choice("_class_name", known[0], known)
+    file.choice("_class_name", None, known)  # without it, it is the index of nothing
     for part, kind in CLASSES.items():
         file.choice(part, kind, (kind,))
-    config, source = read_config(folder), "given by the caller"
-    if prediction_type is None:
-        prediction_type, source = read_schedule(folder).prediction_type, f"from {SCHEDULER}"
+    if prediction_type is None and not (folder / SCHEDULER).is_file():
+        raise WeightError(f"{folder / SCHEDULER} is missing")
+    config, source = read_config(folder), f"from {SCHEDULER}"
+    schedule = config.schedule
+    if prediction_type is not None:
+        schedule = replace(schedule, prediction_type=prediction_type)
+        source = "given by the caller"
+    check_zero_snr(folder, schedule, source)
     groups = [Group(part_tensors(folder / part, STEMS[part]), {part: rows}, {"": part})
               for part, rows in names.folder(config).items()]
-    config = resolve(config, prediction_type)
+    config = resolve(config, schedule)
     return Found(folder, "folder", config, source, tokenizer_of(folder), groups)
 
 
 def read_stand_alone_vae(path: Path, config: Config) -> Group:
     """A VAE in a file or a folder of its own; WeightError if it is not of the model's sizes."""
-    tensors = part_tensors(path, STEMS["vae"]) if path.is_dir() else read_header(path)
+    tensors = (part_tensors(path, STEMS["vae"]) if path.is_dir()
+               else unwrapped(read_header(path)))
     if (path / "config.json").is_file() and read_vae(path / "config.json") != config.vae:
         raise WeightError(f"{path} has a VAE of other sizes or another scaling_factor")
     return Group(tensors, {"vae": names.stand_alone_vae(config.vae)}, {"": "vae"})
@@ -73,7 +76,7 @@ def part_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
     for variant in ("", ".fp16"):
         whole = folder / f"{stem}{variant}.safetensors"
         if whole.is_file():
-            return read_header(whole)
+            return unwrapped(read_header(whole))
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if index.is_file():
             return _shards(index)
@@ -94,4 +97,4 @@ def _shards(index: Path) -> dict[str, StoredTensor]:
         tensors += read_header(index.parent / shard).values()
     if sorted((t.name, t.path.name) for t in tensors) != sorted(rows.items()):
         raise WeightError(f"{index} and its shards do not hold the same tensors")
-    return {tensor.name: tensor for tensor in tensors}
+    return unwrapped({tensor.name: tensor for tensor in tensors})

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from minisd.checkpoints import names
 from minisd.checkpoints.names import NameMap
 from minisd.checkpoints.safetensors_file import StoredTensor
 from minisd.config import Config
+from minisd.errors import WeightError
 
 
 class Group(NamedTuple):
@@ -32,3 +34,13 @@ def tokenizer_of(folder: Path | None) -> Path | None:
     """The tokenizer of a folder in diffusers layout, if it has one."""
     place = folder / "tokenizer" if folder else None
     return place if place and place.is_dir() else None
+
+
+def unwrapped(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The same under the names that they have without torch's wrappers, see names.py."""
+    plain: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        known = plain.setdefault(names.unwrapped(name), tensor)
+        if known is not tensor:
+            raise WeightError(f"{tensor.path} has one tensor twice: {known.name} and {name}")
+    return plain

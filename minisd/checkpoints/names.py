@@ -8,6 +8,7 @@ a shortcut): the model itself says what must be there.
 """
 
 import re
+from collections.abc import Iterable
 
 from minisd.config import Config, UNetConfig, VAEConfig
 
@@ -87,27 +88,47 @@ SINGLE_FILE_PREFIXES = {
     "cond_stage_model.": "text_encoder",
     "conditioner.embedders.0.": "text_encoder",
 }
+CLIP_PREFIXES = (
+    "cond_stage_model.transformer.text_model.",
+    "cond_stage_model.transformer.",  # old merges lack the inner prefix
+    "conditioner.embedders.0.transformer.text_model.",
+)
 OPENCLIP_PREFIXES = ("cond_stage_model.model.", "conditioner.embedders.0.model.")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 
 # What is left of training and no image needs. Each pattern matches a whole name.
 DROPPED = (
-    r"betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|posterior_.*|denoiser\.sigmas",
-    r"model_ema\..*|global_step|(first_stage_model\.|vae\.)?loss\..*|embedding_manager\..*",
+    r"betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|posterior_.*|denoiser\.sigmas|logvar",
+    r"((first_stage_model\.|vae\.)?(model_ema|loss)|embedding_manager|optimizer(_states)?)\..*",
+    r"global_step",
     # Always 0..76; merged files hold it as floats, in half precision, or wrong.
     r"(.*\.)?position_ids",
     r"(.*\.)?(logit_scale|text_projection|text_projection\.weight)",
     r"depth_model\..*|low_scale_model\..*",
+    # Not weights but marks, see MARKERS.
+    r"(model\.diffusion_model\.)?(v_pred|ztsnr)",
 )
+
+# Tensors, mostly empty, that say what the UNet predicts by being there: ComfyUI and others write
+# them beside the UNet, some under its prefix. "ztsnr" is zero-terminal SNR.
+MARKERS = ("v_pred", "ztsnr")
+
+# What torch.compile, DataParallel and DistributedDataParallel put into the names of what they wrap.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")
 
 # What is not Stable Diffusion 1 or 2, by a name that only such files have.
 REJECTED = {
+    "a model with LoRA layers beside its own (save it with the LoRA merged)": r"\.base_layer\.",
+    "quantised weights (save the model in float16 instead)":
+        r"\.(scale_weight|weight_scale|absmax)$|quant_state\.|^scaled_fp8$",
+    "an EDM model": r"^edm_(mean|std|vpred)\b",
     "LoRA weights": r"(^|[._])lora[._]",
-    "a ControlNet": r"^control_model\.|controlnet_cond_embedding\.",
+    "a ControlNet": r"^(control_model|zero_convs|input_hint_block)\.|controlnet_cond_embedding\.",
     "an SDXL model": r"^conditioner\.embedders\.1\.",
     "an unCLIP or SDXL model": r"noise_augmentor\.|label_emb\.0\.",
     "a Flux model": r"(double_blocks|single_blocks|single_transformer_blocks)\.0\.",
     "the UNet alone of a diffusers folder (load the whole folder)": r"^time_embedding\.linear_1\.",
+    "a UNet alone (give the whole model)": r"^(input_blocks\.0\.0|time_embed\.0)\.",
     "a VAE alone (give it as vae=)": r"^(vae\.)?decoder\.conv_in\.",
     "a text encoder alone": r"^(text_model\.)?embeddings\.token_embedding\.",
 }
@@ -183,9 +204,9 @@ def openclip(layers: int) -> NameMap:
 def single_file(config: Config) -> dict[str, NameMap]:
     """Part -> every name that its tensors may have in a single file."""
     layers = config.text.num_hidden_layers
-    text = _prefixed("cond_stage_model.transformer.text_model.", clip(layers))
-    # Old merges lack the inner prefix.
-    text |= _prefixed("cond_stage_model.transformer.", clip(layers))
+    text: NameMap = {}
+    for prefix in CLIP_PREFIXES:
+        text |= _prefixed(prefix, clip(layers))
     open_text: NameMap = {}
     for prefix in OPENCLIP_PREFIXES:
         open_text |= _prefixed(prefix, openclip(layers))
@@ -221,6 +242,17 @@ def dropped(config: Config) -> re.Pattern:
     """
     unused = rf".*\.resblocks\.{config.text.num_hidden_layers}\..*"
     return re.compile("|".join((*DROPPED, unused)))
+
+
+def markers(names: Iterable[str]) -> list[str]:
+    """Those of MARKERS that are among the names of a single file."""
+    there = {name.removeprefix("model.diffusion_model.") for name in names}
+    return [marker for marker in MARKERS if marker in there]
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what torch puts into it where a module is wrapped."""
+    return WRAPPERS.sub("", name)
 
 
 def rejected(names: list[str]) -> str | None:

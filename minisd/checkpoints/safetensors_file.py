@@ -10,6 +10,8 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +20,15 @@ from torch import Tensor
 
 from minisd.errors import WeightError
 
-MAX_HEADER = 3 * 2**20  # an SD1 checkpoint with all of its training state needs 0.3 MB
+MAX_HEADER = 100_000_000  # what the format allows; most of it can only be metadata: an image, say
+MAX_ENTRIES = 3 * 2**20  # bytes of what is not; SD1 with all of its training state needs 0.3 MB
 MAX_TENSORS = 10_000  # the same has 1,900
 MAX_RANK = 8
 MAX_DIMENSION = 2**32
 
 ITEM_SIZE = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
@@ -89,12 +93,10 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[
         if not (length <= min(size - 8, MAX_HEADER) and head[8:9] == b"{"):
             raise WeightError(f"{path}: {_what_else(head, length, size)}")
         file.seek(8)
-        header = parse_json(file.read(length), path)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
-        raise WeightError(f"{path}: its __metadata__ is not a table of strings")
+        header, metadata = _parse_header(file.read(length), path)
     if len(header) > MAX_TENSORS:
-        raise WeightError(f"{path} declares {len(header)} tensors; no model has over {MAX_TENSORS}")
+        raise WeightError(f"{path} declares {len(header)} tensors; no Stable Diffusion has over "
+                          f"{MAX_TENSORS}")
     tensors = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
     _check_tiling(path, tensors, 8 + length, size)
     return {tensor.name: tensor for tensor in tensors}, metadata
@@ -132,6 +134,38 @@ def read_tensor(
 
 def parse_json(data: bytes, path: Path) -> dict:
     """A JSON object, each of whose keys is there once; WeightError for anything else."""
+    with _json_of(path) as decoder:
+        result = decoder.decode(data.decode("utf-8"))
+    if not isinstance(result, dict):
+        raise WeightError(f"{path}: the JSON in it is not an object")
+    return result
+
+
+def _parse_header(data: bytes, path: Path) -> tuple[dict, dict[str, str]]:
+    """The entries of the tensors, and the metadata.
+
+    The metadata are parsed first and cut out: they may be long, and the rest is parsed only if it
+    is not. An entry has no field of this name, so a match inside one is rejected with it.
+    """
+    with _json_of(path) as decoder:
+        text, metadata = data.decode("utf-8"), None
+        if found := re.search(r'"__metadata__"[ \t\n\r]*:[ \t\n\r]*', text):
+            metadata, end = decoder.raw_decode(text, found.end())
+            text = f"{text[:found.end()]}null{text[end:]}"
+        if len(text) > MAX_ENTRIES:
+            raise WeightError(f"{path}: the entries of its tensors take {len(text)} bytes; no "
+                              f"Stable Diffusion's take over {MAX_ENTRIES}")
+        header = decoder.decode(text)
+    left = header.pop("__metadata__", None)  # what was cut out is null, as no metadata may be
+    metadata = next((each for each in (left, metadata) if each is not None), {})
+    if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
+        raise WeightError(f"{path}: its __metadata__ is not a table of strings")
+    return header, metadata
+
+
+@contextmanager
+def _json_of(path: Path) -> Iterator[json.JSONDecoder]:
+    """A decoder that takes each key once; what goes wrong with it is a WeightError."""
 
     def once(pairs: list[tuple[str, object]]) -> dict:
         result = dict(pairs)
@@ -144,22 +178,22 @@ def parse_json(data: bytes, path: Path) -> dict:
         return -0.0 if digits == "-0" else int(digits)  # to safetensors -0 is no integer
 
     try:
-        result = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_int=whole)
+        yield json.JSONDecoder(object_pairs_hook=once, parse_int=whole)
     except WeightError:
         raise
     except (ValueError, RecursionError) as error:
         raise WeightError(f"{path} is not readable JSON where it should be: {error}") from None
-    if not isinstance(result, dict):
-        raise WeightError(f"{path}: the JSON in it is not an object")
-    return result
 
 
 def _what_else(head: bytes, length: int, size: int) -> str:
-    for start, what in IMPOSTORS:
-        if re.match(start, head):
-            return f"this is {what}"
+    # The length of a header can look like the begin of a pickle, but not with a "{" behind it.
+    if head[8:9] != b"{" or length > MAX_HEADER:
+        for start, what in IMPOSTORS:
+            if re.match(start, head):
+                return f"this is {what}"
     if length > MAX_HEADER:
-        return f"not a safetensors file (a header of {length} bytes; at most {MAX_HEADER} are read)"
+        return (f"not a safetensors file (a header of {length} bytes; the format has at most "
+                f"{MAX_HEADER})")
     if length > size - 8:
         need = f"the header alone ends at byte {8 + length}"
         return f"{need}, but the file has only {size}: interrupted download?"
@@ -175,8 +209,11 @@ def _stored(path: Path, name: str, entry: object, data: int) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         raise WeightError(f"{path}: {name} has the unknown dtype {repr(dtype)[:80]}")
-    if not _whole_numbers(shape, MAX_DIMENSION) or len(shape) > MAX_RANK:
+    if not _whole_numbers(shape, MAX_DIMENSION):
         raise WeightError(f"{path}: {name} has an impossible shape")
+    if len(shape) > MAX_RANK:
+        raise WeightError(f"{path}: {name} has {len(shape)} dimensions; no weight has over "
+                          f"{MAX_RANK}")
     if not _whole_numbers(offsets, 2**63) or len(offsets) != 2:
         raise WeightError(f"{path}: {name} has impossible offsets")
     start, stop = offsets

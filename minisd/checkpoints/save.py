@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minisd import files
-from minisd.checkpoints import names
+from minisd.checkpoints import names, prediction
 from minisd.checkpoints.folder import CLASSES, PIPELINES, STEMS
-from minisd.checkpoints.recognise import MODELSPEC
+from minisd.checkpoints.scheduler_config import schedule_fields
 from minisd.checkpoints.tokenizer_folder import write_tokenizer
 from minisd.config import Config
 from minisd.errors import WeightError
@@ -47,8 +47,9 @@ def save_model(
     files.check_writable(path, size=size)
     with files.written_whole(path) as temporary:
         if suffix == ".safetensors":
-            _write_tensors(temporary, original_tensors(config, weights),
-                           prediction_type=config.schedule.prediction_type)
+            metadata, markers = prediction.written(config.schedule)
+            marked = {name: torch.empty(0) for name in markers}
+            _write_tensors(temporary, original_tensors(config, weights) | marked, metadata)
         else:
             _write_folder(temporary, config, tokenizer, weights)
 
@@ -69,7 +70,7 @@ def _write_folder(folder: Path, config: Config, tokenizer: Tokenizer, weights: W
     for part, stem in STEMS.items():
         (folder / part).mkdir(parents=True)
         place = folder / part / f"{stem}.safetensors"
-        _write_tensors(place, _named(rows[part], weights[part]))
+        _write_tensors(place, _named(rows[part], weights[part]), {})
     for file, fields in folder_configs(config, tokenizer).items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(json.dumps(fields, indent=2) + "\n")
@@ -89,13 +90,13 @@ def _named(rows: names.NameMap, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     return named
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], prediction_type: str = "") -> None:
-    metadata = {"format": "pt"}  # transformers refuses a file that does not say so
-    if prediction_type:
-        metadata[MODELSPEC] = "v" if prediction_type == "v_prediction" else prediction_type
+def _write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     path.touch()
     mode = path.stat().st_mode  # what the user's umask allows; save_file: the owner only
-    save_file(_apart(tensors), path, metadata)
+    # transformers refuses a file that does not say its format.
+    save_file(_apart(tensors), path, {"format": "pt", **metadata})
     path.chmod(mode)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -129,17 +130,7 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
             "tokenizer": ["transformers", "CLIPTokenizer"],
             **CLASSES,
         },
-        "scheduler/scheduler_config.json": {
-            "_class_name": "DDIMScheduler",
-            "beta_start": schedule.beta_start,
-            "beta_end": schedule.beta_end,
-            "beta_schedule": "scaled_linear",
-            "num_train_timesteps": schedule.num_train_timesteps,
-            "prediction_type": schedule.prediction_type,
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
-        },
+        "scheduler/scheduler_config.json": schedule_fields(schedule),
         "text_encoder/config.json": {
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 
-from minisd.checkpoints.diffusers_config import JsonFile
+from minisd.checkpoints.json_file import JsonFile, plain
 from minisd.errors import WeightError
 from minisd.text.tokenizer import BOS, EOS, LENGTH, Tokenizer, check_texts, parse_merges
 
@@ -34,7 +34,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     ids = vocab | {str(token): len(vocab) + i for i, token in enumerate(added)}
     tokens = {key: _token(folder, settings, key, ids if key == "pad_token" else vocab)
               for key in DEFAULTS}
-    length = settings.get("model_max_length", LENGTH)
+    length = settings.get("model_max_length")
+    length = LENGTH if length is None else plain(length)
     if type(length) is not int or length < 3:
         raise WeightError(f"{folder}: model_max_length is {length!r}, not an integer above 2")
     # transformers writes 10^30 for "never set"; CLIP has no more than 77 positions anyway.
@@ -206,6 +207,9 @@ def _check_merges(
         if not (left in vocab and right in vocab and left + right in vocab):
             raise WeightError(f"{path}: the merge {merge!r} does not fit the vocabulary")
         pairs.append((left, right))
+    if not pairs and any(len(symbol.removesuffix("</w>")) > 1 for symbol in vocab
+                         if symbol not in DEFAULTS.values()):
+        raise WeightError(f"{path.parent} has no merges, of which the vocabulary's tokens are made")
     return pairs
 
 

@@ -55,9 +55,9 @@ def test_v_is_not_guessed_for_versions_without_a_v_model(official):
     ("text", "predicts"),
     [
         ('model:\n  params:\n    parameterization: "v"\n', "v_prediction"),
-        ("    parameterization: v  # velocity\n", "v_prediction"),
-        ("    parameterization: 'eps'\n", "epsilon"),
-        ("model:\n  target: x\n  # parameterization: v\n", "epsilon"),
+        ("model:\n  params:\n    parameterization: v  # velocity\n", "v_prediction"),
+        ("model:\n  params:\n    parameterization: 'eps'\n", "epsilon"),
+        ("model:\n  target: x\n  params: {}\n  # parameterization: v\n", "epsilon"),
     ],
 )
 def test_yaml_beside_the_file_has_priority_over_the_guess(text, predicts, official):
@@ -70,7 +70,7 @@ def test_yaml_beside_the_file_has_priority_over_the_guess(text, predicts, offici
 
 def test_priority_is_the_caller_then_the_scheduler_then_the_yaml(official):
     path = official(SD2)
-    path.with_suffix(".yaml").write_text("parameterization: eps")
+    path.with_suffix(".yaml").write_text("model: {params: {parameterization: eps}}")
     scheduler = path.parent / "scheduler" / "scheduler_config.json"
     scheduler.parent.mkdir()
     fields = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}

@@ -79,7 +79,8 @@ def test_small_vocabulary(small):
     assert torch.equal(tokenizer(prompts), official_ids(theirs, prompts))
 
 
-@pytest.mark.parametrize("written, length", [(16, 16), (10**30, 77)])
+@pytest.mark.parametrize("written, length", [
+    (16, 16), (10**30, 77), (1e30, 77), (16.0, 16), (None, 77)])
 def test_length_of_a_folder(written, length, tmp_path):
     settings = {**SMALL_TOKENS, "model_max_length": written}
     folder = save_tokenizer(tmp_path / "t", SMALL_VOCAB, ["a b</w>"], **settings)
@@ -103,12 +104,15 @@ def test_length_of_a_folder(written, length, tmp_path):
         ("vocab.json", b'{"a": 0, "b</w>": 1, "ab</w>": 2}', "bos_token is '<s>'"),
         ("merges.txt", None, "merges.txt is missing"),
         ("merges.txt", b"\xff\xfe", "merges.txt is not UTF-8"),
+        ("merges.txt", b"#version: 0.2\n", "has no merges, of which the vocabulary's tokens are"),
         ("merges.txt", b"#version: 0.2\na\n", r"vocab.json: the merge \('a', ''\)"),
         ("merges.txt", b"a b c\n", "the merge"),
         ("merges.txt", b"a c</w>\n", "the merge"),
         ("tokenizer_config.json", b"nonsense", "tokenizer_config.json is not readable JSON"),
         ("tokenizer_config.json", b'{"model_max_length": "77"}', "model_max_length is '77'"),
         ("tokenizer_config.json", b'{"model_max_length": 2}', "model_max_length is 2"),
+        ("tokenizer_config.json", b'{"model_max_length": 7.5}', "model_max_length is 7.5"),
+        ("tokenizer_config.json", b'{"model_max_length": true}', "model_max_length is True"),
         ("special_tokens_map.json", b'{"pad_token": "!"}', "pad_token is '!'"),
         ("special_tokens_map.json", b'{"unk_token": {"contents": "a"}}', "unk_token is None"),
         ("special_tokens_map.json", b'{"eos_token": [1]}', r"eos_token is \[1\]"),

@@ -47,8 +47,15 @@ KERNEL_ARROWS = {
 # Everything else that minisd may import: what pyproject.toml declares, by import name.
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, BUILD = SETTINGS["project"], SETTINGS["tool"]
-DEPENDENCIES = {re.match(r"\w+", line)[0] for line in PROJECT["dependencies"]}
-DECLARED = DEPENDENCIES - {"pillow"} | {"PIL"}
+IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
+
+
+def import_names(lines: list[str]) -> set[str]:
+    found = {re.match(r"\w+", line)[0] for line in lines}
+    return {IMPORTED_AS.get(name, name) for name in found}
+
+
+DECLARED = import_names(PROJECT["dependencies"])
 # No installed file may import these.
 BESIDE = {"bench", "tests", "weights", "kernels"}
 # No file imports or names these: code and objects made from data, other programs, the network.
@@ -204,7 +211,7 @@ def test_the_search_finds_forbidden_code(line):
 def test_what_is_declared_is_what_is_imported(extra, folders):
     """The core declares all that minisd imports; an extra, what its folder imports besides."""
     lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
-    declared = {re.match(r"\w+", line)[0].replace("pillow", "PIL") for line in lines}
+    declared = import_names(lines)
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     imported = roots(set().union(*(imports(ast.parse(path.read_text())) for path in paths)))
     own = {path.stem for path in paths} | {

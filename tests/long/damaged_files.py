@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from files import all_shapes, header, write
 from safetensors import safe_open
+from yaml import safe_load
 
 from minisd.checkpoints.checkpoint import check, open_checkpoint
+from minisd.checkpoints.ldm_yaml import PREDICTIONS, prediction_of, read_params
 from minisd.checkpoints.safetensors_file import DTYPES, ITEM_SIZE, read_header, read_tensor
 from minisd.config import SD1
 from minisd.errors import WeightError
@@ -180,3 +182,79 @@ def tensors(folder: Path) -> Case:
         return "different"
 
     return case
+
+
+LDM = """\
+model:
+  base_learning_rate: 1.0e-4
+  target: ldm.models.diffusion.ddpm.LatentDiffusion  # the class
+  params:
+    parameterization: "v"
+    linear_start: 0.00085
+    timesteps: 1000
+    first_stage_key: 'jpg'
+    monitor: val/loss
+    use_ema: False
+    unet_config:
+      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+      params:
+        attention_resolutions: [ 4, 2, 1 ]
+        channel_mult:
+        - 1
+        - 2
+    cond_stage_config: {target: "x.Y", params: {freeze: true, layer: penultimate}}
+"""
+FLOW = 'model: {target: x.Y, params: {timesteps: 1, parameterization: "v", a: [1, [b, {c: d}]]}}'
+YAML = [*"?-:{}[],#'\"\\~\t\0\r\x85\ufeff\U0001f600", ": ", "- ", "? ", "&a ", "*a", "<<: ", "!x ",
+        "!!str ", "--- ", "\n---\n", "...\n", "%YAML 1.1\n", "|\n", ">-\n", '"\\U00110000"',
+        '"\\ud800"', "eps", "v", "x0", "null", "1e999", "params", "model:\n", "[" * 40,
+        "parameterization: eps\n", "<!DOCTYPE html>"]
+
+
+def yaml(folder: Path) -> Case:
+    """LDM's config in block and in flow style, in UTF-8 and UTF-16, damaged in one to four places
+    or not at all.
+    """
+
+    def case(draw: random.Random, number: int) -> str:
+        text = draw.choice([LDM, LDM, FLOW, LDM.replace('"v"', draw.choice(["eps", "v", "x0"]))])
+        for _ in range(draw.choice([0, 1, 1, 2, 4])):
+            text = _damaged_text(text, draw)
+        data = text.encode(draw.choice(["utf-8", "utf-8", "utf-16", "utf-8-sig"]), "replace")
+        if draw.random() < 0.1:
+            place = draw.randrange(len(data) + 1)
+            data = draw.choice([data[:place], data[:place] + draw.randbytes(1) + data[place:]])
+        (folder / "a.yaml").write_bytes(data)
+        try:
+            params = read_params(folder / "a.yaml")
+            found = prediction_of(folder / "a.yaml", params)
+        except WeightError as error:
+            return rejected(error, "a.yaml")
+        theirs = safe_load(data)["model"]["params"]
+        same = PREDICTIONS[theirs.get("parameterization", "eps")] == found
+        return "same" if same and _alike(params, theirs) else "different"
+
+    return case
+
+
+def _damaged_text(text: str, draw: random.Random) -> str:
+    """A token put in or over a few characters, or a line lost, repeated or indented anew."""
+    if draw.random() < 0.6:
+        place = draw.randrange(len(text) + 1)
+        return text[:place] + draw.choice(YAML) + text[place + draw.choice([0, 0, 1, 3]) :]
+    lines = text.splitlines(keepends=True) or [""]
+    row = draw.randrange(len(lines))
+    lines[row : row + 1] = draw.choice([[], [lines[row]] * 2, [" " + lines[row]],
+                                        [lines[row].lstrip()], [lines[row][:-1]]])
+    return "".join(lines)
+
+
+def _alike(ours: object, theirs: object) -> bool:
+    """The same mappings, lists and texts; what is no text to others may be any text to us."""
+    if isinstance(ours, (dict, list)):
+        if type(ours) is not type(theirs) or len(ours) != len(theirs):
+            return False
+        pairs = [(ours, theirs)] if isinstance(ours, list) else [
+            (list(ours), list(theirs)), (list(ours.values()), list(theirs.values()))]
+        return all(_alike(a, b) for left, right in pairs for a, b in zip(left, right, strict=True))
+    return ours == theirs if isinstance(theirs, str) else not isinstance(theirs, (dict, list))

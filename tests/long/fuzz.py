@@ -27,7 +27,7 @@ import damaged_files
 
 TARGETS = {
     "headers": 100_000, "bodies": 1_000, "tensors": 4_520, "prompts": 50_000, "images": 20_000,
-    "steps": 1_000, "metadata": 5_000,
+    "steps": 1_000, "metadata": 5_000, "yaml": 20_000,
 }
 PREPARE = {kind: getattr(damage, kind, None) or getattr(damaged_files, kind) for kind in TARGETS}
 RIGHT = ("rejected", "same")

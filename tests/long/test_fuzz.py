@@ -11,7 +11,7 @@ import torch
 
 # Number of cases of each kind: enough for both outcomes, where both are possible.
 SHORT = {"headers": 600, "bodies": 20, "tensors": 16, "prompts": 300, "images": 300, "steps": 30,
-         "metadata": 60}
+         "metadata": 60, "yaml": 300}
 ONE_OUTCOME = {"tensors": "rejected", "steps": "same", "metadata": "same"}
 
 

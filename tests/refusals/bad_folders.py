@@ -102,7 +102,7 @@ FIELDS = [  # file, its changed fields, words of the error
     ("unet/config.json", {"down_block_types": ["DownBlock2D", "K", "DownBlock2D"]}, "down_block"),
     ("unet/config.json", {"up_block_types": ["CrossAttnUpBlock2D"] * 3}, "up_block_types"),
     ("unet/config.json", {"layers_per_block": MANY}, "layers_per_block"),
-    ("unet/config.json", {"layers_per_block": 2.0}, "layers_per_block"),
+    ("unet/config.json", {"layers_per_block": 2.5}, "layers_per_block"),
     ("unet/config.json", {"layers_per_block": True}, "layers_per_block"),
     ("unet/config.json", {"layers_per_block": None}, "layers_per_block"),
     ("unet/config.json", {"attention_head_dim": 7}, "attention_head_dim"),
@@ -136,7 +136,7 @@ FIELDS = [  # file, its changed fields, words of the error
     ("scheduler/scheduler_config.json", {"beta_start": float("inf")}, "beta_start"),
     ("scheduler/scheduler_config.json", {"beta_start": 0.5}, "beta_start"),
     ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
-    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas"),
+    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero-terminal"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps"),
 ]
 CONTENTS = {  # of each of these files
@@ -187,7 +187,7 @@ def pickled(model: Path) -> None:
 
 
 def yaml(here: Path, good: Path) -> Path:
-    (here / "a.yaml").write_text("parameterization: x0")
+    (here / "a.yaml").write_text("model: {params: {parameterization: x0}}")
     return write(here / "a.safetensors", header(all_shapes(SD1)))
 
 
