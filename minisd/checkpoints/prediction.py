@@ -120,7 +120,7 @@ def _own(
         where = f"the file's marker{'s' * (len(marks) > 1)} {' and '.join(marks)}"
         own.append(Said(where, "v_prediction" if "v_pred" in marks else None, "ztsnr" in marks))
     for key in (MODELSPEC, PREDICT_KEY):
-        if word := metadata.get(key, "").strip().lower():
+        if word := " ".join(metadata.get(key, "").lower().split()):
             own.append(Said(f"the file's {key}", *WORDS.get(word, (word[:80],))))
     if kind := ARCHITECTURES.get(metadata.get(ARCHITECTURE, "")):
         own.append(Said(f"the file's {ARCHITECTURE}", kind))

@@ -116,11 +116,12 @@ def test_info_tells_it(sd, capsys):
     assert f"prediction  v_prediction (from the file's {KEY})\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("word", ["sample", "x0", "flow", "edm", "velocity_flow", "v" * 999])
+@pytest.mark.parametrize("word", [
+    "sample", "x0", "flow", "edm", "velocity_flow", "v" * 999, "v or\n eps"])
 @pytest.mark.parametrize("key", [PREDICTION, KEY])
 def test_a_word_that_is_not_known_is_no_eps(key, word, sd):
     path = sd(**{key: word})
-    with pytest.raises(WeightError, match=f"the file's {key} says '{word[:9]}.*prediction_type="):
+    with pytest.raises(WeightError, match=f"the file's {key} says '{word[:4]}.*prediction_type="):
         open_checkpoint(path)
     assert open_checkpoint(path, prediction_type="epsilon").config == SD1
 
