@@ -146,8 +146,9 @@ def run(args: argparse.Namespace, machine: dict[str, str]) -> bool:
     with (args.out / "log.txt").open("a") as log:
         def say(who: str, line: str) -> None:
             with lock:
+                line = f"[{time.monotonic() - start:6.1f} {who}] {line}"
                 for file in (sys.stdout, log):
-                    print(f"[{time.monotonic() - start:6.1f} {who}] {line}", file=file, flush=True)
+                    print(line, file=file, flush=True)
 
         def begin(names: list[str]) -> None:
             common = ["--minutes", "-", "--out", str(args.out), "--commit", machine["commit"],
