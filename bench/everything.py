@@ -24,8 +24,6 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-
 from bench import harness
 from bench.harness import GPU
 
@@ -183,8 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
-    return 0 if run(args, harness.machine(device, args.commit, args.date)) else 1
+    return 0 if run(args, harness.machine(harness.device(), args.commit, args.date)) else 1
 
 
 if __name__ == "__main__":
