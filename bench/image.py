@@ -278,10 +278,6 @@ def run(args: argparse.Namespace, contest: Contest, end: float, seconds: float,
         contest.enter(COMPILED, compiled, compiling)
         if COMPILED in contest.entered:
             contest.race(args.rounds, seconds, (FUSED, COMPILED))
-        else:  # workers that still compile would disturb what is timed
-            from torch._inductor.async_compile import shutdown_compile_workers
-
-            shutdown_compile_workers()
     if args.profile:
         contest.profile(args.out / "profile.txt")
 
