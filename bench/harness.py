@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -300,7 +299,7 @@ def equality(jobs: list[tuple], add: Callable[[dict], None], workers: int = 0,
     deadline (of time.monotonic) cuts off count as wrong. ``workers`` is the number of processes:
     most of the time is compiling."""
     all_right, done = True, 0
-    with _spread(equality_row, jobs, workers, deadline) as rows:
+    with _spread(jobs, workers, deadline) as rows:
         for row in rows:
             add(row)
             all_right &= row["ok"]
@@ -310,20 +309,19 @@ def equality(jobs: list[tuple], add: Callable[[dict], None], workers: int = 0,
 
 
 @contextmanager
-def _spread(function: Callable, jobs: list[tuple], workers: int,
-            deadline: float) -> Iterator[Iterator]:
-    """The results of function(*job), as they come, until the deadline. ``workers`` is the number of
+def _spread(jobs: list[tuple], workers: int, deadline: float) -> Iterator[Iterator[dict]]:
+    """The rows of the jobs, as they come, until the deadline. ``workers`` is the number of
     processes, which end with the context; 0 runs the jobs in this process."""
     if not workers:
-        yield (function(*job) for job in jobs if time.monotonic() < deadline)
+        yield (_row(job) for job in jobs if time.monotonic() < deadline)
         return
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with context.Pool(workers) as pool:  # leaving it ends the processes, busy or not
-        yield _in_time(pool.imap_unordered(partial(_apply, function), jobs), deadline)
+        yield _in_time(pool.imap_unordered(_row, jobs), deadline)
 
 
-def _apply(function: Callable, job: tuple):
-    return function(*job)
+def _row(job: tuple) -> dict:
+    return equality_row(*job)
 
 
 def _in_time(results, deadline: float) -> Iterator:

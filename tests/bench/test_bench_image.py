@@ -94,6 +94,18 @@ def test_without_diffusers_its_rows_say_so(monkeypatch, tmp_path):
     assert [row["what"] for row in rows] == ["not run"] and "diffusers" in rows[0]["note"]
 
 
+def my_failing_geglu(h):
+    raise ValueError("no more")
+
+
+def test_a_function_that_fails_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(models, "standard", lambda quick: {"s": lambda: models.full("s", SMALL, 1)})
+    monkeypatch.setattr(harness, "GPU", False)
+    line = ["--only", "nobody", "--provider", f"geglu={__name__}:my_failing_geglu"]
+    assert image.main(line) == 1
+    assert "not run               , note ValueError: no more" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("line, words", [
     (["--models", "big"], "big is none of the models: tiny, quarter"),
     (["--only", "fused", "--profile"], "--profile needs --out"),
