@@ -193,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
     jobs = every if args.ahead or args.only else chosen()
     jobs = sorted((job for job in jobs if not args.only or args.only in f"{job[1]} {job[0]}"),
                   key=lambda job: job[1])
+    if not jobs:
+        raise SystemExit(f"no variant's line has {args.only!r} in it")
     done, wrong = 0, []
     fork = multiprocessing.get_context("fork")  # workers inherit the variants, made by now
     with ProcessPoolExecutor(args.workers, fork) as pool:

@@ -33,11 +33,11 @@ from minisd_kernels.ops import launch
 
 from bench import cases, harness, providers, timing
 from bench.cases import Case
-from bench.harness import GPU, INTERPRETED, LATE, SHARE, Rows, one_line
+from bench.harness import INTERPRETED, LATE, SHARE, Rows, one_line
 from bench.providers import OURS
 from minisd.backends import kernels
 
-RUNS = GPU or INTERPRETED  # whether our kernels do
+RUNS = harness.GPU or INTERPRETED  # whether our kernels do
 
 # --- a size: checked, timed in turns, as rows -----------------------------------------------------
 
@@ -273,8 +273,9 @@ def check_all(args: argparse.Namespace, chosen: list[Case], device: torch.device
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    device = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
-    chosen = cases.tiny() if INTERPRETED else cases.full() if GPU else cases.small()
+    device = harness.device()
+    gpu = device.type == "cuda"
+    chosen = cases.tiny() if INTERPRETED else cases.full() if gpu else cases.small()
     if not RUNS:
         print("there is no GPU here: small sizes on the CPU")
     ops = [op for op, *_ in args.provider] or providers.PEERS
@@ -297,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     share = 60 if args.check else 20  # checking takes at most a third of the time
     right = args.time or check_all(args, chosen, device, start + share * minutes, rows)
     if not args.check:
-        seconds = 60 * ((2 if GPU else 0) if args.compile_minutes is None else args.compile_minutes)
+        seconds = 60 * ((2 if gpu else 0) if args.compile_minutes is None else args.compile_minutes)
         budget = timing.Budget(seconds, "the time for compiling was up (--compile-minutes)")
         timed = time_all(chosen, device, dtype, args.rounds, deadline, budget, rows, args.provider)
         right &= timed or not (RUNS or args.provider)

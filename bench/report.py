@@ -56,8 +56,8 @@ def groups(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
 
 def latest(rows: list[dict], *columns: str) -> list[dict]:
     """The rows of the last run of each combination; a run has one date."""
-    return [row for group in groups(rows, *columns).values() for row in group
-            if row["date"] == max(r["date"] for r in group)]
+    return [row for group in groups(rows, *columns).values()
+            for last in [max(row["date"] for row in group)] for row in group if row["date"] == last]
 
 
 def distinct(rows: list[dict], column: str) -> str:

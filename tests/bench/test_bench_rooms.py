@@ -143,8 +143,8 @@ def test_a_row_says_which_machine(monkeypatch):
 
 
 def test_a_row_says_which_command_without_paths():
-    line = ["/a/bench/image.py", "--quick", "--out", "/b/c", "--minutes", "-", "--only", "fused",
-            "--commit", "abc", "--date", "2030"]
+    line = ["/a/bench/image.py", "--quick", "--out", "/b c/d", "--minutes", "-", "--only", "fused",
+            "--commit=abc", "--date", "2030", "--folder=/e"]
     assert harness._command(line) == "python -m bench.image --quick --only fused"
     assert harness._command(["/a/bench/kernels.py", "--minutes", "3", "--only", "geglu SD1"]) == (
         "python -m bench.kernels --minutes 3 --only 'geglu SD1'")
