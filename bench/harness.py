@@ -120,6 +120,13 @@ def minutes(text: str) -> float:
     return float(sys.stdin.readline() or 0 if text == "-" else text)
 
 
+def positive(text: str) -> int:
+    """For numbers of things, of which there must be one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
+    return int(text)
+
+
 def device() -> torch.device:
     """That of every measurement."""
     return torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
@@ -299,7 +306,7 @@ def equality(jobs: list[tuple], add: Callable[[dict], None], workers: int = 0,
     deadline (of time.monotonic) cuts off count as wrong. ``workers`` is the number of processes:
     most of the time is compiling."""
     all_right, done = True, 0
-    with _spread(jobs, workers, deadline) as rows:
+    with _rows(jobs, workers, deadline) as rows:
         for row in rows:
             add(row)
             all_right &= row["ok"]
@@ -309,18 +316,18 @@ def equality(jobs: list[tuple], add: Callable[[dict], None], workers: int = 0,
 
 
 @contextmanager
-def _spread(jobs: list[tuple], workers: int, deadline: float) -> Iterator[Iterator[dict]]:
+def _rows(jobs: list[tuple], workers: int, deadline: float) -> Iterator[Iterator[dict]]:
     """The rows of the jobs, as they come, until the deadline. ``workers`` is the number of
     processes, which end with the context; 0 runs the jobs in this process."""
     if not workers:
-        yield (_row(job) for job in jobs if time.monotonic() < deadline)
+        yield (_one(job) for job in jobs if time.monotonic() < deadline)
         return
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with context.Pool(workers) as pool:  # leaving it ends the processes, busy or not
-        yield _in_time(pool.imap_unordered(_row, jobs), deadline)
+        yield _in_time(pool.imap_unordered(_one, jobs), deadline)
 
 
-def _row(job: tuple) -> dict:
+def _one(job: tuple) -> dict:
     return equality_row(*job)
 
 

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from bench import harness, models, providers, timing
-from bench.harness import LATE, Rows, one_line
+from bench.harness import LATE, Rows, one_line, positive
 from bench.models import Model, Ours, Theirs
 from bench.timing import Memory, interleave, timed
 
@@ -219,9 +219,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="OP=MODULE:FUNCTION", help="a function of your own in minisd fused")
     add("--dtype", choices=("float16", "bfloat16", "float32"),
         help="default: float16; float32 on a CPU")
-    add("--rounds", type=int, default=7, help="samples of each, at most (default: %(default)s)")
-    add("--batches", type=int, nargs="*", help="default: 1 2 4 8 16; none with --quick")
-    add("--batch-steps", type=int, default=20, help="steps of these (default: %(default)s)")
+    add("--rounds", type=positive, default=7, help="samples of each, at most (default: %(default)s)")
+    add("--batches", type=positive, nargs="*", help="default: 1 2 4 8 16; none with --quick")
+    add("--batch-steps", type=positive, default=20, help="steps of these (default: %(default)s)")
     add("--compile-minutes", type=float, help="for torch.compile (default: 3; 0 on a CPU)")
     add("--compile-mode", default="reduce-overhead", help="of torch.compile (default: %(default)s)")
     add("--profile", action="store_true", help="and write profile.txt")

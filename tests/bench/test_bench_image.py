@@ -109,6 +109,7 @@ def test_a_function_that_fails_is_an_error(monkeypatch, capsys):
 @pytest.mark.parametrize("line, words", [
     (["--models", "big"], "big is none of the models: tiny, quarter"),
     (["--only", "fused", "--profile"], "--profile needs --out"),
+    (["--rounds", "0"], "0 is no number from 1 on"), (["--batches", "-1"], "--batches"),
     (["--only", "nobody"], "none of the providers has ['nobody'] in its name: minisd fused, diff"),
 ])
 def test_what_cannot_be_measured_is_said_in_a_line(line, words, capsys, monkeypatch):

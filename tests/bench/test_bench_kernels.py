@@ -145,7 +145,8 @@ def test_a_function_of_ones_own_is_checked_and_timed(tmp_path, monkeypatch, caps
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     assert own("only_64_rows", "--only", "64x5120") == 0
     said = capsys.readouterr().out
-    assert said.count("right geglu SD1.5 2x64x5120") == 3  # in three dtypes
+    # In three dtypes.
+    assert said.count(f"right {__name__}:only_64_rows geglu SD1.5 2x64x5120") == 3
     assert not (tmp_path / "results").exists()  # the rows of a part
     assert own("only_64_rows", "--only", "64x5120", "--out", str(tmp_path)) == 0
     rows = {(row["provider"], row["metric"]) for row in read(tmp_path / "kernels.csv")}
@@ -161,7 +162,7 @@ def test_one_that_is_wrong_is_not_timed(function, note, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "RUNS", False)
     assert own(function) == 1
     said = capsys.readouterr().out
-    assert "WRONG geglu SD1.5 2x256x5120 float16" in said
+    assert f"WRONG {__name__}:{function} geglu SD1.5 2x256x5120 float16" in said
     assert f"{__name__}:{function}" in said and note in said
 
 

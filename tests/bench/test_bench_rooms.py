@@ -253,7 +253,7 @@ def test_a_candidate_that_fails_is_recorded_and_skipped(monkeypatch, capsys):
                 for name in checked]
 
     monkeypatch.setattr(kernels, "measure", measure)
-    rows = harness.Rows(None, {})
+    rows = harness.Rows(None, {"device": "a GPU"})
     some = [SMALL, Attention("VAE", 1, 2, 5, 7, 8, calls=3)]
     kernels.tune(some, CPU, torch.float16, 2, math.inf, rows)
     assert tried == [[str(today), str(bad), str(good)], [str(today), str(good)]]
@@ -261,7 +261,8 @@ def test_a_candidate_that_fails_is_recorded_and_skipped(monkeypatch, capsys):
     assert noted == {  # 50 steps of three calls, and one decoding
         str(bad): (None, f"OutOfResources at {SMALL.label}"), str(today): ("306", ""),
         str(good): ("153", "")}
-    assert f"best for {key}: {good}, 0.500 of today's time" in capsys.readouterr().out
+    assert (f"for launch.MEASURED: ('a GPU', 'one tile', 16): {good}, 0.500 of today's time"
+            in capsys.readouterr().out)
 
 
 def test_a_candidate_is_checked_and_its_fault_named():
