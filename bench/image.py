@@ -219,7 +219,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="OP=MODULE:FUNCTION", help="a function of your own in minisd fused")
     add("--dtype", choices=("float16", "bfloat16", "float32"),
         help="default: float16; float32 on a CPU")
-    add("--rounds", type=positive, default=7, help="samples of each, at most (default: %(default)s)")
+    add("--rounds", type=positive, default=7, help="samples of each, at most (default: 7)")
     add("--batches", type=positive, nargs="*", help="default: 1 2 4 8 16; none with --quick")
     add("--batch-steps", type=positive, default=20, help="steps of these (default: %(default)s)")
     add("--compile-minutes", type=float, help="for torch.compile (default: 3; 0 on a CPU)")
