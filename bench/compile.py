@@ -41,7 +41,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from bench import cases
 from bench.counts import META, Forward, fused, planned, readable
-from bench.harness import one_line
+from bench.harness import one_line, positive
 from bench.kernels import served
 from bench.machine_code import TARGETS, Figures, broken, read
 from bench.providers import padded_attention, tuned
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="of every variant, lines with this in them")
     parser.add_argument("--ahead", choices=TARGETS, help="fill Triton's cache for that GPU instead")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=positive, default=os.cpu_count())
     args = parser.parse_args(argv)
     if args.ahead and "TRITON_CACHE_DIR" not in os.environ:
         parser.error("--ahead needs TRITON_CACHE_DIR, the folder to fill")
@@ -193,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
     jobs = every if args.ahead or args.only else chosen()
     jobs = sorted((job for job in jobs if not args.only or args.only in f"{job[1]} {job[0]}"),
                   key=lambda job: job[1])
+    if not jobs:
+        raise SystemExit(f"no variant's line has {args.only!r} in it")
     done, wrong = 0, []
     fork = multiprocessing.get_context("fork")  # workers inherit the variants, made by now
     with ProcessPoolExecutor(args.workers, fork) as pool:

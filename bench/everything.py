@@ -24,8 +24,6 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-
 from bench import harness
 from bench.harness import GPU
 
@@ -39,7 +37,7 @@ IMAGE = ("bench.image", "--models", MODEL, "--batches")
 
 
 class Stage(NamedTuple):
-    """A command after ``python -m``, and its ``seconds`` of a day of 480, scaled to the time given;
+    """A command after ``python -m``, and its ``seconds`` of a run of 480, scaled to the time given;
     but no less than that for stages that time nothing. Those that do are ``alone`` on the GPU."""
 
     seconds: float
@@ -70,10 +68,10 @@ STAGES = {
                              "max-autotune")),
 }
 SECOND = ("tune", "autotuned")
-DAY = 480.0
+RUN = 480.0
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
-    # Of max-autotune: Triton's own products and convolutions would take the whole day to compile.
+    # Of max-autotune: Triton's own products and convolutions would take the whole run to compile.
     "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS": "ATEN",
     "TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS": "ATEN",
 }
@@ -142,12 +140,13 @@ def run(args: argparse.Namespace, machine: dict[str, str]) -> bool:
     """All stages, in order: those that may share the GPU at once, then the others one at a time,
     while the next one is importing."""
     start, lock, started = time.monotonic(), threading.Lock(), {}
-    scale = 60 * args.minutes / DAY
+    scale = 60 * args.minutes / RUN
     with (args.out / "log.txt").open("a") as log:
         def say(who: str, line: str) -> None:
             with lock:
+                line = f"[{time.monotonic() - start:6.1f} {who}] {line}"
                 for file in (sys.stdout, log):
-                    print(f"[{time.monotonic() - start:6.1f} {who}] {line}", file=file, flush=True)
+                    print(line, file=file, flush=True)
 
         def begin(names: list[str]) -> None:
             common = ["--minutes", "-", "--out", str(args.out), "--commit", machine["commit"],
@@ -157,7 +156,7 @@ def run(args: argparse.Namespace, machine: dict[str, str]) -> bool:
                 command += tuple(common) if command[0] != "pytest" else ()
                 started[name] = Running(name, [sys.executable, "-m", *command], say)
 
-        say("day", ", ".join(f"{key} {value}" for key, value in machine.items()))
+        say("all", ", ".join(f"{key} {value}" for key, value in machine.items()))
         together = [name for name in args.stages if not STAGES[name].alone]
         turns = [name for name in args.stages if STAGES[name].alone]
         try:
@@ -175,7 +174,7 @@ def run(args: argparse.Namespace, machine: dict[str, str]) -> bool:
         finally:
             for each in started.values():
                 each.kill()
-        say("day", f"{'all right' if right else 'something was wrong'}; {args.out}")
+        say("all", f"{'all right' if right else 'something was wrong'}; {args.out}")
     return right
 
 
@@ -183,8 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
-    return 0 if run(args, harness.machine(device, args.commit, args.date)) else 1
+    return 0 if run(args, harness.machine(harness.device(), args.commit, args.date)) else 1
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +40,8 @@ from minisd.models.ops import TORCH, merge_heads
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-GPU = torch.cuda.is_available()
 INTERPRETED = launch.interpreted(_kernel)  # with TRITON_INTERPRET=1, which is for tests
+GPU = torch.cuda.is_available() and not INTERPRETED
 SHARE = "share of the limit"
 LATE = "the time was up (--minutes)"
 
@@ -110,15 +109,27 @@ def options(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--out", type=Path, help="folder of the files (default: bench/results)")
-    add("--minutes", type=_minutes, help="then nothing new starts; - reads them from stdin")
+    add("--minutes", type=minutes, help="then nothing new starts; - reads them from stdin")
     add("--commit", default="", help="what is measured, for where there is no git")
     add("--date", default="", help=argparse.SUPPRESS)  # of the run that this command is a part of
     return parser
 
 
-def _minutes(text: str) -> float:
+def minutes(text: str) -> float:
     """A command that waits for its turn has imported everything before it reads its minutes."""
     return float(sys.stdin.readline() or 0 if text == "-" else text)
+
+
+def positive(text: str) -> int:
+    """For numbers of things, of which there must be one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
+    return int(text)
+
+
+def device() -> torch.device:
+    """That of every measurement."""
+    return torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
 
 
 def machine(device: torch.device, commit: str = "", date: str = "") -> dict[str, str]:
@@ -158,7 +169,7 @@ def now() -> str:
 def _command(argv: list[str]) -> str:
     """As it was typed, without what the other columns say and without paths of this machine."""
     words = shlex.join(argv[1:])
-    for hidden in (r"--(out|commit|date) \S+", "--minutes -"):
+    for hidden in (r"--(out|commit|date|folder)[ =]('[^']*'|\S+)", r"--minutes -(?!\S)"):
         words = re.sub(hidden, "", words)
     return " ".join(["python -m", f"bench.{Path(argv[0]).stem}", *words.split()])
 
@@ -228,13 +239,32 @@ def last_place(exact: Tensor | Sequence[Tensor], dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps * largest
 
 
+def form(result: object) -> str:
+    """The dtype and shape of a tensor, or of several."""
+    if isinstance(result, (tuple, list)):
+        return f"({', '.join(map(form, result))})"
+    if not isinstance(result, Tensor):
+        return type(result).__name__
+    return f"{str(result.dtype).removeprefix('torch.')} {tuple(result.shape)}"
+
+
 def verdict(case: Case, function: Callable, inputs: tuple, exact) -> Verdict:
-    """Run the function and torch's once. Raises what the function raises."""
-    by_torch = error(case.call(getattr(TORCH, case.op), *inputs), exact)
-    with poisoned():
-        result = case.call(function, *inputs)
-    return Verdict(error(result, exact), by_torch,
-                   2 * by_torch + last_place(exact, inputs[0].dtype))
+    """Run the function and torch's once. Raises what the function raises, TypeError for a result of
+    another form than torch's, and ValueError if it changes its arguments, which are restored."""
+    expected, before = case.call(getattr(TORCH, case.op), *inputs), [x.clone() for x in inputs]
+    try:
+        with poisoned():
+            result = case.call(function, *inputs)
+        if form(result) != form(expected):
+            raise TypeError(f"returned {form(result)}, not {form(expected)}")
+        worst, by_torch = error(result, exact), error(expected, exact)
+    finally:
+        changed = not all(map(torch.equal, inputs, before))
+        for x, old in zip(inputs, before):
+            x.copy_(old)
+    if changed:
+        raise ValueError("changed its arguments")
+    return Verdict(worst, by_torch, 2 * by_torch + last_place(exact, inputs[0].dtype))
 
 
 def check(case: Case, device: torch.device, dtype: torch.dtype,
@@ -276,7 +306,7 @@ def equality(jobs: list[tuple], add: Callable[[dict], None], workers: int = 0,
     deadline (of time.monotonic) cuts off count as wrong. ``workers`` is the number of processes:
     most of the time is compiling."""
     all_right, done = True, 0
-    with _spread(equality_row, jobs, workers, deadline) as rows:
+    with _rows(jobs, workers, deadline) as rows:
         for row in rows:
             add(row)
             all_right &= row["ok"]
@@ -286,20 +316,19 @@ def equality(jobs: list[tuple], add: Callable[[dict], None], workers: int = 0,
 
 
 @contextmanager
-def _spread(function: Callable, jobs: list[tuple], workers: int,
-            deadline: float) -> Iterator[Iterator]:
-    """The results of function(*job), as they come, until the deadline. ``workers`` is the number of
+def _rows(jobs: list[tuple], workers: int, deadline: float) -> Iterator[Iterator[dict]]:
+    """The rows of the jobs, as they come, until the deadline. ``workers`` is the number of
     processes, which end with the context; 0 runs the jobs in this process."""
     if not workers:
-        yield (function(*job) for job in jobs if time.monotonic() < deadline)
+        yield (_one(job) for job in jobs if time.monotonic() < deadline)
         return
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with context.Pool(workers) as pool:  # leaving it ends the processes, busy or not
-        yield _in_time(pool.imap_unordered(partial(_apply, function), jobs), deadline)
+        yield _in_time(pool.imap_unordered(_one, jobs), deadline)
 
 
-def _apply(function: Callable, job: tuple):
-    return function(*job)
+def _one(job: tuple) -> dict:
+    return equality_row(*job)
 
 
 def _in_time(results, deadline: float) -> Iterator:

@@ -10,7 +10,8 @@ that is not installed or fails gets a row with the reason. diffusers compiled co
 turns with minisd fused alone, so that its compiling delays no other. With --provider, minisd fused
 runs once more with that function (bench/kernels.py checks and times it alone). Times are wall times
 that include waiting for the GPU. Rows of image.csv, kept of a part (--only, --provider) only with
---out; in them an image is a "picture":
+--out; in them an image is a "picture". Exit code 1 if minisd fused, or a function of your own, did
+not run:
 
   load           from weights in memory to a model that can be called: copied, repacked
   first picture  with what is done once: kernels compiled, graphs recorded, plans chosen
@@ -39,7 +40,7 @@ import torch
 from torch import Tensor
 
 from bench import harness, models, providers, timing
-from bench.harness import LATE, Rows, one_line
+from bench.harness import LATE, Rows, one_line, positive
 from bench.models import Model, Ours, Theirs
 from bench.timing import Memory, interleave, timed
 
@@ -218,15 +219,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="OP=MODULE:FUNCTION", help="a function of your own in minisd fused")
     add("--dtype", choices=("float16", "bfloat16", "float32"),
         help="default: float16; float32 on a CPU")
-    add("--rounds", type=int, default=7, help="samples of each, at most (default: %(default)s)")
-    add("--batches", type=int, nargs="*", help="default: 1 2 4 8 16; none with --quick")
-    add("--batch-steps", type=int, default=20, help="steps of these (default: %(default)s)")
+    add("--rounds", type=positive, default=7, help="samples of each, at most (default: 7)")
+    add("--batches", type=positive, nargs="*", help="default: 1 2 4 8 16; none with --quick")
+    add("--batch-steps", type=positive, default=20, help="steps of these (default: %(default)s)")
     add("--compile-minutes", type=float, help="for torch.compile (default: 3; 0 on a CPU)")
     add("--compile-mode", default="reduce-overhead", help="of torch.compile (default: %(default)s)")
     add("--profile", action="store_true", help="and write profile.txt")
     args = parser.parse_args(argv)
-    gpu = torch.cuda.is_available()
-    args.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    args.device = harness.device()
+    gpu = args.device.type == "cuda"
     args.quick |= not gpu
     args.dtype = getattr(torch, args.dtype or ("float16" if gpu else "float32"))
     args.out = args.out or (None if args.provider or args.only != [""] else harness.RESULTS)
@@ -238,6 +239,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.compile_minutes = 3 if gpu else 0
     if args.batches is None:
         args.batches = [] if args.quick else [1, 2, 4, 8, 16]
+    everyone = (*EVERYONE, COMPILED)
+    if not args.provider and not any(text in name for text in args.only for name in everyone):
+        parser.error(f"none of the providers has {args.only} in its name: {', '.join(everyone)}")
     standard = models.standard(args.quick)
     if unknown := set(args.models or ()) - set(standard):
         parser.error(f"{', '.join(unknown)} is none of the models: {', '.join(standard)}")
@@ -274,10 +278,6 @@ def run(args: argparse.Namespace, contest: Contest, end: float, seconds: float,
         contest.enter(COMPILED, compiled, compiling)
         if COMPILED in contest.entered:
             contest.race(args.rounds, seconds, (FUSED, COMPILED))
-        else:  # workers that still compile would disturb what is timed
-            from torch._inductor.async_compile import shutdown_compile_workers
-
-            shutdown_compile_workers()
     if args.profile:
         contest.profile(args.out / "profile.txt")
 
@@ -302,8 +302,8 @@ def main(argv: list[str] | None = None) -> int:
         run(args, contest, end, (end - time.monotonic()) / (len(args.models) - i), compiling)
     for contest in contests.values():
         contest.batches(args.batches, args.batch_steps, 2, end)
-    return 0 if all(FUSED in contest.entered or not any(text in FUSED for text in args.only)
-                    for contest in contests.values()) else 1
+    own = {name for _, name, _ in args.provider} | {FUSED for text in args.only if text in FUSED}
+    return 0 if all(own <= contest.entered.keys() for contest in contests.values()) else 1
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ from minisd_kernels.ops import launch
 
 from bench import cases, harness, providers, timing
 from bench.cases import Case
-from bench.harness import GPU, INTERPRETED, LATE, SHARE, Rows, one_line
+from bench.harness import INTERPRETED, LATE, SHARE, Rows, one_line
 from bench.providers import OURS
 from minisd.backends import kernels
 
-RUNS = GPU or INTERPRETED  # whether our kernels do
+RUNS = harness.GPU or INTERPRETED  # whether our kernels do
 
 # --- a size: checked, timed in turns, as rows -----------------------------------------------------
 
@@ -194,8 +194,12 @@ def tune(chosen: list[Case], device: torch.device, dtype: torch.dtype, rounds: i
             {"metric": "time of a picture", "unit": "us", "p50": f"{total[name]:.4g}"})
             for name in settings))
         times = {name: seconds for name, seconds in total.items() if name not in notes}
-        if str(today) in times and (best := min(times, key=times.get)) != str(today):
-            print(f"best for {key}: {best}, {times[best] / times[str(today)]:.3f} of today's time")
+        if str(today) in times:
+            best = min(times, key=times.get)
+            gain = times[best] / times[str(today)]
+            if gain < 0.99:  # nearer than that two runs differ
+                print(f"for launch.MEASURED: {(rows.machine['device'], *key)}: {settings[best]}, "
+                      f"{gain:.3f} of today's time")
 
 
 # --- the plot -------------------------------------------------------------------------------------
@@ -241,7 +245,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="a function of your own")
     add("--dtype", choices=("float16", "bfloat16", "float32"),
         help="of the times (default: float16; float32 on a CPU)")
-    add("--rounds", type=int, default=15, help="samples of each provider (default: %(default)s)")
+    add("--rounds", type=harness.positive, default=15,
+        help="samples of each provider (default: %(default)s)")
     add("--compile-minutes", type=float, help="for torch.compile (default: 2; 0 on a CPU)")
     add("--workers", type=int, default=0, help="processes that check")
     part = parser.add_mutually_exclusive_group()
@@ -254,27 +259,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def check_all(args: argparse.Namespace, chosen: list[Case], device: torch.device, deadline: float,
               rows: Rows) -> bool:
     """Our kernels where they run, as rows of equality.csv; or the caller's own, as lines."""
-    def say(row: dict) -> None:
-        print("right" if row["ok"] else "WRONG", row["kernel"], row["shape"], row["dtype"],
-              row.get("note") or f"error {row['max_err']}, torch's {row['torch_err']}", flush=True)
-
-    def add(row: dict) -> None:
-        if not args.provider:
+    def add(name: str, row: dict) -> None:
+        if name == OURS:
             rows.add("equality", row)
-        say(row)
+        print("right" if row["ok"] else "WRONG", name, row["kernel"], row["shape"], row["dtype"],
+              row.get("note") or f"error {row['max_err']}, torch's {row['torch_err']}", flush=True)
 
     # The interpreter multiplies the bits of bfloat16 as integers.
     dtypes = [d for d in launch.DTYPES if not (INTERPRETED and d == torch.bfloat16)]
     functions = args.provider or ([(op, OURS, None) for op in providers.PEERS] if RUNS else [])
-    jobs = [(case, device, dtype, function) for dtype in dtypes for op, _, function in functions
-            for case in chosen if case.op == op]
-    return harness.equality(jobs, add, args.workers, deadline)
+    right = True
+    for mine in dict.fromkeys(name for _, name, _ in functions):
+        jobs = [(case, device, dtype, function) for dtype in dtypes
+                for op, name, function in functions for case in chosen
+                if (op, name) == (case.op, mine)]
+        right &= harness.equality(jobs, partial(add, mine), args.workers, deadline)
+    return right
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    device = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
-    chosen = cases.tiny() if INTERPRETED else cases.full() if GPU else cases.small()
+    device = harness.device()
+    gpu = device.type == "cuda"
+    chosen = cases.tiny() if INTERPRETED else cases.full() if gpu else cases.small()
     if not RUNS:
         print("there is no GPU here: small sizes on the CPU")
     ops = [op for op, *_ in args.provider] or providers.PEERS
@@ -297,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     share = 60 if args.check else 20  # checking takes at most a third of the time
     right = args.time or check_all(args, chosen, device, start + share * minutes, rows)
     if not args.check:
-        seconds = 60 * ((2 if GPU else 0) if args.compile_minutes is None else args.compile_minutes)
+        seconds = 60 * ((2 if gpu else 0) if args.compile_minutes is None else args.compile_minutes)
         budget = timing.Budget(seconds, "the time for compiling was up (--compile-minutes)")
         timed = time_all(chosen, device, dtype, args.rounds, deadline, budget, rows, args.provider)
         right &= timed or not (RUNS or args.provider)

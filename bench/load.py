@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def measure(who: str, path: str, dtype: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = harness.options(__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="needs 6.4 GB; files are kept")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=harness.positive, default=5)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure:
@@ -74,7 +75,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     rows = harness.Rows(args.out or harness.RESULTS,
                         harness.machine(CPU, args.commit, args.date))
+    end = time.monotonic() + 60 * (args.minutes or float("inf"))
     for stored, dtype in CASES:
+        if time.monotonic() > end:
+            print(harness.LATE)
+            break
         path = args.folder / f"minisd-bench-{stored}.safetensors"
         if not path.exists():
             write(path, getattr(torch, stored))

@@ -121,7 +121,7 @@ def own(text: str) -> tuple[str, str, Callable]:
             f"{text!r} is not OP=MODULE:FUNCTION with an OP of {', '.join(PEERS)}")
     try:
         return op, name, getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as failure:
+    except Exception as failure:  # of the module, too
         raise argparse.ArgumentTypeError(f"{name} cannot be imported: {failure}") from None
 
 

@@ -56,8 +56,8 @@ def groups(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
 
 def latest(rows: list[dict], *columns: str) -> list[dict]:
     """The rows of the last run of each combination; a run has one date."""
-    return [row for group in groups(rows, *columns).values() for row in group
-            if row["date"] == max(r["date"] for r in group)]
+    return [row for group in groups(rows, *columns).values()
+            for last in [max(row["date"] for row in group)] for row in group if row["date"] == last]
 
 
 def distinct(rows: list[dict], column: str) -> str:
@@ -294,7 +294,10 @@ def section(files: dict[str, list[dict]], folder: Path) -> list[str]:
              for name, rows in files.items()}
     every = [row for rows in shown.values() for row in rows]
     days = ", ".join(sorted({row["date"][:10] for row in every}))
-    commands = " and ".join(f"`{name}`" for (name,) in sorted(groups(every, "command")))
+    # Rows of before 2026-11-29 do not say it. Options are in the files alone.
+    commands = " and ".join(f"`{name}`" for name in sorted({
+        " ".join((row.get("command") or "python -m bench.everything").split()[:3])
+        for row in every}))
     versions = (f"{column} {distinct(every, column)}" for column in
                 ("driver", "torch", "triton", "commit"))
     lines = [f"## {every[0]['device']}, {days}{'' if top else f' ({folder.name})'}", "",
@@ -339,11 +342,13 @@ def unproven(rows: list[dict]) -> str:
     row = written.get(rows[0]["capability"], {})
     if row.get("date") == rows[0]["date"] and row.get("kernels") == proof.fingerprint():
         return ""  # recorded already, and only comments may have changed since
+    if dirty := [row["commit"] for row in rows if row["commit"].endswith("-dirty")]:
+        return f"the kernels that ran had changes that are in no commit, {dirty[0]}"
     package = Path(proof.__file__).parent
     files = [Path("kernels", Path(family.__file__).relative_to(package))
              for family in (*proof.FAMILIES, launch)]
     for (commit,) in groups(rows, "commit"):
-        command = ["git", "diff", "--quiet", commit.removesuffix("-dirty"), "--", *files]
+        command = ["git", "diff", "--quiet", commit, "--", *files]
         same = subprocess.run(command, cwd=ROOT, check=False, stderr=subprocess.DEVNULL)
         if same.returncode:
             return f"the kernels have changed since commit {commit}, or git does not know it"

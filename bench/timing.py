@@ -127,8 +127,8 @@ class OutOfTime(BaseException):
 
 
 class Budget:
-    """Seconds for all that is done inside ``with budget:``, together; then it raises OutOfTime.
-    In the main thread only."""
+    """Seconds for all compiling inside ``with budget:``, together; then it raises OutOfTime. In the
+    main thread only."""
 
     def __init__(self, seconds: float, why: str):
         self.left, self.why = seconds, why
@@ -146,6 +146,10 @@ class Budget:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self.before)
         self.left -= time.monotonic() - self.start
+        if kind:  # workers that still compile would disturb what is timed
+            from torch._inductor.async_compile import shutdown_compile_workers
+
+            shutdown_compile_workers()
 
 
 # --- memory ---------------------------------------------------------------------------------------

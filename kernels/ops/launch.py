@@ -2,7 +2,7 @@
 
 Nothing is tuned at run time. The first call with new sizes compiles (about a second per kernel,
 kept in Triton's cache folder, so once per machine); later calls only launch. `python -m
-bench.kernels --tune` times CANDIDATES on the GPU at hand and prints rows for MEASURED.
+bench.kernels --tune` times CANDIDATES on the GPU at hand and prints what is better, for MEASURED.
 """
 
 from typing import Literal, NamedTuple, TypeAlias, overload

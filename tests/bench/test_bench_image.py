@@ -9,7 +9,7 @@ from reference_models import SMALL
 
 pytest.importorskip("triton", reason="the kernels need triton, which Linux alone has")
 
-from bench import image, models
+from bench import harness, image, models
 from bench.harness import COLUMNS
 from bench.image import EAGER, FUSED, Contest, psnr
 from minisd.models.ops import TORCH
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     patch, out = pytest.MonkeyPatch(), tmp_path_factory.mktemp("results")
     small = models.full("small", SMALL, 2)
     patch.setattr(models, "standard", lambda quick: {"small": lambda: small})
-    patch.setattr(torch.cuda, "is_available", lambda: False)
+    patch.setattr(harness, "GPU", False)
     options = ["--rounds", "2", "--batches", "2", "--batch-steps", "1", "--minutes", "5",
                "--provider", f"geglu={__name__}:my_geglu", "--profile"]
     with torch.no_grad():
@@ -94,12 +94,26 @@ def test_without_diffusers_its_rows_say_so(monkeypatch, tmp_path):
     assert [row["what"] for row in rows] == ["not run"] and "diffusers" in rows[0]["note"]
 
 
+def my_failing_geglu(h):
+    raise ValueError("no more")
+
+
+def test_a_function_that_fails_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(models, "standard", lambda quick: {"s": lambda: models.full("s", SMALL, 1)})
+    monkeypatch.setattr(harness, "GPU", False)
+    line = ["--only", "nobody", "--provider", f"geglu={__name__}:my_failing_geglu"]
+    assert image.main(line) == 1
+    assert "not run               , note ValueError: no more" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("line, words", [
     (["--models", "big"], "big is none of the models: tiny, quarter"),
     (["--only", "fused", "--profile"], "--profile needs --out"),
+    (["--rounds", "0"], "0 is no number from 1 on"), (["--batches", "-1"], "--batches"),
+    (["--only", "nobody"], "none of the providers has ['nobody'] in its name: minisd fused, diff"),
 ])
 def test_what_cannot_be_measured_is_said_in_a_line(line, words, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(harness, "GPU", False)
     with pytest.raises(SystemExit) as caught:
         image.main(line)
     assert caught.value.code == 2 and words in capsys.readouterr().err

@@ -98,7 +98,7 @@ def test_tuning_measures_every_setting(interpreted):
 
 
 def test_without_a_gpu_it_says_so_and_times_the_ops(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "GPU", False)
+    monkeypatch.setattr(harness, "GPU", False)
     monkeypatch.setattr(kernels, "RUNS", False)
     line = ["--only", "64x77x160", "--rounds", "2", "--out", str(tmp_path)]
     assert kernels.main(line) == 0
@@ -140,12 +140,13 @@ def own(function: str, *line: str) -> int:
 
 
 def test_a_function_of_ones_own_is_checked_and_timed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "GPU", False)
+    monkeypatch.setattr(harness, "GPU", False)
     monkeypatch.setattr(kernels, "RUNS", False)
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     assert own("only_64_rows", "--only", "64x5120") == 0
     said = capsys.readouterr().out
-    assert said.count("right geglu SD1.5 2x64x5120") == 3  # in three dtypes
+    # In three dtypes.
+    assert said.count(f"right {__name__}:only_64_rows geglu SD1.5 2x64x5120") == 3
     assert not (tmp_path / "results").exists()  # the rows of a part
     assert own("only_64_rows", "--only", "64x5120", "--out", str(tmp_path)) == 0
     rows = {(row["provider"], row["metric"]) for row in read(tmp_path / "kernels.csv")}
@@ -157,16 +158,50 @@ def test_a_function_of_ones_own_is_checked_and_timed(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize("function, note", [("doubled_geglu", "wrong by"),
                                             ("only_64_rows", "only 64 rows")])
 def test_one_that_is_wrong_is_not_timed(function, note, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "GPU", False)
+    monkeypatch.setattr(harness, "GPU", False)
     monkeypatch.setattr(kernels, "RUNS", False)
     assert own(function) == 1
     said = capsys.readouterr().out
-    assert "WRONG geglu SD1.5 2x256x5120 float16" in said
+    assert f"WRONG {__name__}:{function} geglu SD1.5 2x256x5120 float16" in said
     assert f"{__name__}:{function}" in said and note in said
+
+
+def in_place(h):
+    value, gate = h.chunk(2, -1)
+    return value.mul_(torch.nn.functional.gelu(gate))
+
+
+def in_place_and_raises(h):
+    h.zero_()
+    raise ValueError("no more")
+
+
+@pytest.mark.parametrize("function, why", [
+    (in_place, "changed its arguments"), (in_place_and_raises, "no more"),
+    (lambda h: TORCH.geglu(h)[0], r"returned float16 \(3, 8\), not float16 \(2, 3, 8\)"),
+    (lambda h: TORCH.geglu(h.float()), r"returned float32 \(2, 3, 8\), not float16"),
+    (lambda h: (TORCH.geglu(h),), r"returned \(float16 \(2, 3, 8\)\), not"),
+    (lambda h: None, "returned NoneType, not")])
+def test_a_function_breaks_its_contract_and_spoils_nothing(function, why):
+    case = Geglu("SD1.5", 2, 3, 8, 1)
+    inputs = case.inputs(CPU, torch.float16)
+    kept = inputs[0].clone()
+    with pytest.raises((TypeError, ValueError), match=why):
+        harness.verdict(case, function, inputs, case.exact(*inputs))
+    assert torch.equal(inputs[0], kept)
+
+
+def test_heads_apart_are_a_peers_right_alone():
+    apart = providers.PEERS["attention"]["sdpa default"]
+    inputs = SMALL.inputs(CPU, torch.float32)
+    assert error(SMALL.call(apart, *inputs), SMALL.exact(*inputs)) < 1e-5
+    with pytest.raises(TypeError, match="returned float32 .1, 2, 5, 8., not float32 .1, 5, 16."):
+        check(SMALL, CPU, torch.float32, apart)
 
 
 @pytest.mark.parametrize("text, why", [
     ("geglu", "'geglu' is not OP=MODULE:FUNCTION"), ("gelu=a:b", "with an OP of attention, "),
+    ("geglu=.relative:f", "cannot be imported: the 'package' argument is required"),
     ("geglu=no_such_module:f", "no_such_module:f cannot be imported: No module named"),
     ("geglu=math:no_such", "cannot be imported: module 'math' has no attribute 'no_such'")])
 def test_one_that_cannot_be_found_is_said_in_a_line(text, why, capsys):

@@ -143,8 +143,8 @@ def test_a_row_says_which_machine(monkeypatch):
 
 
 def test_a_row_says_which_command_without_paths():
-    line = ["/a/bench/image.py", "--quick", "--out", "/b/c", "--minutes", "-", "--only", "fused",
-            "--commit", "abc", "--date", "2030"]
+    line = ["/a/bench/image.py", "--quick", "--out", "/b c/d", "--minutes", "-", "--only", "fused",
+            "--commit=abc", "--date", "2030", "--folder=/e"]
     assert harness._command(line) == "python -m bench.image --quick --only fused"
     assert harness._command(["/a/bench/kernels.py", "--minutes", "3", "--only", "geglu SD1"]) == (
         "python -m bench.kernels --minutes 3 --only 'geglu SD1'")
@@ -253,7 +253,7 @@ def test_a_candidate_that_fails_is_recorded_and_skipped(monkeypatch, capsys):
                 for name in checked]
 
     monkeypatch.setattr(kernels, "measure", measure)
-    rows = harness.Rows(None, {})
+    rows = harness.Rows(None, {"device": "a GPU"})
     some = [SMALL, Attention("VAE", 1, 2, 5, 7, 8, calls=3)]
     kernels.tune(some, CPU, torch.float16, 2, math.inf, rows)
     assert tried == [[str(today), str(bad), str(good)], [str(today), str(good)]]
@@ -261,7 +261,8 @@ def test_a_candidate_that_fails_is_recorded_and_skipped(monkeypatch, capsys):
     assert noted == {  # 50 steps of three calls, and one decoding
         str(bad): (None, f"OutOfResources at {SMALL.label}"), str(today): ("306", ""),
         str(good): ("153", "")}
-    assert f"best for {key}: {good}, 0.500 of today's time" in capsys.readouterr().out
+    assert (f"for launch.MEASURED: ('a GPU', 'one tile', 16): {good}, 0.500 of today's time"
+            in capsys.readouterr().out)
 
 
 def test_a_candidate_is_checked_and_its_fault_named():
