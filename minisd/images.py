@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minisd.errors import ImageError
+from minisd.files import is_address
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,7 @@ def open_image(source: Source) -> Image.Image:
             return _to_rgb(source, "the image")
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"an image is a path or a PIL image, not {type(source).__name__}")
-    if str(source).startswith("data:") or "://" in str(source):
+    if is_address(source):
         raise ImageError(f"{str(source)[:80]} is an address: download the image, pass its path")
     with open(source, "rb") as file, decoding(source, FORMATS):
         return _to_rgb(opened(file, FORMATS), source)

@@ -17,7 +17,7 @@ from minisd.models.vae import VAE
 from minisd.request import Plan
 
 REMEDIES = ("choose a smaller size or fewer images at once, load with tile=64 (--tile 64) for "
-            "large images, or load with dtype float16 on a GPU")
+            "large images, or load with dtype float16 (--dtype float16) on a GPU")
 # What torch and oneDNN say, beside the two types, when there is no memory left.
 RAN_OUT = re.compile(
     r"can't allocate memory|out of memory|bad_alloc|could not create a (memory object|primitive$)")

@@ -31,7 +31,7 @@ ARROWS = {
     "models": {"config"},
     "samplers": {"config"},
     "text": set(),
-    "images": {"errors"},
+    "images": {"errors", "files"},
     "files": set(),
     "checks": set(),
     "config": set(),

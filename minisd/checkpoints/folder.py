@@ -28,6 +28,12 @@ CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+# What a folder is that has a config.json and no model_index.json, by its class there.
+ALONE = {
+    "AutoencoderKL": "a VAE alone: give it as vae= (--vae), beside a model",
+    "UNet2DConditionModel": "a UNet alone: give the whole folder that it is from",
+    "ControlNetModel": "a ControlNet, which minisd does not compute yet",
+}
 STEMS = {
     "text_encoder": "model",
     "unet": "diffusion_pytorch_model",
@@ -42,10 +48,7 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        raise WeightError(
-            f"{folder} has no model_index.json, which a folder in diffusers layout has beside "
-            f"{', '.join(names.PARTS)}"
-        )
+        raise WeightError(_without_index(folder))
     file = JsonFile(index)
     known = [name for names_of_kind in PIPELINES.values() for name in names_of_kind]
     file.choice("_class_name", known[0], known)
@@ -61,11 +64,30 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
 
 
 def read_stand_alone_vae(path: Path, config: Config) -> Group:
-    """A VAE in a file or a folder of its own; WeightError if it is not of the model's sizes."""
+    """A VAE in a file or a folder of its own, or that of a folder with a whole model.
+
+    WeightError if it is not of the model's sizes.
+    """
+    if (path / "model_index.json").is_file():
+        path = path / "vae"
+    if (path / "config.json").is_file():
+        JsonFile(path / "config.json").choice("_class_name", "AutoencoderKL", ("AutoencoderKL",))
     tensors = part_tensors(path, STEMS["vae"]) if path.is_dir() else read_header(path)
     if (path / "config.json").is_file() and read_vae(path / "config.json") != config.vae:
         raise WeightError(f"{path} has a VAE of other sizes or another scaling_factor")
     return Group(tensors, {"vae": names.stand_alone_vae(config.vae)}, {"": "vae"})
+
+
+def _without_index(folder: Path) -> str:
+    """What a folder is that is no model, as far as its config.json tells."""
+    try:
+        kind = JsonFile(folder / "config.json").fields.get("_class_name")
+    except WeightError:
+        kind = None
+    if isinstance(kind, str) and kind in ALONE:
+        return f"{folder} is {ALONE[kind]}"
+    return (f"{folder} has no model_index.json, which a folder in diffusers layout has beside "
+            f"{', '.join(names.PARTS)}")
 
 
 def part_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
@@ -77,7 +99,8 @@ def part_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if index.is_file():
             return _shards(index)
-    pickled = f"; of the pickles there: {TO_CONVERT}" if any(folder.glob("*.bin")) else ""
+    advice = TO_CONVERT.replace("model.safetensors", f"{stem}.safetensors")
+    pickled = f"; of the pickles there: {advice}" if any(folder.glob("*.bin")) else ""
     raise WeightError(f"{folder} has no {stem}.safetensors (nor .fp16, nor shards){pickled}")
 
 

@@ -108,7 +108,7 @@ REJECTED = {
     "an unCLIP or SDXL model": r"noise_augmentor\.|label_emb\.0\.",
     "a Flux model": r"(double_blocks|single_blocks|single_transformer_blocks)\.0\.",
     "the UNet alone of a diffusers folder (load the whole folder)": r"^time_embedding\.linear_1\.",
-    "a VAE alone (give it as vae=)": r"^(vae\.)?decoder\.conv_in\.",
+    "a VAE alone (give it as vae=, --vae, beside a model)": r"^(vae\.)?decoder\.conv_in\.",
     "a text encoder alone": r"^(text_model\.)?embeddings\.token_embedding\.",
 }
 # The same, by the number of channels that the UNet's first convolution reads.
