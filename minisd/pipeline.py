@@ -246,8 +246,8 @@ class StableDiffusion:
         room = (text.vocab_size, text.max_position_embeddings)
         if has[0] > room[0] or has[1] > room[1]:
             raise ValueError(f"the tokenizer has (tokens, length) {has}, the text encoder only "
-                             f"{room}: load with its own tokenizer, which is in the folder of "
-                             "config= (--config), or in Python give prompt_embeds")
+                             f"{room}: load with its own tokenizer (a single file's is in the "
+                             "folder of config=, --config), or in Python give prompt_embeds")
         return tokenizer(texts)                                              # (prompts, 77)
 
     def _denoise(self, r: Plan, x: Tensor, steps: Callable[..., Tensor], abars: list[float],

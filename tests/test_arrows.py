@@ -203,7 +203,8 @@ def test_the_search_finds_forbidden_code(line):
 def test_what_is_declared_is_what_is_imported(extra, folders):
     """The core declares all that minisd imports; an extra, what its folder imports besides."""
     lines = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
-    declared = {re.match(r"\w+", line)[0].replace("pillow", "PIL") for line in lines}
+    declared = {re.match(r"[\w-]+", line)[0].replace("-", "_").replace("pillow", "PIL")
+                for line in lines}
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     imported = roots(set().union(*(imports(ast.parse(path.read_text())) for path in paths)))
     own = {p.stem for folder in folders for p in (ROOT / folder).glob("*.py")} | {

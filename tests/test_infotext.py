@@ -227,6 +227,12 @@ def test_graphs_of_comfyui(tmp_path, capsys, changes, wanted):
     assert read == {name: value for name, value in (PLAIN | wanted).items() if value is not None}
 
 
+def test_a_number_beyond_all_is_left_out():
+    text = json.dumps(graph()).replace('"cfg": 8.0', '"cfg": 1e999')
+    assert comfyui.read_prompt(text) == {name: value for name, value in PLAIN.items()
+                                         if name != "guidance_scale"}
+
+
 def drawn() -> dict:
     """The same graph as its editor keeps it."""
     def node(number, kind, values, **inputs):
@@ -273,6 +279,7 @@ def test_sd_parsers_reads_the_same_graph(tmp_path):
     ({"Comment": "a cat", "Software": "x"}, "carries no settings of minisd, AUTOMATIC1111"),
     ({"parameters": "", "prompt": " "}, "carries no settings of minisd, AUTOMATIC1111"),
     ({"parameters": '{"sui_image_params": {}}'}, "JSON, of a program that minisd does not read"),
+    ({"parameters": "x" * 9_000_000}, "its parameters have 9,000,000 characters"),
     ({"prompt": "a cat"}, "not readable JSON"),
     ({"prompt": "[" * 100_000}, "not readable JSON"),
     ({"prompt": '{"a":' * 100_000}, "not readable JSON"),
@@ -285,6 +292,8 @@ def test_sd_parsers_reads_the_same_graph(tmp_path):
     ({"prompt": json.dumps({str(i): {"inputs": {}} for i in range(10_001)})}, "nodes; "),
     ({"workflow": '{"nodes": 3, "links": {"a": 1}}'}, "no KSampler"),
     ({"workflow": '{"nodes": [[], {}, {"id": [], "type": {}, "inputs": [3, {}]}]}'}, "no KSampler"),
+    ({"workflow": '{"nodes": [{"id": ' + "[" * 900 + "]" * 900 + "}]}"}, "no KSampler"),
+    ({"prompt": '{"3": {"inputs": {"a": [' + "[" * 900 + "]" * 900 + ", 0]}}}"}, "no KSampler"),
     ({"minisd": "[]", "prompt": "{"}, "carries no settings of minisd"),
 ])
 def test_one_sentence(tmp_path, capsys, texts, words):

@@ -10,7 +10,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import TextIO
@@ -46,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         streams.open_missing()
+        sys.stderr = streams.Tolerant(sys.stderr)  # for the bars of libraries, too
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         warnings.filterwarnings("ignore", module="PIL")  # an image that is bad is an error
@@ -235,10 +235,9 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
 
 
 def _print(text: str) -> None:
-    streams.say(text, sys.stdout)
+    streams.say(f"{text}\n", sys.stdout)
 
 
 def _tell(text: str) -> None:
-    with suppress(OSError):  # what cannot be told must not end the run
-        streams.say(text, sys.stderr)
+    streams.Tolerant(sys.stderr).write(f"{text}\n")
 

@@ -63,12 +63,12 @@ def read_prompt(text: str) -> dict:
 def read_workflow(text: str) -> dict:
     """The settings of a graph as it was drawn, of the nodes in ``DRAWN``; ValueError as above."""
     drawn = _parsed(text)
-    links = {str(row[0]): Link(str(row[1])) for row in _rows(drawn.get("links"))
+    links = {_name(row[0]): Link(_name(row[1])) for row in _rows(drawn.get("links"))
              if isinstance(row, list) and len(row) > 2}
     graph = {}
     for node in _rows(drawn.get("nodes")):
         if isinstance(node, dict) and node.get("type") != NO_TEXT:
-            graph[str(node.get("id"))] = _drawn(node) | _ends(node, links)
+            graph[_name(node.get("id"))] = _drawn(node) | _ends(node, links)
     return _settings(graph)
 
 
@@ -88,9 +88,14 @@ def _parsed(text: str) -> dict:
 
 def _linked(value: object) -> object:
     """A link as one, and any other value as it is."""
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], (str, int)):
-        return Link(str(value[0]))
+    if isinstance(value, list) and len(value) == 2:
+        return Link(_name(value[0]))
     return value
+
+
+def _name(value: object) -> str:
+    """A node's or a link's name, in some places a number; "" is none."""
+    return str(value) if isinstance(value, (str, int)) else ""
 
 
 def _rows(value: object) -> list:
@@ -99,7 +104,7 @@ def _rows(value: object) -> list:
 
 def _drawn(node: dict) -> dict:
     """The named values of a drawn node."""
-    names = () if node.get("mode") in OFF else DRAWN.get(str(node.get("type")), ())
+    names = () if node.get("mode") in OFF else DRAWN.get(_name(node.get("type")), ())
     values = _rows(node.get("widgets_values"))
     return {name: value for name, value in zip(names, values) if name is not None}
 
@@ -107,8 +112,8 @@ def _drawn(node: dict) -> dict:
 def _ends(node: dict, links: dict[str, Link]) -> dict:
     """The linked inputs of a drawn node."""
     ends = (end for end in _rows(node.get("inputs")) if isinstance(end, dict))
-    return {str(end.get("name")): links[str(end.get("link"))]
-            for end in ends if str(end.get("link")) in links}
+    return {_name(end.get("name")): links[_name(end.get("link"))]
+            for end in ends if _name(end.get("link")) in links}
 
 
 def _settings(graph: Graph) -> dict:

@@ -21,6 +21,7 @@ MARKERS = re.compile(rf"{NEGATIVE}|^Steps: ", re.MULTILINE)
 # short: without the limit a long line without colons would take the square of its length.
 FIELD = re.compile(
     r'(\w[\w /-]{0,59}): *("(?:[^"\\]|\\.)*"(?= *,| *$)|\{[^{}]*\}(?= *,| *$)|[^,]*)')
+MAX_TEXT = 8 * 2**20
 FEWEST = 3  # fields of a last line that is no part of a prompt
 NUMBER = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?")
 NUMBERS = {
@@ -57,6 +58,8 @@ def read(text: str) -> dict:
 
     ValueError for what is no such text.
     """
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"its parameters have {len(text):,} characters; {MAX_TEXT:,} are read")
     _check_no_json(text)
     *lines, last = text.strip().split("\n")
     fields = {key.strip(): _unquoted(value.strip()) for key, value in FIELD.findall(last)}

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        streams.say(message, file, end="")  # for --help and --version
+        streams.say(message, file)  # for --help and --version
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

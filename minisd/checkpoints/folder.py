@@ -30,7 +30,7 @@ CLASSES = {
 }
 # What a folder is that has a config.json and no model_index.json, by its class there.
 ALONE = {
-    "AutoencoderKL": "a VAE alone: give it as vae= (--vae), beside a model",
+    "AutoencoderKL": names.VAE_ALONE,
     "UNet2DConditionModel": "a UNet alone: give the whole folder that it is from",
     "ControlNetModel": "a ControlNet, which minisd does not compute yet",
 }
@@ -64,15 +64,20 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
 
 
 def read_stand_alone_vae(path: Path, config: Config) -> Group:
-    """A VAE in a file or a folder of its own, or that of a folder with a whole model.
+    """A VAE in a file or a folder of its own, or that of a whole model in either.
 
-    WeightError if it is not of the model's sizes.
+    WeightError if it is not of the model's sizes, or no VAE.
     """
     if (path / "model_index.json").is_file():
         path = path / "vae"
     if (path / "config.json").is_file():
         JsonFile(path / "config.json").choice("_class_name", "AutoencoderKL", ("AutoencoderKL",))
     tensors = part_tensors(path, STEMS["vae"]) if path.is_dir() else read_header(path)
+    what = names.rejected(list(tensors))
+    if what not in (None, names.VAE_ALONE):
+        raise WeightError(f"{path} looks like {what}, not like a VAE")
+    if any(name.startswith("model.diffusion_model.") for name in tensors):
+        tensors = {name: t for name, t in tensors.items() if name.startswith("first_stage_model.")}
     if (path / "config.json").is_file() and read_vae(path / "config.json") != config.vae:
         raise WeightError(f"{path} has a VAE of other sizes or another scaling_factor")
     return Group(tensors, {"vae": names.stand_alone_vae(config.vae)}, {"": "vae"})

@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from minisd.errors import HubError
@@ -59,30 +61,55 @@ def download(name: str, *, log: Callable[[str], None] = lambda line: None) -> Pa
     HubError.
     """
     repository = _repository(name)
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-
     try:
-        info = HfApi().model_info(repository, files_metadata=True)
-        siblings = info.siblings or []
-        there = [file.rfilename for file in siblings]
-        files, last = wanted(there), INDEX if INDEX in there else CONFIG
-        if last == CONFIG:
-            _check_is_vae(repository, info.sha)
-        folder = Path(snapshot_download(repository, allow_patterns=files))
-        if folder.name != info.sha:
-            raise HubError("changed while it was read; run it again")
-        log(f"{repository} at revision {info.sha}")
-        published = {file.rfilename: file.lfs.sha256 for file in siblings if file.lfs}
-        for file in sorted(files):
-            log(f"{_checked_sha256(folder / file, published.get(file))}  {file}")
-        # Last of all: where this file is, the others are whole; ``cached`` and loading rely on it.
-        hf_hub_download(repository, last, revision=info.sha)
-        log(f"{_checked_sha256(folder / last, None)}  {last}")
+        with _bars():
+            return _download(repository, log)
     except HubError as error:
         raise HubError(f"{repository} {error}") from None
     except Exception as error:  # huggingface_hub lets through those of every library it stands on
         raise HubError(f"{repository} {_reason(error)}") from error
+
+
+def _download(repository: str, log: Callable[[str], None]) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    info = HfApi().model_info(repository, files_metadata=True)
+    siblings = info.siblings or []
+    there = [file.rfilename for file in siblings]
+    files, last = wanted(there), INDEX if INDEX in there else CONFIG
+    if last == CONFIG:
+        _check_is_vae(repository, info.sha)
+    folder = Path(snapshot_download(repository, allow_patterns=files))
+    if folder.name != info.sha:
+        raise HubError("changed while it was read; run it again")
+    log(f"{repository} at revision {info.sha}")
+    published = {file.rfilename: file.lfs.sha256 for file in siblings if file.lfs}
+    for file in sorted(files):
+        log(f"{_checked_sha256(folder / file, published.get(file))}  {file}")
+    # Last of all: where this file is, the others are whole; ``cached`` and loading rely on it.
+    hf_hub_download(repository, last, revision=info.sha)
+    log(f"{_checked_sha256(folder / last, None)}  {last}")
     return folder
+
+
+@contextmanager
+def _bars() -> Iterator[None]:
+    """Without a stream for them, as in a program without a console, huggingface_hub's bars fail."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    off = sys.stderr is None or getattr(sys.stderr, "closed", False)
+    if not off or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def cached(name: str) -> Path | None:

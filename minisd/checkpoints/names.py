@@ -100,6 +100,7 @@ DROPPED = (
     r"depth_model\..*|low_scale_model\..*",
 )
 
+VAE_ALONE = "a VAE alone: give it as vae= (--vae), beside a model"
 # What is not Stable Diffusion 1 or 2, by a name that only such files have.
 REJECTED = {
     "LoRA weights": r"(^|[._])lora[._]",
@@ -108,7 +109,7 @@ REJECTED = {
     "an unCLIP or SDXL model": r"noise_augmentor\.|label_emb\.0\.",
     "a Flux model": r"(double_blocks|single_blocks|single_transformer_blocks)\.0\.",
     "the UNet alone of a diffusers folder (load the whole folder)": r"^time_embedding\.linear_1\.",
-    "a VAE alone (give it as vae=, --vae, beside a model)": r"^(vae\.)?decoder\.conv_in\.",
+    VAE_ALONE: r"^(vae\.)?decoder\.conv_in\.",
     "a text encoder alone": r"^(text_model\.)?embeddings\.token_embedding\.",
 }
 # The same, by the number of channels that the UNet's first convolution reads.
