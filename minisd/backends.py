@@ -84,7 +84,9 @@ def _no_kernels(device: torch.device, dtype: torch.dtype) -> str:
         from minisd_kernels.ops.attention import refusal
         from minisd_kernels.ops.launch import DTYPES
     except ModuleNotFoundError as error:
-        return f"no module named {error.name}; pip install 'minisd[kernels]' brings it, on Linux"
+        # Not the extra minisd[kernels]: pip would look for a minisd on the package index.
+        where = "triton, on Linux" if error.name == "triton" else "., in a clone of minisd"
+        return f"no module named {error.name}: pip install {where}"
     except (ImportError, OSError) as error:  # an installation of Triton that is broken
         return f"triton cannot be imported: {error}"
     x = torch.empty(1, 1, 8, dtype=torch.float32, device=device)

@@ -2,11 +2,20 @@
 
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# A scheme has two letters at least: C:/ is a drive. pathlib writes the two slashes as one.
+ADDRESS = re.compile(r"(?i)data:|[a-z][a-z0-9+.-]+:/")
+
+
+def is_address(path: object) -> bool:
+    """Whether this is an address (https://...), which is no path: nothing here opens one."""
+    return ADDRESS.match(str(path)) is not None
 
 
 def check_writable(path: str | os.PathLike, overwrite: bool = False, size: int = 1) -> None:
@@ -22,7 +31,7 @@ def check_writable(path: str | os.PathLike, overwrite: bool = False, size: int =
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: choose another name")
     if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another name, or ask to overwrite it")
+        raise FileExistsError(f"{path} exists: choose another name, or overwrite it (--overwrite)")
 
 
 @contextmanager

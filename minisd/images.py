@@ -10,6 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from minisd.errors import ImageError
+from minisd.files import is_address
 from minisd.image_files import decoded, decoding, given, read
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def _open(source: Source, what: str, backdrop: str) -> Image.Image:
             return _to_rgb(given(source), what, backdrop)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"an image is a path or a PIL image, not {type(source).__name__}")
-    if str(source).startswith("data:") or "://" in str(source):
+    if is_address(source):
         raise ImageError(f"{str(source)[:80]} is an address: download the image, pass its path")
     with open(source, "rb") as file, decoding(source):
         return _to_rgb(read(file, decoded), source, backdrop)

@@ -31,10 +31,10 @@ def load(
     layout; a folder in diffusers layout; or, if `minisd download` has fetched it, a short name
     such as "sd1.5" or an "owner/name".
     ``config``: the sizes, or a folder of diffusers JSON files with them, for a single file of
-    unusual sizes. ``vae``: a stand-alone VAE file to use instead. ``prediction_type``: "epsilon"
-    or "v_prediction", whatever the file says. ``tile``: decode what is larger than this in
-    tiles of this side, in cells of the latent (64 is 512 pixels in the official models), to save
-    memory; not exact.
+    unusual sizes. ``vae``: a VAE to use instead: a file, a folder, or a name as above, of a VAE
+    alone or of a whole model. ``prediction_type``: "epsilon" or "v_prediction", whatever the file
+    says. ``tile``: decode what is larger than this in tiles of this side, in cells of the latent
+    (64 is 512 pixels in the official models), to save memory; not exact.
 
     ``device`` "auto" is cuda, then mps, then cpu; ``dtype`` "auto" is float16 on a GPU and
     float32 on a CPU.

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -250,14 +251,15 @@ class StableDiffusion:
         room = (text.vocab_size, text.max_position_embeddings)
         if has[0] > room[0] or has[1] > room[1]:
             raise ValueError(f"the tokenizer has (tokens, length) {has}, the text encoder only "
-                             f"{room}: load with its own tokenizer, or give prompt_embeds")
+                             f"{room}: load with its own tokenizer (a single file's is in the "
+                             "folder of config=, --config), or in Python give prompt_embeds")
         return tokenizer(texts)                                              # (prompts, 77)
 
     def _denoise(self, r: Plan, x: Tensor, steps: Callable[..., Tensor], abars: list[float],
                  noise: Noise, keep: Keep | None, callback: Callback | None,
                  progress: bool | None) -> Tensor:
         """Denoise x (B, 4, h, w), a timestep after the other: Stable Diffusion is this loop."""
-        shown = getattr(sys.stderr, "isatty", bool)() if progress is None else progress
+        shown = _shows(sys.stderr, progress)
         for i, t in enumerate(Bar(r.timesteps, miniters=1) if shown else r.timesteps):
             x = steps(x, i, noise.draw() if r.eta > 0 else None)
             if keep is not None:
@@ -307,8 +309,15 @@ class StableDiffusion:
         return _finite(run(again, *inputs), "the VAE")
 
 
+def _shows(stream: TextIO | None, progress: bool | None) -> bool:
+    """Whether to draw a bar there: None, where it is a terminal; never where there is no stream."""
+    if stream is None or getattr(stream, "closed", False):
+        return False
+    return getattr(stream, "isatty", bool)() if progress is None else progress
+
+
 def _finite(x: Tensor, stage: str) -> Tensor:
     if not x.isfinite().all():
-        remedy = 'try dtype="float32" or a smaller guidance_scale'
+        remedy = "try dtype float32 (--dtype) or a smaller guidance_scale (--guidance)"
         raise ArithmeticError(f"{stage} gave values that are not finite: {remedy}")
     return x

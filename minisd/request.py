@@ -26,6 +26,7 @@ MAX_SEED = 2**32 - 1
 DEFAULT_STRENGTH = (0.8, 1.0)
 # What a kind of model (config.KINDS) cannot do without.
 NEEDS = {"inpainting": ("image", "mask_image")}
+OPTIONS = {"image": "--image", "mask_image": "--mask"}  # what the command line calls them
 # Without a size an image keeps its own, up to the area of this many times the side that the model
 # was trained on; a larger one is scaled down, because a model draws nothing sensible far from that.
 LARGEST_UNASKED = 2.5
@@ -179,7 +180,9 @@ def _task(
         raise ValueError("mask_image needs the image that it is the mask of")
     needs = NEEDS.get(config.kind, ())
     if ("image" in needs and image is None) or ("mask_image" in needs and mask is None):
-        raise ValueError(f"this is an {config.kind} model: give it {' and '.join(needs)}")
+        options = ", ".join(OPTIONS[name] for name in needs)
+        raise ValueError(f"this is an {config.kind} model: give it {' and '.join(needs)} "
+                         f"({options})")
     if latents is not None and image is not None and (mask is None or strength != 1):
         raise ValueError("give either image or latents to start from, not both")
 

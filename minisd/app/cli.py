@@ -2,9 +2,9 @@
 
 import argparse
 import hashlib
-import io
 import json
 import os
+import re
 import secrets
 import sys
 import traceback
@@ -16,8 +16,8 @@ from typing import TextIO
 
 import minisd
 from minisd import files, images
-from minisd.app import png
-from minisd.app.options import LAST_SEED, Parser, parse
+from minisd.app import png, streams
+from minisd.app.options import CONFIG_HELP, LAST_SEED, Parser, parse
 
 # By class name and most specific class first, so that a usage error need not import torch.
 EXIT_CODES = {
@@ -31,14 +31,21 @@ EXIT_CODES = {
     "OSError": 5,
     "KeyboardInterrupt": 130,
 }
+# What the command line calls an argument of the library where its sentences begin with one.
+# Those that name one further on have both spellings.
+OPTIONS = {
+    "negative_prompt": "--negative", "num_inference_steps": "--steps", "width": "--size",
+    "height": "--size", "guidance_scale": "--guidance", "mask_image": "--mask",
+    "prediction_type": "--prediction-type", "ops": "--ops",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code; None means ``sys.argv``."""
     if argv is None:
         argv = sys.argv[1:]
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # a file name must not end the run
+        streams.open_missing()
+        sys.stderr = streams.Tolerant(sys.stderr)  # for the bars of libraries, too
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         warnings.filterwarnings("ignore", module="PIL")  # an image that is bad is an error
@@ -49,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
                 draw(argv)
         except (Exception, KeyboardInterrupt) as error:
             if "--debug" in argv:
-                traceback.print_exc()
+                _tell(traceback.format_exc().rstrip())
             code = _exit_code(error)
-            print(f"minisd: error: {_sentence(error, code)}", file=sys.stderr)
+            _tell(f"minisd: error: {_sentence(error, code)}")
             return code
     return 0
 
@@ -65,7 +72,7 @@ def draw(argv: list[str]) -> None:
     files.remove_leftovers(names[0][0].parent)
     for path, seed in names:
         if _is_made(path, seed, args, record):
-            print(f"{path}  seed {seed}  (kept: made before with these settings)", flush=True)
+            _print(f"{path}  seed {seed}  (kept: made before with these settings)")
         else:
             png.check_writable(path, args.overwrite)
             plan.append((path, seed))
@@ -79,7 +86,7 @@ def draw(argv: list[str]) -> None:
     from minisd.checkpoints import checkpoint
     from minisd.request import Request
 
-    weights = {"vae": args.vae, "prediction_type": args.prediction_type}
+    weights = {"config": args.config, "vae": args.vae, "prediction_type": args.prediction_type}
     config = checkpoint.open_checkpoint(args.model, **weights).config
     Request(prompt=args.prompt, **call).plan(config)  # a bad argument, before any weight is read
     sd = minisd.load(args.model, device=args.device, dtype=args.dtype, ops=args.ops,
@@ -88,47 +95,46 @@ def draw(argv: list[str]) -> None:
         out = sd(args.prompt, seed=seed, progress=False if args.quiet else None, **call)
         assert isinstance(out.images, list)
         png.save(out.images[0], path, out.settings[0] | record, args.overwrite)
-        print(f"{path}  seed {seed}", flush=True)
+        _print(f"{path}  seed {seed}")
 
 
 def info(argv: list[str]) -> None:
     """Say what a file is: an image's settings as JSON, or a checkpoint in four lines."""
     parser = Parser(prog="minisd info", description=info.__doc__)
-    parser.add_argument("file", metavar="FILE", help="a PNG, a .safetensors file or a folder")
-    file = parser.parse_args(argv).file
-    if file.lower().endswith(".png"):
-        print(json.dumps(png.read_settings(file), indent=2, ensure_ascii=False))
+    parser.add_argument("file", metavar="FILE", help="a PNG, JPEG or WebP image of minisd, "
+                        "AUTOMATIC1111's web UI or ComfyUI; or what --model takes")
+    parser.add_argument("--config", metavar="FOLDER", help=CONFIG_HELP)
+    args = parser.parse_args(argv)
+    if args.file.lower().endswith(tuple(png.READABLE)):
+        _print(json.dumps(png.read_any_settings(args.file), indent=2, ensure_ascii=False))
         return
     from minisd.checkpoints.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(file)
-    print(f"layout      {checkpoint.layout}")
-    print(f"version     {checkpoint.config.name}")
+    checkpoint = open_checkpoint(args.file, config=args.config)
     counts = (f"{dtype} ({count:,} tensors)" for dtype, count in checkpoint.dtypes.items())
-    print(f"dtype       {', '.join(counts)}")
     schedule = checkpoint.config.schedule
     zero = ", zero-terminal SNR" if schedule.rescale_betas_zero_snr else ""
-    print(f"prediction  {schedule.prediction_type}{zero} ({checkpoint.prediction_source})")
+    _print(f"layout      {checkpoint.layout}")
+    _print(f"version     {checkpoint.config.name}")
+    _print(f"dtype       {', '.join(counts)}")
+    _print(f"prediction  {schedule.prediction_type}{zero} ({checkpoint.prediction_source})")
 
 
 def download(argv: list[str]) -> None:
-    """Fetch official weights from the Hugging Face Hub, and print the folder they are in."""
+    """Fetch weights from the Hugging Face Hub, and print the folder they are in."""
     from minisd.checkpoints import hub
 
     parser = Parser(prog="minisd download", description=download.__doc__)
-    parser.add_argument("name", metavar="NAME", help=f"{', '.join(hub.KNOWN)}, or owner/name")
-    name = parser.parse_args(argv).name
-    print(hub.download(name, log=lambda line: print(line, file=sys.stderr)))
+    parser.add_argument("name", metavar="NAME", help=f"{', '.join(hub.KNOWN)}, or owner/name of a "
+                        "model or of a VAE alone")
+    _print(str(hub.download(parser.parse_args(argv).name, log=_tell)))
 
 
 def words(argv: list[str]) -> None:
     """List the words that the shipped model knows, one a line."""
     Parser(prog="minisd words", description=words.__doc__).parse_args(argv)
     known = resources.files("minisd_weights") / "tiny" / "words.txt"
-    try:
-        print(known.read_text(encoding="utf-8"), end="", flush=True)
-    except BrokenPipeError:  # `minisd words | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _print(known.read_text(encoding="utf-8").rstrip())
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -153,9 +159,10 @@ def _call_arguments(args: argparse.Namespace) -> dict:
 
 def _record(args: argparse.Namespace, call: dict) -> dict:
     """What a PNG remembers beside the model's settings; known before the model is loaded."""
-    paths = "\n".join(os.path.abspath(path) for path in (args.model, args.vae) if path)
-    weights = {"vae": _last_name(args.vae), "prediction_type": args.prediction_type,
-               "tile": args.tile}
+    given = filter(None, (args.model, args.vae, args.config))
+    paths = "\n".join(os.path.abspath(path) for path in given)
+    weights = {"vae": _last_name(args.vae), "config": _last_name(args.config),
+               "prediction_type": args.prediction_type, "tile": args.tile}
     return {
         "model": _last_name(args.model) or "tiny",
         "image": _last_name(args.image),
@@ -217,10 +224,21 @@ def _sentence(error: BaseException, code: int) -> str:
         text = f"{error.filename}: {error.strerror}"
     if code == 4 and "smaller" not in text:
         return f"{text or 'out of memory'}; a smaller --size needs less"
+    first = re.match(r"(\w+)[ =]", text)
+    if first and first[1] in OPTIONS:
+        text = f"{OPTIONS[first[1]]}: {text}"
     return text if code > 1 else f"{type(error).__name__}: {text} (--debug shows where)"
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
                   file: TextIO | None = None, line: str | None = None) -> None:
-    print(f"minisd: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    _tell(f"minisd: warning: {' '.join(str(message).split())}")
+
+
+def _print(text: str) -> None:
+    streams.say(f"{text}\n", sys.stdout)
+
+
+def _tell(text: str) -> None:
+    streams.Tolerant(sys.stderr).write(f"{text}\n")
 

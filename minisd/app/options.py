@@ -3,16 +3,19 @@
 import argparse
 import re
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import minisd
+from minisd.app import streams
 
 LAST_SEED = 2**32 - 1
+CONFIG_HELP = "for a .safetensors file of unusual sizes: a diffusers folder that says them"
 
 OTHER_COMMANDS = """\
 other commands:
-  minisd info FILE      the settings in a PNG, or the layout, version and dtype of a checkpoint
-  minisd download NAME  fetch official weights
+  minisd info FILE      the settings in an image, also in one of AUTOMATIC1111's web UI or ComfyUI,
+                        or the layout, version and dtype of a checkpoint
+  minisd download NAME  fetch official weights, or a VAE
   minisd words          list the words that the shipped model knows
 to draw the word itself: minisd -- info
 
@@ -29,6 +32,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        streams.say(message, file)  # for --help and --version
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -52,7 +58,8 @@ def _drawing_parser() -> Parser:
     option("prompt", help="what to draw, in quotes")
     option("-m", "--model", help="a .safetensors file, a diffusers folder, or the NAME that"
            " `minisd download` has fetched (default: the shipped tiny model)")
-    option("--vae", help="a stand-alone VAE to use instead of the model's own")
+    option("--config", metavar="FOLDER", help=CONFIG_HELP)
+    option("--vae", help="a VAE to use instead of the model's own: a file, a folder, or a NAME")
     option("--prediction-type", metavar="TYPE",
            help="epsilon or v_prediction, whatever the model's file says")
     option("-n", "--negative", default="", help="what to keep out (default: nothing)")

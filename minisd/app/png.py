@@ -1,15 +1,23 @@
-"""PNG files that hold the settings of their image; written whole or not at all."""
+"""PNG files that hold the settings of their image, written whole or not at all; and the settings
+in the images of other programs.
+"""
 
 import json
 import os
-from pathlib import Path, PurePath
+from collections.abc import Callable
+from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from minisd import files
+from minisd.app import comfyui, infotext
 from minisd.errors import ImageError
 from minisd.image_files import decoding, read
+
+# What an image may be to be read, by the end of its name.
+READABLE = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+EXIF, USER_COMMENT = 0x8769, 0x9286
 
 
 def check_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -29,7 +37,7 @@ def save(
     """
     check_writable(path, overwrite)
     chunks = PngInfo()
-    chunks.add_text("parameters", _parameters(settings))
+    chunks.add_text("parameters", infotext.write(settings))
     # ASCII with \u escapes: the only form that also keeps lone surrogates, as in odd file names.
     chunks.add_itxt("minisd", json.dumps(settings))
     with files.written_whole(path, overwrite) as temporary, open(temporary, "xb") as file:
@@ -38,38 +46,68 @@ def save(
         os.fsync(file.fileno())
 
 
-def _parameters(settings: dict) -> str:
-    """The text that AUTOMATIC1111's web UI began and other Stable Diffusion programs read."""
-    fields = {
-        "Steps": settings.get("num_inference_steps"),
-        "Sampler": "DDIM",
-        "CFG scale": settings.get("guidance_scale"),
-        "Seed": settings.get("seed"),
-        "Size": f"{settings.get('width')}x{settings.get('height')}",
-        "Model": PurePath(settings.get("model") or "").name.removesuffix(".safetensors"),
-        "Denoising strength": settings.get("strength"),
-        "Eta DDIM": settings.get("eta"),
-    }
-    lines = [settings.get("prompt") or ""]
-    if settings.get("negative_prompt"):
-        lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in fields.items() if v not in (None, "")))
-    return "\n".join(lines).encode(errors="backslashreplace").decode()
-
-
-def _quoted(value: object) -> str:
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:"\n') else text
-
-
 def read_settings(path: str | os.PathLike) -> dict:
     """The settings dict that ``save`` put into a PNG; ImageError if there is none."""
-    with open(path, "rb") as file, decoding(path, ("PNG",)):
-        text = read(file, lambda image: image.info.get("minisd"), ("PNG",))
+    try:
+        return _ours(_texts(path, ("PNG",)).get("minisd", ""))
+    except ValueError as error:
+        raise ImageError(f"{path} {error}") from None
+
+
+def read_any_settings(path: str | os.PathLike) -> dict:
+    """The same of a PNG, JPEG or WebP, or what another program says in it of how it was made.
+
+    "program" names the other program. ImageError if there is nothing that can be read.
+    """
+    if files.is_address(path):
+        raise ImageError(f"{path} is an address: download the image, pass its path")
+    texts, faults = _texts(path, tuple(dict.fromkeys(READABLE.values()))), []
+    for name, reader in READERS.items():
+        try:
+            if name in texts:
+                return reader(texts[name])
+        except ValueError as error:
+            faults.append(str(error))
+    nothing = "carries no settings of minisd, AUTOMATIC1111's web UI or ComfyUI"
+    raise ImageError(f"{path}: {faults[0]}" if faults else f"{path} {nothing}")
+
+
+def _ours(text: str) -> dict:
     try:
         settings = json.loads(text or "null")
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
-        raise ImageError(f"{path} carries no settings of minisd")
+        raise ValueError("carries no settings of minisd")
     return settings
+
+
+# Where an image may have its settings, ours first.
+READERS: dict[str, Callable[[str], dict]] = {
+    "minisd": _ours,
+    "parameters": infotext.read,
+    "prompt": comfyui.read_prompt,
+    "workflow": comfyui.read_workflow,
+}
+
+
+def _texts(path: str | os.PathLike, formats: tuple[str, ...]) -> dict[str, str]:
+    """The texts of an image by the names in ``READERS``; a JPEG and a WebP can have one."""
+    with open(path, "rb") as file, decoding(path, formats):
+        return read(file, _texts_of, formats)
+
+
+def _texts_of(image: Image.Image) -> dict[str, str]:
+    if image.format != "PNG":
+        return _comment(image.getexif().get_ifd(EXIF).get(USER_COMMENT))
+    if not image.info.keys() & READERS.keys():
+        image.load()  # the texts may also stand behind the pixels
+    texts = ((name, image.info.get(name)) for name in READERS)
+    return {name: text for name, text in texts if isinstance(text, str) and text.strip()}
+
+
+def _comment(value: object) -> dict[str, str]:
+    """EXIF's user comment, as AUTOMATIC1111's web UI writes it: a coding's name, then the text."""
+    if not isinstance(value, bytes) or not value.startswith(b"UNICODE\0"):
+        return {}
+    return {"parameters": value[8:].decode("utf-16-be", "replace")}

@@ -26,6 +26,7 @@ from minisd.checkpoints.recognise import read_file
 from minisd.checkpoints.safetensors_file import DTYPES, StoredTensor, read_tensor
 from minisd.config import PREDICTION_TYPES, Config
 from minisd.errors import WeightError
+from minisd.files import is_address
 
 READERS = 2  # threads that copy; more are no faster with one disk or one memory bus
 SHOWN = 5  # how many names an error lists
@@ -61,7 +62,8 @@ def open_checkpoint(
 
     ``path``: one of these, or None for the shipped model.
     ``config``: the sizes of a single file, or a folder of diffusers JSON files that has them.
-    ``vae``: a file, or a folder with a diffusers file, whose VAE is used instead.
+    ``vae``: a file, a folder with a diffusers file, or a downloaded name, whose VAE is used
+    instead.
     ``prediction_type``: outranks what is found.
     Raises FileNotFoundError, or WeightError where this is no Stable Diffusion 1 or 2.
     """
@@ -88,25 +90,35 @@ def open_checkpoint(
 def locate(path: str | PathLike) -> Path:
     """The path itself, or what the Hugging Face cache holds under that name; no network.
 
-    A name is a short one of hub.KNOWN, or an "owner/name".
+    A name is a short one of hub.KNOWN, or an "owner/name", of a model or of a VAE alone.
     """
     # os.path where pathlib would raise for names that can be none: too long, ~ of an unknown user.
     place = Path(os.path.expanduser(path))
     if os.path.exists(place) and str(path):
         return place
+    if is_address(path):
+        raise FileNotFoundError(f"{path} is an address, which is never opened: {_instead(path)}")
     hint = ""
-    short = str(path) in hub.KNOWN
-    if short or re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) and place.suffix != ".safetensors":
+    if place.suffix != ".safetensors" and hub.is_name(str(path)):
         if folder := hub.cached(str(path)):
             return folder
         run = f"run `minisd download {path}` first"
-        if short:
+        if str(path) in hub.KNOWN:
             raise FileNotFoundError(f"{path} has not been downloaded: {run}")
-        hint = f"; if it is a model on the Hugging Face hub, {run}"
+        hint = f"; if it is a model or a VAE on the Hugging Face hub, {run}"
     beside = os.listdir(place.parent) if os.path.isdir(place.parent) else []
     near = difflib.get_close_matches(place.name, beside) or sorted(beside)[:SHOWN]
     there = f" ({place.parent} has {', '.join(near)})" if near else ""
     raise FileNotFoundError(f"{path} does not exist{there}{hint}")
+
+
+def _instead(address: str | PathLike) -> str:
+    """What to do with an address; a repository of the Hub has a name that ``download`` takes."""
+    page = re.fullmatch(r"(?i)https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)/?",
+                        str(address))
+    if page and hub.is_name(page[1]):
+        return f"run `minisd download {page[1]}`, then give {page[1]}"
+    return "download it, and give the path of the file or folder"
 
 
 def check(checkpoint: Checkpoint, part: str, module: nn.Module) -> None:
@@ -127,7 +139,8 @@ def check(checkpoint: Checkpoint, part: str, module: nn.Module) -> None:
     }
     told = "; ".join(f"{len(rows)} {what}: {_first(rows)}" for what, rows in faults.items() if rows)
     if told:
-        hint = "" if have or part != "vae" else "; a VAE from another file can be given as vae="
+        hint = "; a VAE from another file can be given as vae= (--vae)"
+        hint = "" if have or part != "vae" else hint
         raise WeightError(f"{_home(checkpoint, part)}, {part}: {told}{hint}")
 
 

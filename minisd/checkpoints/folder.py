@@ -25,6 +25,12 @@ CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+# What a folder is that has a config.json and no model_index.json, by its class there.
+ALONE = {
+    "AutoencoderKL": names.VAE_ALONE,
+    "UNet2DConditionModel": "a UNet alone: give the whole folder that it is from",
+    "ControlNetModel": "a ControlNet, which minisd does not compute yet",
+}
 STEMS = {
     "text_encoder": "model",
     "unet": "diffusion_pytorch_model",
@@ -39,10 +45,7 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
     """
     index = folder / "model_index.json"
     if not index.is_file():
-        raise WeightError(
-            f"{folder} has no model_index.json, which a folder in diffusers layout has beside "
-            f"{', '.join(names.PARTS)}"
-        )
+        raise WeightError(_without_index(folder))
     file = JsonFile(index)
     known = [name for names_of_kind in PIPELINES.values() for name in names_of_kind]
     file.choice("_class_name", None, known)  # without it, it is the index of nothing
@@ -63,12 +66,35 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
 
 
 def read_stand_alone_vae(path: Path, config: Config) -> Group:
-    """A VAE in a file or a folder of its own; WeightError if it is not of the model's sizes."""
-    tensors = (part_tensors(path, STEMS["vae"]) if path.is_dir()
-               else unwrapped(read_header(path)))
+    """A VAE in a file or a folder of its own, or that of a whole model in either.
+
+    WeightError if it is not of the model's sizes, or no VAE.
+    """
+    if (path / "model_index.json").is_file():
+        path = path / "vae"
+    if (path / "config.json").is_file():
+        JsonFile(path / "config.json").choice("_class_name", "AutoencoderKL", ("AutoencoderKL",))
+    tensors = part_tensors(path, STEMS["vae"]) if path.is_dir() else unwrapped(read_header(path))
+    what = names.rejected(list(tensors))
+    if what not in (None, names.VAE_ALONE):
+        raise WeightError(f"{path} looks like {what}, not like a VAE")
+    if any(name.startswith("model.diffusion_model.") for name in tensors):
+        tensors = {name: t for name, t in tensors.items() if name.startswith("first_stage_model.")}
     if (path / "config.json").is_file() and read_vae(path / "config.json") != config.vae:
         raise WeightError(f"{path} has a VAE of other sizes or another scaling_factor")
     return Group(tensors, {"vae": names.stand_alone_vae(config.vae)}, {"": "vae"})
+
+
+def _without_index(folder: Path) -> str:
+    """What a folder is that is no model, as far as its config.json tells."""
+    try:
+        kind = JsonFile(folder / "config.json").fields.get("_class_name")
+    except WeightError:
+        kind = None
+    if isinstance(kind, str) and kind in ALONE:
+        return f"{folder} is {ALONE[kind]}"
+    return (f"{folder} has no model_index.json, which a folder in diffusers layout has beside "
+            f"{', '.join(names.PARTS)}")
 
 
 def part_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
@@ -80,7 +106,8 @@ def part_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if index.is_file():
             return _shards(index)
-    pickled = f"; of the pickles there: {TO_CONVERT}" if any(folder.glob("*.bin")) else ""
+    advice = TO_CONVERT.replace("model.safetensors", f"{stem}.safetensors")
+    pickled = f"; of the pickles there: {advice}" if any(folder.glob("*.bin")) else ""
     raise WeightError(f"{folder} has no {stem}.safetensors (nor .fp16, nor shards){pickled}")
 
 

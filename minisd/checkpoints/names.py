@@ -116,6 +116,7 @@ MARKERS = ("v_pred", "ztsnr")
 # What torch.compile, DataParallel and DistributedDataParallel put into the names of what they wrap.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")
 
+VAE_ALONE = "a VAE alone: give it as vae= (--vae), beside a model"
 # What is not Stable Diffusion 1 or 2, by a name that only such files have.
 REJECTED = {
     "a model with LoRA layers beside its own (save it with the LoRA merged)": r"\.base_layer\.",
@@ -129,7 +130,7 @@ REJECTED = {
     "a Flux model": r"(double_blocks|single_blocks|single_transformer_blocks)\.0\.",
     "the UNet alone of a diffusers folder (load the whole folder)": r"^time_embedding\.linear_1\.",
     "a UNet alone (give the whole model)": r"^(input_blocks\.0\.0|time_embed\.0)\.",
-    "a VAE alone (give it as vae=)": r"^(vae\.)?decoder\.conv_in\.",
+    VAE_ALONE: r"^(vae\.)?decoder\.conv_in\.",
     "a text encoder alone": r"^(text_model\.)?embeddings\.token_embedding\.",
 }
 # The same, by the number of channels that the UNet's first convolution reads.

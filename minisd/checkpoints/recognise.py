@@ -80,7 +80,7 @@ def recognise(path: Path, tensors: Tensors) -> Config:
     )
     raise WeightError(
         f"{path} has {found}, which is no official Stable Diffusion 1 or 2; for a model of other "
-        "sizes give config=, a folder of diffusers JSON files"
+        "sizes give config= (--config), a folder of diffusers JSON files"
     )
 
 

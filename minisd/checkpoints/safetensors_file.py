@@ -41,7 +41,7 @@ CHUNK = 2**20  # bytes read at a time, few enough to stay in the cache
 
 TO_CONVERT = (
     "minisd never opens pickles, which can run code; load it where you trust it and save it with "
-    "safetensors: sd = torch.load(path, weights_only=True); "
+    "safetensors: import torch, safetensors.torch; sd = torch.load(path, weights_only=True); "
     "safetensors.torch.save_file(sd.get('state_dict', sd), 'model.safetensors')"
 )
 # What else files of this name turn out to be, by their first bytes.

@@ -16,8 +16,8 @@ from minisd.errors import HubError
 
 # Drawing
 
-LOADED = {"device": "auto", "dtype": "auto", "ops": "auto", "tile": None, "vae": None,
-          "prediction_type": None}
+LOADED = {"device": "auto", "dtype": "auto", "ops": "auto", "tile": None, "config": None,
+          "vae": None, "prediction_type": None}
 
 
 def test_the_simplest_command_uses_the_documented_defaults(model, capsys):
@@ -40,10 +40,10 @@ def test_every_option_reaches_the_model(model):
             "--guidance", "-1.5", "--seed", "4294967295", "--size", "96x64", "--device", "cuda:1",
             "--dtype", "float16", "--ops", "reference", "--image", "start.png", "--mask",
             "mask.png", "--strength", "0.5", "--eta", "1", "--quiet", "--vae", "v.safetensors",
-            "--prediction-type", "v_prediction", "--tile", "64", "a prompt"]
+            "--prediction-type", "v_prediction", "--tile", "64", "--config", "sizes", "a prompt"]
     assert main(line) == 0
     options = {"device": "cuda:1", "dtype": "float16", "ops": "reference", "tile": 64,
-               "vae": "v.safetensors", "prediction_type": "v_prediction"}
+               "config": "sizes", "vae": "v.safetensors", "prediction_type": "v_prediction"}
     assert model.loaded == [("models/x.safetensors", options)]
     call = model.calls[0]
     assert call.pop("image").getpixel((0, 0)) == (255, 0, 0)
@@ -131,7 +131,7 @@ def test_a_model_of_the_same_name_elsewhere_is_another(model):
 @pytest.mark.parametrize("change", [
     ["--seed", "2"], ["-n", "blur"], ["--steps", "49"], ["--guidance", "7"], ["--eta", "0.5"],
     ["--size", "96x64"], ["-m", "other"], ["--image", "start.png"], ["--vae", "other"],
-    ["--prediction-type", "epsilon"], ["--tile", "8"],
+    ["--prediction-type", "epsilon"], ["--tile", "8"], ["--config", "other"],
 ], ids=lambda change: change[0])
 def test_an_image_of_other_settings_is_an_error(model, change):
     Image.new("RGB", (8, 8)).save("start.png")

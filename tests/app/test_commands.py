@@ -29,10 +29,11 @@ def test_info_of_a_checkpoint_is_four_lines(capsys, monkeypatch):
     checkpoint = SimpleNamespace(layout="folder", config=SD2_V, dtypes=Counter(F16=1200, F32=1),
                                  prediction_source="its scheduler_config.json")
     opened = []
-    mock = SimpleNamespace(open_checkpoint=lambda path: opened.append(path) or checkpoint)
+    mock = SimpleNamespace(
+        open_checkpoint=lambda path, config: opened.append((path, config)) or checkpoint)
     monkeypatch.setitem(sys.modules, "minisd.checkpoints.checkpoint", mock)
-    assert main(["info", "some/folder"]) == 0
-    assert opened == ["some/folder"]
+    assert main(["info", "some/folder", "--config", "sizes"]) == 0
+    assert opened == [("some/folder", "sizes")]
     assert capsys.readouterr().out.splitlines() == [
         "layout      folder",
         "version     Stable Diffusion 2 v",
@@ -75,7 +76,7 @@ def test_help_names_every_option_and_command():
                  "--count", "--device", "--dtype", "--ops", "--image", "--mask", "--strength",
                  "--eta", "--overwrite", "--quiet", "--debug", "--version", "minisd info FILE",
                  "minisd download NAME", "minisd words", "(default: 50)", "(default: 7.5)", "--vae",
-                 "--prediction-type", "--tile"):
+                 "--prediction-type", "--tile", "--config"):
         assert word in shown.stdout, word
 
 

@@ -78,7 +78,7 @@ IN_MEMORY = {
     "1, a key": keyed("1", [255, 0, 0, 0], 0),
     "RGB, a key": keyed("RGB", [(200, 200, 200), (0, 0, 0), (255, 255, 0), (255, 255, 0)],
                         (255, 255, 0)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mask", IN_MEMORY.values(), ids=IN_MEMORY)
@@ -104,10 +104,10 @@ def test_pictures_stay_over_white(image):
 SAVED = {
     "a.png": ["LA", "RGBA", "P"], "a.webp": ["RGBA"], "a.gif": ["RGBA"], "a.tiff": ["LA", "RGBA"],
     "a.jp2": ["LA", "RGBA"], "a.avif": ["RGBA"],
-}  # fmt: skip
+}
 CODECS = {"webp": "WEBP", "avif": "AVIF", "jp2": "JPEG2000"}
 FILES = [pytest.param(name, mode, id=f"{mode} {name}") for name, modes in SAVED.items()
-         for mode in modes]  # fmt: skip
+         for mode in modes]
 
 
 @pytest.mark.parametrize("name, mode", FILES)
@@ -148,7 +148,7 @@ KEYED = {
                       + chunk(b"tRNS", b"\xff\0")), [0, 0, 0, 0]),
     "palette 2": (png([b"\x1b"], 4, 2, 3, chunk(b"PLTE", 3 * b"\xff" + bytes(3) + 3 * b"\xff")
                       + chunk(b"tRNS", b"\xff\xff\0\xff")), [1, 0, 0, 0]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("content, want", KEYED.values(), ids=KEYED)
@@ -165,7 +165,7 @@ def test_a_transparent_colour(tmp_path, content, want):
 def test_associated_alpha_of_a_tiff(tmp_path):
     path = tmp_path / "layer.tiff"  # premultiplied, mode La in Pillow
     path.write_bytes(tiff(bytes([255, 255, 0, 255, 0, 0, 100, 100]), 4, 1, (8, 8), 1,
-                          ((338, 3, 1, b"\1\0"),)))  # fmt: skip
+                          ((338, 3, 1, b"\1\0"),)))
     assert light(path) == [1, 0, 0, 0]
 
 
@@ -222,7 +222,7 @@ NOTHING = {
 SOMETHING = {
     "four rows": lines((0, 28, 63, 31)), "a cell": lines((32, 32, 35, 35)),
     "all": lines((0, 0, 63, 63)), "a pixel that is looked at": lines((32, 32, 32, 32)),
-}  # fmt: skip
+}
 KINDS = {"blending": 4, "channels": 9}
 
 

@@ -105,7 +105,7 @@ JPEGS = {
     "pictures of a phone": [segment(0xE2, b"MPF\0" + NONSENSE)],
     "pictures of a phone, where": [mpf(entry(0xB001, 4, 1, b"\2"), entry(0xB002, 7, 4, b"abcd"))],
     "a comment": [segment(0xFE, bytes(range(256)))],
-}  # fmt: skip
+}
 WEBPS = {f"WebP {name}": encoded("WEBP", **options)
          for name, options in {"lossy": {"quality": 90}, "lossless": {"lossless": True}}.items()}
 
@@ -158,7 +158,7 @@ WHOLE = {
     **{f"{'Big' * big}TIFF {name}": (tiff(PIXELS.tobytes(), 8, 6, more=tags, big=big), as_png())
        for name, tags in TIFFS.items() for big in (False, True)},
     **{f"GIF {name}": (GIF[:AT] + block + GIF[AT:], GIF) for name, block in GIFS.items()},
-}  # fmt: skip
+}
 
 
 def plainly(content):
@@ -211,7 +211,7 @@ TURNED = {
     "WebP": as_webp(WEBPS["WebP lossless"],
                     more=riff(b"EXIF", exif(ROTATED)) + riff(b"XMP ", 9 * NONSENSE), cut=40),
     "TIFF": tiff(PIXELS.tobytes(), 8, 6, more=((274, 3, 1, b"\6\0"), (700, 4, 1, b"\4\0\0\0"))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -263,7 +263,7 @@ DAMAGED = {
         as_webp(WEBPS["WebP lossy"], more=riff(b"EXIF", NONSENSE))),
     "TIFF, cut": tiff(PIXELS.tobytes()[:-50], 8, 6, more=((700, 4, 1, b"\4\0\0\0"),))[:120],
     "GIF, cut": GIF[:AT] + GIFS["a repetition, empty"] + GIF[AT : AT + 30],
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -325,7 +325,7 @@ def test_an_animation_gives_its_first_frame(tmp_path, form):
         "GIF": content[: 13 + (3 * 2 << (content[10] & 7))] + GIFS["a repetition, empty"]
         + content[13 + (3 * 2 << (content[10] & 7)) :],
         "TIFF": content,
-    }[form]  # fmt: skip
+    }[form]
     for each in (content, faulty):
         (tmp_path / "a.file").write_bytes(each)
         image = open_image(tmp_path / "a.file")
@@ -360,7 +360,7 @@ MODES = {
     "CMYK": ((0, 0, 0, 255), (0, 0, 0, 0)), "YCbCr": ((0, 128, 128), (255, 128, 128)),
     "HSV": ((0, 0, 0), (0, 0, 255)), "LAB": ((0, 128, 128), (255, 128, 128)),
     "I;16": (0, 65535), "I;16B": (0, 65535), "I;16L": (0, 65535), "I;16N": (0, 65535),
-}  # fmt: skip
+}
 
 
 def grey_palette(image):
@@ -520,7 +520,7 @@ def test_the_sentence_names_what_is_read(tmp_path):
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", b"%PDF-1.4\n",
     b"\xd7\xcd\xc6\x9a" + bytes(40), b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(40),
     encoded("ICO"), encoded("TGA"), b"8BPS\0\1" + bytes(40),
-], ids=["EPS", "PDF", "WMF", "EMF", "ICO", "TGA", "PSD"])  # fmt: skip
+], ids=["EPS", "PDF", "WMF", "EMF", "ICO", "TGA", "PSD"])
 def test_what_is_not_read(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ImageError, match="not an image in PNG"):

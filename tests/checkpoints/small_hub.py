@@ -38,6 +38,15 @@ LEFT_ALONE = {
     "v1-5-pruned-emaonly.safetensors": b"single file",
 }
 
+# A repository with a VAE alone.
+VAE_CONFIG = b'{"_class_name": "AutoencoderKL"}'
+VAE_READ = {"config.json": VAE_CONFIG, "diffusion_pytorch_model.safetensors": b"a vae" * 1000}
+VAE_LEFT_ALONE = {
+    "README.md": b"# VAE", "diffusion_pytorch_model.bin": b"pickle", "vae.ckpt": b"pickle",
+    "diffusion_pytorch_model.fp16.safetensors": b"half a vae", "vae.safetensors": b"single file",
+    "tokenizer/vocab.json": b"{}",
+}
+
 
 class Hub(ThreadingHTTPServer):
     """One repository, served like the Hub does, with the faults that a test sets."""
@@ -51,6 +60,7 @@ class Hub(ThreadingHTTPServer):
         self.status = {}  # path of a request -> the error status it gets
         self.cut_once = set()  # files whose first answer stops half-way
         self.requests = []  # (method, path of the request, its Range header)
+        self.token = None  # if set, the one that a gated repository is given to
 
     def fetched(self) -> set[str]:
         prefix = f"/{REPOSITORY}/resolve/{COMMIT}/"
@@ -67,6 +77,9 @@ class _Request(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server, unquote(urlsplit(self.path).path)
         hub.requests.append((self.command, path, self.headers["Range"]))
+        if self.server.token and self.headers["Authorization"] != f"Bearer {self.server.token}":
+            self._answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
+            return
         api, resolve = f"/api/models/{REPOSITORY}", f"/{REPOSITORY}/resolve/{COMMIT}/"
         if path in hub.status:
             code = {401: "RepoNotFound", 403: "GatedRepo"}.get(hub.status[path], "Other")

@@ -249,6 +249,28 @@ def test_folder_with_a_vae_replaces_the_vae(modules, folder, tmp_path):
     assert_equal(found, modules[SMALL] | {"vae": other})
 
 
+def test_the_vae_of_a_whole_model_replaces_the_vae(modules, folder, tmp_path):
+    """In a folder and in a file."""
+    other = modules[SMALL_V]
+    file = save(tmp_path / "other.safetensors", as_single_file(SMALL_V, other))
+    whole = folder(SMALL_V).rename(tmp_path / "other")
+    model = folder(SMALL)
+    for vae in (file, whole):
+        found = filled(open_checkpoint(model, vae=vae))
+        assert_equal(found, modules[SMALL] | {"vae": other["vae"]})
+
+
+@pytest.mark.parametrize("name, what", [
+    ("lora_unet_down.lora_down.weight", "LoRA weights"), ("time_embedding.linear_1.weight", "UNet"),
+    ("control_model.x", "a ControlNet"), ("double_blocks.0.x", "a Flux model"),
+    ("text_model.embeddings.token_embedding.weight", "a text encoder alone"),
+])
+def test_what_is_no_vae_is_named(folder, tmp_path, name, what):
+    path = save(tmp_path / "a.safetensors", {name: torch.zeros(1)})
+    with pytest.raises(WeightError, match=f"a.safetensors looks like .*{what}.*not like a VAE"):
+        open_checkpoint(folder(SMALL), vae=path)
+
+
 def test_single_file_without_a_vae_needs_another(modules, tmp_path):
     tensors = as_single_file(SMALL, modules[SMALL])
     bare = {n: t for n, t in tensors.items() if not n.startswith("first_stage_model.")}

@@ -1,8 +1,10 @@
 """Downloads through the real huggingface_hub client, from a small Hub on the loopback address."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,11 +13,21 @@ from pathlib import Path
 import pytest
 from files import save_folder
 from reference_models import SMALL
-from small_hub import COMMIT, READ_BY_MINISD, REPOSITORY, UNET, VAE, Hub
+from small_hub import (
+    COMMIT,
+    READ_BY_MINISD,
+    REPOSITORY,
+    UNET,
+    VAE,
+    VAE_CONFIG,
+    VAE_LEFT_ALONE,
+    VAE_READ,
+    Hub,
+)
 
 import minisd.checkpoints.hub
 from minisd.checkpoints.checkpoint import locate
-from minisd.checkpoints.hub import KNOWN, cached, download, wanted
+from minisd.checkpoints.hub import KNOWN, cached, download, is_name, wanted
 from minisd.errors import HubError
 
 
@@ -54,11 +66,16 @@ def _python(*line, **environment) -> str:
 
 
 @pytest.fixture
-def run(hub, tmp_path):
+def here(hub, tmp_path):
+    """The environment in which this Hub is the only one."""
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+
+
+@pytest.fixture
+def run(here):
     """Download ``REPOSITORY`` in a new process; return what it returned, logged or raised."""
 
     def download(**environment):
-        here = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         return json.loads(_python("-c", PROGRAM, REPOSITORY, **here | environment))
 
     return download
@@ -132,6 +149,84 @@ def test_errors_of_the_server(status, words, hub, run, tmp_path):
     assert _files(tmp_path) == {}
 
 
+def test_the_advice_for_a_gated_repository_helps(hub, run):
+    hub.token = "hf_abc"
+    advice = re.search(r"then set (\w+) to a token", run()["error"])
+    assert run(**{advice[1]: "hf_abc"})["cached"]
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EACCES", "EROFS"])
+def test_a_cache_that_cannot_be_written_is_no_reason_to_run_it_again(monkeypatch, code):
+    error = OSError(getattr(errno, code), os.strerror(getattr(errno, code)), "/cache/x")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    with pytest.raises(HubError) as caught:
+        download(REPOSITORY)
+    assert str(caught.value) == f"{REPOSITORY} was not downloaded: {error.strerror}: /cache/x"
+
+
+# --- a VAE alone ----------------------------------------------------------------------------------
+
+
+def test_a_vae_is_fetched_and_found(hub, run, tmp_path):
+    hub.files = VAE_READ | VAE_LEFT_ALONE
+    result = run()
+    assert _files(result["folder"]) == VAE_READ and result["cached"] == result["folder"]
+    assert result["lines"][0] == f"{REPOSITORY} at revision {COMMIT}"
+    assert {line.split("  ")[1] for line in result["lines"][1:]} == set(VAE_READ)
+    hub.requests = []
+    assert run()["folder"] == result["folder"]
+    assert hub.fetched() == set()
+    assert run(HF_HUB_OFFLINE="1")["cached"] == result["folder"]
+
+
+@pytest.mark.parametrize("forms", [
+    ["diffusion_pytorch_model.fp16.safetensors"],
+    ["diffusion_pytorch_model-00001-of-00001.safetensors",
+     "diffusion_pytorch_model.safetensors.index.json"],
+])
+def test_a_vae_in_other_forms(hub, run, forms):
+    hub.files = {"config.json": VAE_CONFIG, **dict.fromkeys(forms, b"{}")}
+    result = run()
+    assert _files(result["folder"]) == hub.files and result["cached"]
+
+
+def test_a_vae_is_whole_or_not_found(hub, run, here):
+    hub.files = dict(VAE_READ)
+    hub.status = {f"/{REPOSITORY}/resolve/{COMMIT}/diffusion_pytorch_model.safetensors": 400}
+    assert "run it again to go on" in (result := run())["error"] and result["cached"] is None
+    # Another program, which fetches the config first, was interrupted.
+    line = "from huggingface_hub import snapshot_download as fetch"
+    line += f"; print(fetch({REPOSITORY!r}, allow_patterns=['config.json']))"
+    assert set(_files(_python("-c", line, **here).strip())) == {"config.json"}
+    assert run()["cached"] is None
+    hub.status = {}
+    assert _files(run()["folder"]) == VAE_READ
+
+
+@pytest.mark.parametrize("files, words", [
+    ({"config.json": b'{"_class_name": "ControlNetModel"}'}, "has the _class_name 'ControlNetMod"),
+    ({"config.json": b'{"_class_name": "AutoencoderTiny"}'}, "has the _class_name 'AutoencoderTi"),
+    ({"config.json": b'{"architectures": ["CLIPTextModel"]}'}, "has the _class_name None"),
+    ({"config.json": b"<html>"}, "has the _class_name None"),
+    ({"config.json": b"[" * 100_000}, "has the _class_name None"),
+    ({"config.json": b'["AutoencoderKL"]'}, "has the _class_name None"),
+    ({"config.json": b'{"_class_name": {"a": "\\n"}}'}, "has the _class_name {'a': "),
+    ({"diffusion_pytorch_model.safetensors": None, "diffusion_pytorch_model.bin": b"pickle"},
+     "no safetensors weights for the vae"),
+    ({"config.json": None}, "no config.json, so it is no VAE either"),
+])
+def test_what_is_no_vae_is_not_fetched(hub, run, tmp_path, files, words):
+    hub.files = {name: body for name, body in (VAE_READ | files).items() if body is not None}
+    result = run()
+    assert words in result["error"] and "\n" not in result["error"]
+    assert "has no model_index.json" in result["error"] and result["cached"] is None
+    assert not list(tmp_path.rglob("snapshots/*/*"))
+
+
 def test_no_connection(hub, run):
     hub.server_close()  # the port no longer answers
     assert "was not downloaded, run it again to go on (Connect" in run()["error"]
@@ -151,9 +246,10 @@ def test_importing_is_cheap():
     assert _python("-c", line) == "False\n"
 
 
-@pytest.mark.parametrize("name", ["v1-5.safetensors", "/models/x", "a--b/c", "../x", "", "a/b/c"])
+@pytest.mark.parametrize("name", ["v1-5.safetensors", "/models/x", "a--b/c", "../x", "", "a/b/c",
+                                  "a/b..c", "./x", "a/.b", "a/b.git", "a/" + "b" * 200, "~/x"])
 def test_cached_takes_any_string(name):
-    assert cached(name) is None
+    assert cached(name) is None and not is_name(name)
 
 
 def test_a_name_in_the_cache_is_found_without_the_network(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ ARROWS = {
     "models": {"config"},
     "samplers": {"config"},
     "text": set(),
-    "images": {"errors", "image_files"},
+    "images": {"errors", "files", "image_files"},
     "image_files": {"errors"},
     "files": set(),
     "checks": set(),
