@@ -4,6 +4,7 @@ pytest runs in as many processes as there are cores, or with `-n0` in its own al
 """
 
 import os
+import threading
 
 # The tensors are tiny: more threads only wait for each other, here and in the processes of tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,3 +24,17 @@ def _no_gradients():
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def hub():
+    """A Hub on the loopback address."""
+    from small_hub import Hub
+
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()

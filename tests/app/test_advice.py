@@ -14,7 +14,7 @@ import pytest
 import torch
 from files import save
 from safetensors.torch import load_file
-from test_hub import REPOSITORY, hub  # noqa: F401
+from small_hub import REPOSITORY
 from test_streams import shell
 
 import minisd
@@ -260,7 +260,7 @@ def repository(folder: Path) -> dict[str, bytes]:
     (TINY, "--model", ""), (TINY / "vae", "--vae", ""), (TINY, "--vae", ""),
     (TINY, "--model", "https://huggingface.co/"), (TINY / "vae", "--vae", "https://hf.co/"),
 ])
-def test_the_command_that_downloads(hub, here, folder, option, address):  # noqa: F811
+def test_the_command_that_downloads(hub, here, folder, option, address):
     """A name that is not there leads to a command, which makes the same line work."""
     hub.files = repository(folder)
     offline = {"HF_ENDPOINT": hub.url, "HF_HOME": str(here / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -274,7 +274,7 @@ def test_the_command_that_downloads(hub, here, folder, option, address):  # noqa
     assert (again.returncode, again.stdout) == (0, "a.png  seed 0\n"), again.stderr
 
 
-def test_a_downloaded_vae_is_no_model(hub, here):  # noqa: F811
+def test_a_downloaded_vae_is_no_model(hub, here):
     hub.files = repository(TINY / "vae")
     online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(here / "cache"), "HF_HUB_OFFLINE": "0"}
     assert shell(f"$MINISD download {REPOSITORY}", here, **online).returncode == 0

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import fails
 from hypothesis import given, settings as effort, strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sd_parsers import ParserManager
-from test_cli import fails
 from test_image import SETTINGS
 
 from minisd.app import comfyui, infotext
@@ -255,7 +255,7 @@ def test_a_graph_as_it_was_drawn(tmp_path, capsys):
     assert info(capsys, image(tmp_path / "a.png", workflow=json.dumps(drawn()))) == PLAIN
     silent = drawn()
     silent["nodes"][2]["mode"] = 4
-    fails(capsys, ["info", str(image(tmp_path / "a.png", workflow=json.dumps(silent)))], 2,
+    fails(["info", str(image(tmp_path / "a.png", workflow=json.dumps(silent)))], 2,
           "no KSampler")
 
 
@@ -298,16 +298,16 @@ def test_sd_parsers_reads_the_same_graph(tmp_path):
 ])
 def test_one_sentence(tmp_path, capsys, texts, words):
     path = image(tmp_path / "a.png", **texts)
-    fails(capsys, ["info", str(path)], 2, str(path), words)
+    fails(["info", str(path)], 2, str(path), words)
 
 
 def test_one_sentence_for_other_files(tmp_path, capsys):
     PIXEL.save(tmp_path / "a.jpg")
-    fails(capsys, ["info", str(tmp_path / "a.jpg")], 2, "a.jpg carries no settings")
+    fails(["info", str(tmp_path / "a.jpg")], 2, "a.jpg carries no settings")
     (tmp_path / "b.webp").write_bytes(b"RIFF")
-    fails(capsys, ["info", str(tmp_path / "b.webp")], 2, "b.webp is not an image")
-    fails(capsys, ["info", "https://example.com/a.png"], 2, "is an address: download the image")
-    fails(capsys, ["info", str(tmp_path / "none.png")], 3, "none.png")
+    fails(["info", str(tmp_path / "b.webp")], 2, "b.webp is not an image")
+    fails(["info", "https://example.com/a.png"], 2, "is an address: download the image")
+    fails(["info", str(tmp_path / "none.png")], 3, "none.png")
 
 
 def test_the_best_of_several_texts_is_read(tmp_path, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_hub import COMMIT, REPOSITORY, Hub, hub  # noqa: F401
+from small_hub import COMMIT, REPOSITORY, Hub
 
 import minisd
 from minisd.app import streams
@@ -203,7 +203,7 @@ assert not are_progress_bars_disabled()'"""
     "$MINISD download {} 2>&1 | true; exit ${{PIPESTATUS[0]}}",
     FROM_PYTHON % "sys.stderr = None" + " {}", FROM_PYTHON % "sys.stderr.close()" + " {}",
 ])
-def test_a_download_needs_no_streams(hub: Hub, tmp_path, line):  # noqa: F811
+def test_a_download_needs_no_streams(hub: Hub, tmp_path, line):
     here = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     done = shell(line.format(REPOSITORY), tmp_path, **here)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -22,25 +21,12 @@ from small_hub import (
     VAE_CONFIG,
     VAE_LEFT_ALONE,
     VAE_READ,
-    Hub,
 )
 
 import minisd.checkpoints.hub
 from minisd.checkpoints.checkpoint import locate
 from minisd.checkpoints.hub import KNOWN, cached, download, is_name, wanted
 from minisd.errors import HubError
-
-
-@pytest.fixture
-def hub():
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
 
 PROGRAM = """
 import json, sys

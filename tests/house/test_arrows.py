@@ -51,7 +51,7 @@ IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
 
 
 def import_names(lines: list[str]) -> set[str]:
-    found = {re.match(r"\w+", line)[0] for line in lines}
+    found = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines}
     return {IMPORTED_AS.get(name, name) for name in found}
 
 
