@@ -47,7 +47,7 @@ KERNEL_ARROWS = {
 # Everything else that minisd may import: what pyproject.toml declares, by import name.
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, BUILD = SETTINGS["project"], SETTINGS["tool"]
-IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
+IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "pytest_xdist": "pytest"}
 
 
 def import_names(lines: list[str]) -> set[str]:
