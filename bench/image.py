@@ -1,7 +1,7 @@
 """Seconds an image, a step and a decoding take, and the memory: minisd beside diffusers.
 
     python -m bench.image                # everything, on the GPU if there is one
-    python -m bench.image --quick        # small models, under 50 s on two CPU cores
+    python -m bench.image --quick        # small models, about a minute on two CPU cores
     python -m bench.image --models SD1.5-512 --only fused eager
     python -m bench.image --only fused --provider geglu=my_module:my_geglu
 
@@ -234,7 +234,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.profile and not args.out:
         parser.error("--profile needs --out")
     if args.minutes is None:
-        args.minutes = 0.6 if args.quick else 6.5
+        args.minutes = 0.9 if args.quick else 6.5
     if args.compile_minutes is None:
         args.compile_minutes = 3 if gpu else 0
     if args.batches is None:
