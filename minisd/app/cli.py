@@ -113,7 +113,7 @@ def info(argv: list[str]) -> None:
     checkpoint = open_checkpoint(args.file, config=args.config)
     counts = (f"{dtype} ({count:,} tensors)" for dtype, count in checkpoint.dtypes.items())
     schedule = checkpoint.config.schedule
-    zero = ", zero-terminal SNR" if schedule.rescale_betas_zero_snr else ""
+    zero = ", zero terminal SNR" if schedule.rescale_betas_zero_snr else ""
     _print(f"layout      {checkpoint.layout}")
     _print(f"version     {checkpoint.config.name}")
     _print(f"dtype       {', '.join(counts)}")
