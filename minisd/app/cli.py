@@ -225,7 +225,7 @@ def _sentence(error: BaseException, code: int) -> str:
     if code == 4 and "smaller" not in text:
         return f"{text or 'out of memory'}; a smaller --size needs less"
     first = re.match(r"(\w+)[ =]", text)
-    if first and first[1] in OPTIONS:
+    if code == 2 and first and first[1] in OPTIONS:  # a missing path can have such a name
         text = f"{OPTIONS[first[1]]}: {text}"
     return text if code > 1 else f"{type(error).__name__}: {text} (--debug shows where)"
 
