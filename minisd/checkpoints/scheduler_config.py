@@ -1,8 +1,8 @@
 """A scheduler_config.json: the noise schedule of a model in diffusers' words, read and written.
 
 An absent field has the default of DDIMScheduler or, beside a single file, what the model has. How
-to sample is the caller's choice, so the settings of the sampler in the file are ignored, but for
-which timesteps it visits: models of few steps and those of zero terminal SNR are made for
+to sample is the caller's choice, so the sampler's settings in the file are ignored, all but one:
+which timesteps it visits. Models of few steps and those of zero terminal SNR are made for
 "trailing" ones.
 """
 
