@@ -149,7 +149,8 @@ class StableDiffusion:
         noise = Noise(r.generators, like)
         x, extra, keep = start(
             Given(r, pixels, mask, noise, self._encode, self.alphas_cumprod))
-        abars = schedule.abars(self.config.schedule, r.timesteps)
+        abars = schedule.abars(
+            self.alphas_cumprod, r.timesteps, self.config.schedule.timestep_spacing)
         steps: Callable[..., Tensor] = Steps(
             self.unet, context, extra, r.timesteps, abars, self.config.schedule.prediction_type,
             r.guidance_scale, r.eta)

@@ -135,7 +135,7 @@ class Plan:
     seeds: list[int | None]      # None where a seed alone does not make the image again
     latents: Tensor | None
     shape: tuple[int, ...]       # of the latents: (B, 4, h, w)
-    warnings: list[str]          # what will have no effect
+    warnings: list[str]          # what was asked for that the image will not show
 
     def settings(self) -> list[dict]:
         """For each image, what it was made with."""

@@ -113,7 +113,7 @@ def info(argv: list[str]) -> None:
     checkpoint = open_checkpoint(args.file, config=args.config)
     counts = (f"{dtype} ({count:,} tensors)" for dtype, count in checkpoint.dtypes.items())
     schedule = checkpoint.config.schedule
-    zero = ", zero-terminal SNR" if schedule.rescale_betas_zero_snr else ""
+    zero = ", zero terminal SNR" if schedule.rescale_betas_zero_snr else ""
     _print(f"layout      {checkpoint.layout}")
     _print(f"version     {checkpoint.config.name}")
     _print(f"dtype       {', '.join(counts)}")
@@ -225,7 +225,7 @@ def _sentence(error: BaseException, code: int) -> str:
     if code == 4 and "smaller" not in text:
         return f"{text or 'out of memory'}; a smaller --size needs less"
     first = re.match(r"(\w+)[ =]", text)
-    if first and first[1] in OPTIONS:
+    if code == 2 and first and first[1] in OPTIONS:  # a missing path can have such a name
         text = f"{OPTIONS[first[1]]}: {text}"
     return text if code > 1 else f"{type(error).__name__}: {text} (--debug shows where)"
 

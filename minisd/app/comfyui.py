@@ -17,7 +17,7 @@ MAX_TEXT = 4 * 2**20
 MAX_NODES = 10_000
 MAX_SAMPLERS = 8
 
-# Our name, or where the meaning differs theirs -> the inputs of a sampler that say it, their types.
+# Our name (theirs where the meaning differs) -> the inputs of a sampler that say it, their types.
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[type, ...]]] = {
     "seed": (("seed", "noise_seed"), (int,)),
     "num_inference_steps": (("steps",), (int,)),

@@ -60,7 +60,7 @@ def read_any_settings(path: str | os.PathLike) -> dict:
     "program" names the other program. ImageError if there is nothing that can be read.
     """
     if files.is_address(path):
-        raise ImageError(f"{path} is an address: download the image, pass its path")
+        raise ImageError(f"{str(path)[:80]} is an address: download the image, pass its path")
     texts, faults = _texts(path, tuple(dict.fromkeys(READABLE.values()))), []
     for name, reader in READERS.items():
         try:

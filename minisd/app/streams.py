@@ -58,10 +58,10 @@ class Tolerant(io.TextIOBase):
 
 
 def open_missing() -> None:
-    """Give descriptors 0 to 2 that were closed at the start a place that takes all and has none.
+    """Open the null device for each of the descriptors 0 to 2 that was closed at the start.
 
-    Otherwise the next file that is opened gets such a number, and what C code says about an error
-    is written into it.
+    Otherwise the next file that is opened gets that number, and error messages of C code are
+    written into it.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

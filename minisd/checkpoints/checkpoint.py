@@ -139,9 +139,9 @@ def check(checkpoint: Checkpoint, part: str, module: nn.Module) -> None:
     }
     told = "; ".join(f"{len(rows)} {what}: {_first(rows)}" for what, rows in faults.items() if rows)
     if told:
-        hint = "; a VAE from another file can be given as vae= (--vae)"
-        hint = "" if have or part != "vae" else hint
-        raise WeightError(f"{_home(checkpoint, part)}, {part}: {told}{hint}")
+        if part == "vae" and not have:
+            told += "; a VAE from another file can be given as vae= (--vae)"
+        raise WeightError(f"{_home(checkpoint, part)}, {part}: {told}")
 
 
 def fill(

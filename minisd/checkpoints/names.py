@@ -110,7 +110,7 @@ DROPPED = (
 )
 
 # Tensors, mostly empty, that say what the UNet predicts by being there: ComfyUI and others write
-# them beside the UNet, some under its prefix. "ztsnr" is zero-terminal SNR.
+# them beside the UNet, some under its prefix. "ztsnr" is zero terminal SNR.
 MARKERS = ("v_pred", "ztsnr")
 
 # What torch.compile, DataParallel and DistributedDataParallel put into the names of what they wrap.

@@ -27,7 +27,7 @@ from minisd.config import PREDICTION_TYPES, Config, ScheduleConfig
 from minisd.errors import WeightError
 
 # Metadata that tools write (https://github.com/Stability-AI/ModelSpec, ComfyUI, SwarmUI), and the
-# words in it -> the prediction type, and whether that is with zero-terminal SNR.
+# words in it -> the prediction type, and whether that is with zero terminal SNR.
 MODELSPEC = "modelspec.prediction_type"
 PREDICT_KEY = "modelspec.predict_key"
 WORDS = {
@@ -63,7 +63,7 @@ def find_schedule(
 ) -> tuple[ScheduleConfig, str]:
     """The schedule of the model in ``path``, and in words how its prediction type is known.
 
-    ``folder`` is the caller's, whose scheduler ``config`` has; ``prediction_type`` is his too.
+    ``folder`` and ``prediction_type`` are the caller's; ``config`` has the schedule of ``folder``.
     """
     schedule, scheduler = _beside(path, folder, config)
     own, stored = _own(path, tensors, metadata)
@@ -158,7 +158,7 @@ def _warn_of_contradiction(
         if said.prediction_type not in (None, schedule.prediction_type):
             says, taken = said.prediction_type, schedule.prediction_type
         elif said.zero_snr and not schedule.rescale_betas_zero_snr:
-            says, taken = "zero-terminal SNR", "none"
+            says, taken = "zero terminal SNR", "none"
         else:
             continue
         warnings.warn(f"{path}: {said.where} says {says}, but {taken} is taken, {source}",

@@ -50,6 +50,7 @@ IMPOSTORS = (
     (rb"\x80[\x02-\x05]", "a PyTorch pickle: " + TO_CONVERT),
     (rb"version https://git-lfs", "a Git LFS pointer, not the weights: run `git lfs pull`"),
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page, not the weights: download the file itself"),
+    (rb"\x89PNG|\xff\xd8\xff", "an image, not the weights"),
     (rb"GGUF", "a GGUF file, whose quantised weights minisd does not read"),
 )
 

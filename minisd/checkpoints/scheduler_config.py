@@ -1,8 +1,8 @@
 """A scheduler_config.json: the noise schedule of a model in diffusers' words, read and written.
 
 An absent field has the default of DDIMScheduler or, beside a single file, what the model has. How
-to sample is the caller's choice, so the settings of the sampler in the file are ignored, but for
-which timesteps it visits: models of few steps and those of zero-terminal SNR are made for
+to sample is the caller's choice, so the sampler's settings in the file are ignored, all but one:
+which timesteps it visits. Models of few steps and those of zero terminal SNR are made for
 "trailing" ones.
 """
 
@@ -49,12 +49,12 @@ def schedule_of(file: JsonFields, absent: ScheduleConfig = DDIM) -> ScheduleConf
 
 
 def check_zero_snr(path: Path, schedule: ScheduleConfig, source: str) -> None:
-    """WeightError for zero-terminal SNR with a model that predicts eps: the last timestep is noise
+    """WeightError for zero terminal SNR with a model that predicts eps: the last timestep is noise
     alone, of which eps says nothing about x_0. ``source`` is how the prediction type is known.
     """
     if schedule.rescale_betas_zero_snr and schedule.prediction_type != "v_prediction":
         raise WeightError(
-            f"{path} has a schedule of zero-terminal SNR, which only models that predict v can "
+            f"{path} has a schedule of zero terminal SNR, which only models that predict v can "
             f"have, and it predicts {schedule.prediction_type} ({source}); if it predicts v, give "
             "prediction_type= (--prediction-type)"
         )

@@ -31,7 +31,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     path, vocab, merges = _read_vocabulary(folder)
     settings = _read_settings(folder)
     added = _read_added(folder, settings, vocab)
-    ids = vocab | {str(token): len(vocab) + i for i, token in enumerate(added)}
+    ids = vocab | {token.content: len(vocab) + i for i, token in enumerate(added)}
     tokens = {key: _token(folder, settings, key, ids if key == "pad_token" else vocab)
               for key in DEFAULTS}
     length = settings.get("model_max_length")
@@ -57,12 +57,13 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
            "pad_token": tokenizer.pad_token_id}
     tokens = {key: tokenizer.bpe.id_to_token(index) for key, index in ids.items()}
     tokens["unk_token"] = tokenizer.bpe.model.unk_token
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.length, **tokens}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.length, **tokens}
+    settings["added_tokens_decoder"] = {
+        str(tokenizer.bpe.token_to_id(token.content)):
+            {"content": token.content, **{flag: getattr(token, flag) for flag in FLAGS}}
+        for token in tokenizer.added}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    if tokenizer.added:
-        added = {token.content: tokenizer.bpe.token_to_id(token.content)
-                 for token in tokenizer.added}
-        (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(tokens, indent=2) + "\n")
     if isinstance(tokenizer, TaughtTokenizer):
         (folder.parent / "words.txt").write_text("\n".join(tokenizer.words) + "\n", "utf-8")

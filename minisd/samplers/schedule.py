@@ -67,11 +67,10 @@ def timesteps(
     return [i * stride + offset for i in reversed(range(num_inference_steps))]
 
 
-def abars(config: ScheduleConfig, timesteps: list[int]) -> list[float]:
+def abars(every: list[float], timesteps: list[int], spacing: str = "leading") -> list[float]:
     """abar_t of the timesteps, and of what comes after the last: with "leading" spacing the noise
     level of timestep 0, a little noise, as the official models are sampled; else no noise, 1."""
-    every = alphas_cumprod(config).tolist()
-    last = every[0] if config.timestep_spacing == "leading" else 1.0
+    last = every[0] if spacing == "leading" else 1.0
     return [every[t] for t in timesteps] + [last]
 
 

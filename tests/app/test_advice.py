@@ -115,6 +115,7 @@ def test_options_and_commands_that_sentences_name_exist():
     (["-n", "a\udcff"], "--negative: negative_prompt has a lone surrogate"),
     (["--prediction-type", "v"], "--prediction-type: prediction_type is 'v'"),
     (["--ops", "fast"], "--ops: ops must be one of"),
+    (["-m", "width"], "error: width does not exist"),
     (["--dtype", "int8"], "error: dtype must be auto or one of"),
     (["--config", str(TINY), "-m", str(TINY)], "error: config is for single files"),
 ])

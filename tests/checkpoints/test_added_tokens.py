@@ -84,6 +84,8 @@ def test_the_flags_of_a_token_are_heeded(tmp_path):
     assert ours.added == [AddedToken("xcat", single_word=True, normalized=False, special=False)]
     assert SIZE in ours("a xcat")[0] and SIZE not in ours("a xcatalogue")[0]
     assert SIZE not in ours("a XCAT")[0]
+    write_tokenizer(tmp_path / "b", ours)
+    assert read_tokenizer(tmp_path / "b").added == ours.added
 
 
 def test_padding_may_be_an_added_token(tmp_path):

@@ -110,7 +110,7 @@ def test_for_every_model(config, sd):
 
 def test_info_tells_it(sd, capsys):
     assert main(["info", str(sd(SD2, ["v_pred", "ztsnr"]))]) == 0
-    told = "v_prediction, zero-terminal SNR (from the file's markers v_pred and ztsnr)"
+    told = "v_prediction, zero terminal SNR (from the file's markers v_pred and ztsnr)"
     assert f"prediction  {told}\n" in capsys.readouterr().out
     assert main(["info", str(sd(SD1, [], **{KEY: "v"}))]) == 0
     assert f"prediction  v_prediction (from the file's {KEY})\n" in capsys.readouterr().out
@@ -166,7 +166,7 @@ def test_a_scheduler_beside_the_file_outranks_it(sd):
         found = open_checkpoint(path)
     assert found.config == SD1 and found.prediction_source == f"from {beside}" and len(told) == 1
     scheduler(path.parent, prediction_type="v_prediction", rescale_betas_zero_snr=False)
-    with pytest.warns(UserWarning, match="zero-terminal SNR, but none is taken, from .*scheduler_co"
+    with pytest.warns(UserWarning, match="zero terminal SNR, but none is taken, from .*scheduler_co"
                       ) as told:
         assert open_checkpoint(path).config.schedule == V
     assert len(told) == 1
@@ -202,7 +202,7 @@ def test_the_file_outranks_the_rule_of_thumb(sd, monkeypatch):
     (["ztsnr"], {}), (["ztsnr"], {PREDICTION: "epsilon"}), ([UNET + "ztsnr"], {KEY: "epsilon"})])
 def test_zero_snr_without_v_is_an_error(markers, metadata, sd):
     path = sd(markers=markers, **metadata)
-    with pytest.raises(WeightError, match="zero-terminal SNR, which only.*predicts epsilon.*give"):
+    with pytest.raises(WeightError, match="zero terminal SNR, which only.*predicts epsilon.*give"):
         open_checkpoint(path)
     assert open_checkpoint(path, prediction_type="v_prediction").config.schedule == ZERO
 
@@ -210,7 +210,7 @@ def test_zero_snr_without_v_is_an_error(markers, metadata, sd):
 def test_zero_snr_of_a_scheduler_without_v_is_an_error(tmp_path):
     small_model(SMALL).save(tmp_path / "model")
     scheduler(tmp_path / "model", rescale_betas_zero_snr=True)
-    with pytest.raises(WeightError, match="zero-terminal SNR.*epsilon .from scheduler/sched"):
+    with pytest.raises(WeightError, match="zero terminal SNR.*epsilon .from scheduler/sched"):
         open_checkpoint(tmp_path / "model")
     found = open_checkpoint(tmp_path / "model", prediction_type="v_prediction")
     assert found.config.schedule.rescale_betas_zero_snr

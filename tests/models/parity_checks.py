@@ -162,7 +162,7 @@ def sampling(schedule, ddim):
         scheduler.set_timesteps(7)
         visited = torch.tensor(schedule.timesteps(7))
         errors.append(error(visited, scheduler.timesteps))
-        last = torch.tensor(schedule.abars(config, [1])[-1:], dtype=torch.float64)
+        last = torch.tensor(schedule.abars(alphas.tolist(), [1])[-1:], dtype=torch.float64)
         errors.append(error(last, scheduler.final_alpha_cumprod[None]))
         t, t_next = scheduler.timesteps[3:5].tolist()
         a, a_next = alphas[t].item(), alphas[t_next].item()

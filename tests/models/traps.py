@@ -137,7 +137,7 @@ TRAPS = [
          "return abar * x0 + (1.0 - abar) * noise",
          "the squares of the two coefficients add up to 1"),
     # --- the loop
-    Trap("samplers.schedule", "every[0] if config.timestep", "1.0 if config.timestep",
+    Trap("samplers.schedule", "every[0] if spacing", "1.0 if spacing",
          "the last step ends at timestep 0: a little noise is left (set_alpha_to_one: false)"),
     Trap("steps", "uncond, cond = ", "cond, uncond = ",
          "uncond is the first half of the batch", "text_to_image"),

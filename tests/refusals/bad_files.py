@@ -47,6 +47,7 @@ BAD = {
     "zip of torch.save": (zipped(), "pickle in a zip: .*save_file"),
     "zip": (b"PK\x03\x04" + bytes(99), "pickle in a zip: .*save_file"),
     "GGUF": (b"GGUF" + bytes(99), "GGUF"),
+    "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(99), "an image, not the weights"),
     "length 2^63": (struct.pack("<Q", 2**63) + GOOD[8:], "header of 9223372036854775808 bytes"),
     "length 2^64 - 1": (b"\xff" * 8 + GOOD[8:], "header of 18446744073709551615 bytes"),
     "length over the limit": (struct.pack("<Q", MAX_HEADER + 1) + b"{", "at most"),

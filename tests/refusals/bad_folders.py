@@ -136,7 +136,7 @@ FIELDS = [  # file, its changed fields, words of the error
     ("scheduler/scheduler_config.json", {"beta_start": float("inf")}, "beta_start"),
     ("scheduler/scheduler_config.json", {"beta_start": 0.5}, "beta_start"),
     ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
-    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero-terminal"),
+    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero terminal"),
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps"),
 ]
 CONTENTS = {  # of each of these files

@@ -69,7 +69,7 @@ def test_trailing_steps_end_without_noise(steps):
     scheduler.alphas_cumprod = schedule.alphas_cumprod(ZERO_SNR)
     scheduler.set_timesteps(steps)
     visited = schedule.timesteps(steps, 1000, "trailing")
-    abars = schedule.abars(ZERO_SNR, visited)
+    abars = schedule.abars(schedule.alphas_cumprod(ZERO_SNR).tolist(), visited, "trailing")
     assert abars[0] == 0.0 and abars[-1] == 1.0
     x = theirs = randn(2, 4, 3, 3)
     for i, t in enumerate(visited):
