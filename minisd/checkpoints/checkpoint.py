@@ -77,7 +77,7 @@ def open_checkpoint(
     elif config is None:
         found = read_folder(place, prediction_type)
     else:
-        raise ValueError(f"config is for single files; the folder {place} has its own")
+        raise ValueError(f"config= (--config) is for single files; the folder {place} has its own")
     parts: dict[str, dict[str, StoredTensor]] = {}
     for group in found.groups:
         parts |= _assign(group, found.config)
