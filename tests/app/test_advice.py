@@ -117,7 +117,7 @@ def test_options_and_commands_that_sentences_name_exist():
     (["--ops", "fast"], "--ops: ops must be one of"),
     (["-m", "width"], "error: width does not exist"),
     (["--dtype", "int8"], "error: dtype must be auto or one of"),
-    (["--config", str(TINY), "-m", str(TINY)], "error: config is for single files"),
+    (["--config", str(TINY), "-m", str(TINY)], "error: config= (--config) is for single"),
 ])
 def test_the_command_line_says_the_option(capsys, tmp_path, line, words):
     assert main([*DRAW, *line, "-o", str(tmp_path / "a.png")]) in (2, 3)

@@ -135,7 +135,7 @@ def test_folder_of_configs_gives_the_sizes_of_a_single_file(modules, saved, tmp_
 
 
 def test_folder_takes_no_config(saved):
-    with pytest.raises(ValueError, match="config is for single files"):
+    with pytest.raises(ValueError, match=r"config= \(--config\) is for single files"):
         open_checkpoint(saved[SMALL], config=SMALL)
 
 
