@@ -24,6 +24,8 @@ def _no_gradients():
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+    # A library that fails while it loads a model can leave another one behind.
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
