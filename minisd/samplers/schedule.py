@@ -1,18 +1,26 @@
-"""The noise schedule: how much noise there is at each timestep, and what x_t is made of.
+"""The noise schedule: how much noise there is at each timestep, and which levels a call visits.
 
 Training mixed a clean latent x_0 with Gaussian noise eps (Ho et al. 2020, eq. 4):
 
     q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
+    x_t = alpha x_0 + sigma eps,  alpha = sqrt(abar_t),  sigma = sqrt(1 - abar_t)
 
-where abar_t (alpha-bar) falls from almost 1 to almost 0 as t grows.
+where abar_t (alpha-bar) falls from almost 1 to almost 0 as t grows. A call goes down a ladder of
+such levels; which ones is the choice of the `SPACINGS`.
 
 Sources: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2006.11239;
-Salimans & Ho 2022, https://arxiv.org/abs/2202.00512 (v).
+Salimans & Ho 2022, https://arxiv.org/abs/2202.00512 (v); Karras et al. 2022, "Elucidating the
+Design Space of Diffusion-Based Generative Models", https://arxiv.org/abs/2206.00364; Lin et al.
+2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed",
+https://arxiv.org/abs/2305.08891.
 """
 
-from typing import TypeVar
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,39 +47,156 @@ def alphas_cumprod(config: ScheduleConfig) -> Tensor:
     if config.prediction_type == "epsilon":
         raise ValueError("zero terminal SNR needs a model that predicts v, and this one predicts "
                          "epsilon")
-    # Zero terminal SNR (Lin et al. 2023, algorithm 1): r = sqrt(abar) is shifted and stretched so
-    # that the last timestep is noise alone and the first is as it was.
+    # Zero terminal SNR (Lin et al., algorithm 1): r = sqrt(abar) is shifted and stretched so that
+    # the last timestep is noise alone and the first is as it was.
     r = abar.sqrt()
     return ((r - r[-1]) * r[0] / (r[0] - r[-1])).square()
 
 
-def timesteps(
-    num_inference_steps: int, num_train_timesteps: int = 1000, spacing: str = "leading",
-) -> list[int]:
-    """The timesteps to visit, the noisiest first: exactly ``num_inference_steps`` of them.
+class Level(NamedTuple):
+    """How noisy x is: x = alpha x_0 + sigma eps, with alpha^2 + sigma^2 = 1.
 
-    "leading", with offset 1, as the official scripts have it: multiples of a whole stride, plus 1.
-    So sampling starts from pure noise at a t that is less than 999: 50 steps begin at 981, 30 at
-    958 and 1 step at 1, where the model expects almost no noise. Lin et al. 2023,
-    https://arxiv.org/abs/2305.08891, section 3.3, call this a flaw; the official models are used
-    with it. With 1000 steps there is no room for the offset, and they are 999 .. 0.
-
-    "trailing", which they propose, begins at 999 and goes down by 1000 / steps, rounded. Models of
-    few steps and those of zero terminal SNR need it.
+    x has variance 1 at every level, so nothing scales what the UNet reads. Karras et al. and their
+    followers keep y = x / alpha instead; what they call sigma is ``ratio`` here.
     """
-    if spacing == "trailing":
-        n, steps = num_train_timesteps, num_inference_steps
-        return [round(n - k * n / steps) - 1 for k in range(steps)]
-    stride = num_train_timesteps // num_inference_steps
-    offset = 0 if num_inference_steps == num_train_timesteps else 1
-    return [i * stride + offset for i in reversed(range(num_inference_steps))]
+
+    t: float | None  # what the UNet is told; None after the last step, where it is not asked
+    abar: float
+
+    @property
+    def alpha(self) -> float:
+        return self.abar**0.5
+
+    @property
+    def sigma(self) -> float:
+        return (1.0 - self.abar) ** 0.5
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha, infinite for noise alone."""
+        return self.sigma / self.alpha if self.abar > 0 else math.inf
+
+    @property
+    def lam(self) -> float:
+        """lambda = ln(alpha / sigma), half the logarithm of the signal-to-noise ratio."""
+        return -math.log(self.ratio) if self.abar < 1 else math.inf
 
 
-def abars(every: list[float], timesteps: list[int], spacing: str = "leading") -> list[float]:
-    """abar_t of the timesteps, and of what comes after the last: with "leading" spacing the noise
-    level of timestep 0, a little noise, as the official models are sampled; else no noise, 1."""
-    last = every[0] if spacing == "leading" else 1.0
-    return [every[t] for t in timesteps] + [last]
+# --- the spacings: (number of steps, abar of every timestep) -> the levels, the noisiest first ---
+
+
+def leading(steps: int, abars: Sequence[float]) -> list[Level]:
+    """Multiples of a whole stride, plus 1, as the official scripts have it.
+
+    So sampling starts from pure noise at a t that is less than 999: 50 steps begin at 981, 30 at
+    958 and 1 step at 1, where the model expects almost no noise. Lin et al., section 3.3, call this
+    a flaw; the official models are used with it. With 1000 steps there is no room for the offset,
+    and they are 999 .. 0.
+    """
+    stride = len(abars) // steps
+    offset = 0 if steps == len(abars) else 1
+    return [Level(t, abars[t]) for t in (i * stride + offset for i in reversed(range(steps)))]
+
+
+def trailing(steps: int, abars: Sequence[float]) -> list[Level]:
+    """From 999 down by 1000 / steps, rounded (Lin et al., table 2). Models of few steps and those
+    of zero terminal SNR need it."""
+    n = len(abars)
+    return [Level(t, abars[t]) for t in (round(n - k * n / steps) - 1 for k in range(steps))]
+
+
+def linspace(steps: int, abars: Sequence[float]) -> list[Level]:
+    """Evenly from 999 to 0, fractions included, as in k-diffusion; 1 step is at 999."""
+    last = len(abars) - 1
+    return [at_timestep(last - k * last / max(steps - 1, 1), abars) for k in range(steps)]
+
+
+def karras(steps: int, abars: Sequence[float]) -> list[Level]:
+    """Karras et al., eq. 5, with rho = 7: evenly in ratio^(1/7), between the noisiest level of
+    training and the quietest."""
+    low, high = (math.exp(log / 7) for log in _log_ratios(abars)[[0, -1]].tolist())
+    shares = (k / max(steps - 1, 1) for k in range(steps))
+    return [at_ratio((high + share * (low - high)) ** 7, abars) for share in shares]
+
+
+def exponential(steps: int, abars: Sequence[float]) -> list[Level]:
+    """Evenly in the logarithm of the ratio."""
+    low, high = _log_ratios(abars)[[0, -1]].tolist()
+    shares = (k / max(steps - 1, 1) for k in range(steps))
+    return [at_ratio(math.exp(high + share * (low - high)), abars) for share in shares]
+
+
+LCM_STEPS = 50
+
+
+def lcm(steps: int, abars: Sequence[float]) -> list[Level]:
+    """Some of the 50 timesteps 19, 39 .. 999 of a latent consistency model's training (Luo et al.
+    2023, https://arxiv.org/abs/2310.04378): 4 steps are 999, 759, 499 and 259."""
+    if steps > LCM_STEPS:
+        raise ValueError(f"num_inference_steps must be at most {LCM_STEPS} with spacing 'lcm', "
+                         f"not {steps}")
+    stride = len(abars) // LCM_STEPS
+    trained = [i * stride - 1 for i in range(LCM_STEPS, 0, -1)]
+    visited = (trained[k * LCM_STEPS // steps] for k in range(steps))
+    return [Level(t, abars[t]) for t in visited]
+
+
+SPACINGS: dict[str, Callable[[int, Sequence[float]], list[Level]]] = {
+    "leading": leading, "trailing": trailing, "linspace": linspace, "karras": karras,
+    "exponential": exponential, "lcm": lcm,
+}
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The levels of a call, the noisiest first. The last is where x ends: the UNet never sees it.
+
+    A sampler that needs a level between them takes it from ``alphas_cumprod``.
+    """
+
+    levels: list[Level]
+    alphas_cumprod: Sequence[float]  # abar of every timestep of training
+
+    def __getitem__(self, i: int) -> Level:
+        return self.levels[i]
+
+    @property
+    def steps(self) -> int:
+        return len(self.levels) - 1
+
+    def at_ratio(self, ratio: float) -> Level:
+        return at_ratio(ratio, self.alphas_cumprod)
+
+    def at_timestep(self, t: float) -> Level:
+        return at_timestep(t, self.alphas_cumprod)
+
+
+def ladder(spacing: str, steps: int, alphas_cumprod: Sequence[float], end: float = 1.0) -> Ladder:
+    """A ladder of ``steps`` steps down to ``end``, an abar: 1 is no noise."""
+    return Ladder([*SPACINGS[spacing](steps, alphas_cumprod), Level(None, end)], alphas_cumprod)
+
+
+def at_timestep(t: float, abars: Sequence[float]) -> Level:
+    """The level of a timestep; between two of them the logarithm of the ratio is linear in t."""
+    if t == int(t):
+        return Level(int(t), abars[int(t)])
+    log_ratio = np.interp(t, np.arange(len(abars)), _log_ratios(abars))
+    return Level(t, 1 / (1 + math.exp(2 * log_ratio)))
+
+
+def at_ratio(ratio: float, abars: Sequence[float]) -> Level:
+    """The level of a ratio sigma / alpha; its timestep as in `at_timestep`, within training's."""
+    t = np.interp(math.log(ratio), _log_ratios(abars), np.arange(len(abars)))
+    return Level(float(t), 1 / (1 + ratio**2))
+
+
+def _log_ratios(abars: Sequence[float]) -> np.ndarray:
+    """ln(sigma / alpha) of every timestep; of noise alone that of abar 2^-24, as in diffusers."""
+    abar = np.maximum(abars, 2.0**-24)
+    return np.log((1 - abar) / abar) / 2
+
+
+# --- what x is made of ---------------------------------------------------------------------------
 
 
 def add_noise(x0: X, noise: X, abar: float) -> X:
