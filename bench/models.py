@@ -22,6 +22,8 @@ from minisd.config import SD1, SD2_V, Config, ScheduleConfig, TextConfig, UNetCo
 from minisd.loading import build
 from minisd.models.ops import TORCH
 from minisd.pipeline import StableDiffusion
+from minisd.samplers.ddim import ddim
+from minisd.samplers.schedule import Ladder, Level
 from minisd.steps import Steps
 from minisd.text.tokenizer import Tokenizer
 
@@ -131,12 +133,13 @@ class Ours:
         """One prediction with guidance (1, 4, h, w)."""
         context = self.sd._context(["", PROMPT], None)                       # (2, 77, D)
         x = self.model.noise(1).to(self.device, torch.promote_types(context.dtype, torch.float32))
+        sampler = ddim(Ladder([Level(500, 0.5), Level(None, 1.0)], []))
+        readable = Steps(self.sd.unet, context, None, sampler, "epsilon", GUIDANCE)
         if fused := self.sd._fused():
             # uncond + GUIDANCE (cond - uncond), and no x: the prediction itself.
-            steps = fused_steps.Steps(
-                fused.unet, context, [500], [[0.0, 1.0 - GUIDANCE, GUIDANCE]])
-            return lambda: steps(x, 0)
-        readable = Steps(self.sd.unet, context, None, [500], [], "epsilon", GUIDANCE, 0.0)
+            table = torch.tensor([[[0.0, 1.0 - GUIDANCE, GUIDANCE]]])
+            steps = fused_steps.Steps(fused.unet, context, [500], table)
+            return lambda: steps(torch.stack([x, x]), 0)[0]
         return lambda: readable.predict(x, 500)
 
     def decode(self) -> Callable[[], Tensor]:

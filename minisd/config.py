@@ -46,6 +46,8 @@ class UNetConfig:
     cross_attention_dim: int = 768
     use_linear_projection: bool = False
     norm_num_groups: int = 32
+    # Latent consistency models are told the guidance scale, as an embedding of this width.
+    time_cond_proj_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,16 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How noise was added in training, and what the UNet was trained to predict."""
+    """How noise was added in training, what the UNet was trained to predict, and how a call samples
+    that does not say."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     prediction_type: str = "epsilon"  # or "v_prediction"
     rescale_betas_zero_snr: bool = False  # whether the last timestep is noise alone
-    timestep_spacing: str = "leading"  # or "trailing": which timesteps a call visits
+    sampler: str = "ddim"              # a name of samplers.SAMPLERS
+    timestep_spacing: str = "leading"  # a name of samplers.schedule.SPACINGS
 
 
 @dataclass(frozen=True)

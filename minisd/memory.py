@@ -155,7 +155,7 @@ def check(
     ``dtype`` and ``device`` are those of the UNet; the rest is as for `activations`.
     """
     need = activations(
-        r.config, r.shape, len(r.generators) // r.num_images_per_prompt, r.guidance_scale != 1.0,
+        r.config, r.shape, len(r.generators) // r.num_images_per_prompt, r.guided,
         dtype.itemsize, vae.tile, encodes, decodes, stores_scores,
         vae.quant_conv.weight.itemsize)
     there = free(device)

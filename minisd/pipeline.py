@@ -16,11 +16,12 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -36,11 +37,10 @@ from minisd.conditioning.start import Given, Keep, Noise
 from minisd.config import Config
 from minisd.models.clip import TextEncoder
 from minisd.models.ops import REFERENCE, TORCH
-from minisd.models.unet import UNet
+from minisd.models.unet import UNet, guidance_embedding
 from minisd.models.vae import VAE
 from minisd.request import Callback, Picture, Plan, Prompts, Request
-from minisd.samplers import schedule
-from minisd.steps import Steps
+from minisd.steps import Steps, first_state
 from minisd.text.tokenizer import Tokenizer
 
 
@@ -71,6 +71,17 @@ class Output:
     settings: list[dict]
 
 
+@dataclass(frozen=True)
+class Step:
+    """A call after its i-th step, as `StableDiffusion.stream` gives it."""
+
+    i: int
+    t: float         # what the UNet was told
+    latents: Tensor  # (B, 4, h, w): x now
+    x0: Tensor       # (B, 4, h, w): what the UNet takes x_0 to be, from the x before
+    images: Callable[[], list[Image] | Tensor | np.ndarray]
+
+
 class StableDiffusion:
     """A text encoder, a UNet and a VAE that were trained together, ready to be called.
 
@@ -83,7 +94,6 @@ class StableDiffusion:
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
         self._loaded = (unet, vae, vae.decoder)
         self._repacked = Repacked()
-        self.alphas_cumprod = schedule.alphas_cumprod(config.schedule).tolist()
 
     @memory.explained()
     @torch.no_grad()
@@ -91,7 +101,8 @@ class StableDiffusion:
         self, prompt: Prompts = None, *, negative_prompt: Prompts = None,
         height: int | None = None, width: int | None = None,
         num_inference_steps: int | None = None, guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1, eta: float | None = None,
+        guidance_rescale: float = 0.0, num_images_per_prompt: int = 1,
+        sampler: str | None = None, spacing: str | None = None, eta: float | None = None,
         seed: int | list[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None, prompt_embeds: Tensor | None = None,
@@ -105,9 +116,17 @@ class StableDiffusion:
         ``height`` and ``width`` are pixels, multiples of 8 (of the VAE's downscale). Without them
         the size is the one that the model was trained on, or that of ``image`` (scaled down where
         it is far larger); with one of them the other keeps the proportions of ``image``.
-        ``num_inference_steps``, 1 to 1000, is exactly how often the UNet is asked (50).
-        ``guidance_scale`` 1 is no guidance (7.5). ``eta`` 0 is DDIM, 1 as noisy as DDPM (0). None
-        is always the model's own default.
+        ``num_inference_steps``, 1 to 1000, is how many steps the sampler's ladder has (50). That is
+        how often the UNet is asked, but by plms once more, and by heun, dpm2 and dpmpp_2s, which
+        ask twice a step, 2 S - 1 times. ``guidance_scale`` 1 is no guidance (7.5);
+        ``guidance_rescale``, 0.7 for models of zero terminal SNR, takes back a share of what
+        guidance adds to the prediction's contrast. None is always the model's own default.
+
+        ``sampler``: ddim, euler, euler_a, ddpm, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, unipc, heun, lms,
+        plms, dpm2, lcm or tcd, or a name of AUTOMATIC1111's web UI ("DPM++ 2M Karras"), which says
+        the spacing too. ``spacing``, which timesteps are visited: leading, trailing, linspace,
+        karras, exponential or lcm. ``eta``, of those that can add noise, from 0 to 1: none, or as
+        much as DDPM.
 
         ``seed`` 0 to 2^32 - 1: image i uses seed + i; or a list, one each; None draws one.
         ``generator``: torch generators of your own instead. ``latents`` (B, 4, h, w): x_T itself.
@@ -124,40 +143,87 @@ class StableDiffusion:
         any work; ArithmeticError if a part gives values that are not finite; MemoryError.
         """
         asked = Request(**{name: value for name, value in locals().items() if name != "self"})
+        r = self._plan(asked, stacklevel=5)  # past the two decorators
+        for step in self._stream(r):
+            pass
+        return Output(step.images(), r.seeds, r.settings())
+
+    def stream(self, prompt: Prompts = None, **arguments: Any) -> Iterator[Step]:
+        """The same call, with the same arguments, as a generator of its steps.
+
+        Each has ``i``, ``t``, ``latents`` and ``x0`` (B, 4, h, w), and ``images()``: what x_0 is so
+        far and, after the last step, the images of the call. Who leaves the loop stops the call,
+        and nothing of it is kept. Arguments are checked at once.
+        """
+        return self._stream(self._plan(Request(prompt=prompt, **arguments), stacklevel=3))
+
+    def _plan(self, asked: Request, stacklevel: int) -> Plan:
+        """What a request means for this model, which it fits; warnings are its caller's."""
         r = asked.plan(self.config)
         for sentence in r.warnings:
-            warnings.warn(sentence, stacklevel=4)  # past the two decorators
+            warnings.warn(sentence, stacklevel=stacklevel)
         memory.check(r, self.dtype, self.device, self.vae, encodes=r.image is not None,
-                     decodes=output_type != "latent",
+                     decodes=r.output_type != "latent",
                      stores_scores=self.backend.ops.attention is REFERENCE.attention)
-        # Half-precision models still add up their steps in float32.
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        like = torch.empty(1, *r.shape[1:], dtype=dtype, device=self.device)
-        pixels = mask = None
-        if r.image is not None:
-            pixels = images.to_tensor(r.image, r.width, r.height).to(like)   # (1, 3, H, W)
-        if r.mask_image is not None:
-            mask = images.mask_to_tensor(r.mask_image, r.width, r.height).to(like)
+        return r
 
-        context = self._context(r.prompts, prompt_embeds)                    # (prompts, 77, D)
-        context = context.repeat_interleave(r.num_images_per_prompt, dim=0)  # (B, 77, D)
-        if r.guidance_scale != 1.0:  # classifier-free guidance needs both, see steps.py
-            uncond = self._context(r.negative_prompts, negative_prompt_embeds)
-            uncond = uncond.repeat_interleave(r.num_images_per_prompt, dim=0)
-            context = torch.cat([uncond, context])                           # (2B, 77, D)
-        _finite(context, "the text encoder")
-        noise = Noise(r.generators, like)
-        x, extra, keep = start(
-            Given(r, pixels, mask, noise, self._encode, self.alphas_cumprod))
-        abars = schedule.abars(
-            self.alphas_cumprod, r.timesteps, self.config.schedule.timestep_spacing)
-        steps: Callable[..., Tensor] = Steps(
-            self.unet, context, extra, r.timesteps, abars, self.config.schedule.prediction_type,
-            r.guidance_scale, r.eta)
-        if fused := self._fused():
-            steps = fused.steps(steps)
-        x = self._denoise(r, x, steps, abars, noise, keep, callback_on_step_end, progress)
-        return Output(self._images(x, keep, output_type), r.seeds, r.settings())
+    @torch.no_grad()
+    def _stream(self, r: Plan) -> Iterator[Step]:
+        with memory.explained():
+            # Half-precision models still add up their steps in float32.
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            like = torch.empty(1, *r.shape[1:], dtype=dtype, device=self.device)
+            pixels = mask = None
+            if r.image is not None:
+                pixels = images.to_tensor(r.image, r.width, r.height).to(like)   # (1, 3, H, W)
+            if r.mask_image is not None:
+                mask = images.mask_to_tensor(r.mask_image, r.width, r.height).to(like)
+
+            context = self._context(r.prompts, r.prompt_embeds)              # (prompts, 77, D)
+            context = context.repeat_interleave(r.num_images_per_prompt, dim=0)  # (B, 77, D)
+            if r.guided:  # classifier-free guidance needs both, see steps.py
+                uncond = self._context(r.negative_prompts, r.negative_prompt_embeds)
+                uncond = uncond.repeat_interleave(r.num_images_per_prompt, dim=0)
+                context = torch.cat([uncond, context])                       # (2B, 77, D)
+            _finite(context, "the text encoder")
+            noise = Noise(r.generators, like)
+            x, extra, keep = start(Given(r, pixels, mask, noise, self._encode))
+            readable = Steps(self.unet, context, extra, r.sampler,
+                             self.config.schedule.prediction_type,
+                             r.guidance_scale if r.guided else 1.0, r.guidance_rescale,
+                             self._told(r))
+            draws = readable.coefficients[:, 0, -1].bool().tolist()
+            steps: Callable[..., Tensor] = readable
+            if fused := self._fused():
+                steps = fused.steps(readable)
+
+            # Stable Diffusion is this loop.
+            state, shown = first_state(r.sampler, x), r.sampler.shown
+            for i in self._counted(r):
+                state = steps(state, i, noise.draw() if draws[i] else None)
+                last = i + 1 == r.sampler.calls
+                if keep is not None:
+                    state[0] = keep.latent(state[0], 1.0 if last else shown[i + 1].abar)
+                if r.callback_on_step_end is not None:
+                    changes = r.callback_on_step_end(self, i, shown[i].t, {"latents": state[0]})
+                    state[0] = request.changed_latents(changes, state[0])
+                if last:
+                    _finite(state[0], "the UNet")
+                x, x0 = state[0], state[-1]
+                yield Step(i, shown[i].t, x, x0, partial(
+                    self._images, x if last else x0, keep, r.output_type))
+
+    def _counted(self, r: Plan) -> Iterable[int]:
+        """The calls of the UNet, with a bar if one is to be drawn."""
+        calls = range(r.sampler.calls)
+        return Bar(calls, miniters=1) if _shows(sys.stderr, r.progress) else calls
+
+    def _told(self, r: Plan) -> dict[str, Tensor]:
+        """What the UNet is told besides x, t and the context."""
+        width = self.config.unet.time_cond_proj_dim
+        if width is None:
+            return {}
+        return {"timestep_cond": guidance_embedding(r.guidance_scale, width).to(self.device)}
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -256,19 +322,7 @@ class StableDiffusion:
                              "folder of config=, --config), or in Python give prompt_embeds")
         return tokenizer(texts)                                              # (prompts, 77)
 
-    def _denoise(self, r: Plan, x: Tensor, steps: Callable[..., Tensor], abars: list[float],
-                 noise: Noise, keep: Keep | None, callback: Callback | None,
-                 progress: bool | None) -> Tensor:
-        """Denoise x (B, 4, h, w), a timestep after the other: Stable Diffusion is this loop."""
-        shown = _shows(sys.stderr, progress)
-        for i, t in enumerate(Bar(r.timesteps, miniters=1) if shown else r.timesteps):
-            x = steps(x, i, noise.draw() if r.eta > 0 else None)
-            if keep is not None:
-                x = keep.latent(x, abars[i + 1] if i + 1 < len(r.timesteps) else 1.0)
-            if callback is not None:
-                x = request.changed_latents(callback(self, i, t, {"latents": x}), x)
-        return _finite(x, "the UNet")
-
+    @torch.no_grad()
     def _images(self, x: Tensor, keep: Keep | None,
                 output_type: str) -> list[Image] | Tensor | np.ndarray:
         """Latents (B, 4, h, w) -> what the caller asked for."""

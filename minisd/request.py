@@ -4,9 +4,8 @@ checks.py has the checks of single values.
 """
 
 import math
-import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 
 import torch
@@ -14,14 +13,15 @@ from PIL.Image import Image
 from torch import Tensor
 
 from minisd import checks
-from minisd.config import Config
+from minisd.config import Config, ScheduleConfig
 from minisd.images import open_image, open_mask
-from minisd.samplers import schedule
+from minisd.samplers import SAMPLERS, WEB_UI, Named, named, schedule
+from minisd.samplers.sampler import Sampler, coefficients
+from minisd.samplers.schedule import SPACINGS, Ladder
+from minisd.seeds import generators_of, known_seeds
 from minisd.text.tokenizer import check_texts
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
-# torch's CPU generator reads only 32 bits of a seed: larger ones would repeat smaller ones.
-MAX_SEED = 2**32 - 1
 # How much of the way is walked again unless said: without a mask, and with one.
 DEFAULT_STRENGTH = (0.8, 1.0)
 # What a kind of model (config.KINDS) cannot do without.
@@ -50,7 +50,10 @@ class Request:
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
     num_images_per_prompt: int = 1
+    sampler: str | None = None
+    spacing: str | None = None
     eta: float | None = None
     seed: int | list[int] | None = None
     generator: torch.Generator | list[torch.Generator] | None = None
@@ -73,13 +76,18 @@ class Request:
             self.num_inference_steps, config.num_inference_steps), 1, trained)
         guidance_scale = checks.real(
             "guidance_scale", _or(self.guidance_scale, config.guidance_scale))
-        eta = checks.real("eta", _or(self.eta, 0.0), 0.0, 1.0)
+        rescale = checks.real("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        chosen = _sampler(self.sampler, self.spacing, self.eta, config.schedule)
+        row = SAMPLERS[chosen.sampler]
+        ladder = row.ladder(
+            chosen.spacing, steps, schedule.alphas_cumprod(config.schedule).tolist())
         image = None if self.image is None else open_image(self.image)
         height, width = _size(self.height, self.width, config, image)
         strength, left = _strength(self.strength, steps, image, self.mask_image)
         _task(config, image, self.mask_image, self.latents, strength)
         mask_image = None if self.mask_image is None else open_mask(self.mask_image)
-        generators = _generators(count * copies, self.seed, self.generator)
+        ladder = replace(ladder, levels=ladder.levels[-left - 1 :])
+        generators = generators_of(count * copies, self.seed, self.generator)
         shape = (len(generators), config.vae.latent_channels, height // f, width // f)
         if not isinstance(self.output_type, str) or self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, "
@@ -90,26 +98,36 @@ class Request:
         return Plan(
             config=config, prompts=prompts, negative_prompts=negative_prompts,
             num_images_per_prompt=copies, height=height, width=width, num_inference_steps=steps,
-            timesteps=schedule.timesteps(
-                steps, trained, config.schedule.timestep_spacing)[-left:],
-            guidance_scale=guidance_scale, eta=eta, strength=strength, image=image,
+            guided=guidance_scale != 1.0 and config.unet.time_cond_proj_dim is None,
+            guidance_scale=guidance_scale, guidance_rescale=rescale, chosen=chosen, ladder=ladder,
+            sampler=_on(ladder, chosen, config), strength=strength, image=image,
             mask_image=mask_image, generators=generators,
-            seeds=_known_seeds(generators) if self.latents is None else [None] * len(generators),
+            seeds=known_seeds(generators) if self.latents is None else [None] * len(generators),
             latents=None if self.latents is None else _check_latents(self.latents, shape),
-            shape=shape, warnings=self._without_effect(config, steps, guidance_scale))
+            prompt_embeds=self.prompt_embeds, negative_prompt_embeds=self.negative_prompt_embeds,
+            output_type=self.output_type, callback_on_step_end=self.callback_on_step_end,
+            progress=self.progress, shape=shape,
+            warnings=self._without_effect(config, chosen, steps, guidance_scale))
 
-    def _without_effect(self, config: Config, steps: int, guidance_scale: float) -> list[str]:
+    def _without_effect(self, config: Config, chosen: Named, steps: int,
+                        guidance_scale: float) -> list[str]:
         """What is asked for and will not be seen in the image."""
         found = []
-        if steps == 1 and config.schedule.timestep_spacing == "leading":
+        if steps == 1 and chosen.spacing == "leading":
             found.append("1 step is for models that are made for few: this one leaves noise as "
                          "noise, and an image as it is")
+        if self.eta is not None and SAMPLERS[chosen.sampler].eta is None:
+            found.append(f"eta has no effect with the sampler {chosen.sampler}, which takes none")
+        told = config.unet.time_cond_proj_dim is not None
         if guidance_scale < 1.0:
             found.append(f"with guidance {guidance_scale:g} the image follows the prompt less than "
                          "without guidance, which is 1")
         negative = self.negative_prompt_embeds is not None or self.negative_prompt and any(
             self.negative_prompt)
-        if negative and guidance_scale == 1.0:
+        if negative and told:
+            found.append("the negative prompt has no effect: this model is told the guidance "
+                         "scale, and asked only once")
+        elif negative and guidance_scale == 1.0:
             found.append("the negative prompt has no effect without guidance, which 1 means")
         return found
 
@@ -125,15 +143,23 @@ class Plan:
     height: int
     width: int
     num_inference_steps: int
-    timesteps: list[int]         # those to be visited: fewer than the steps, given an image
+    chosen: Named                # sampler, spacing and eta by name
+    ladder: Ladder               # the levels to be visited: fewer than the steps, given an image
+    sampler: Sampler
     guidance_scale: float
-    eta: float
+    guidance_rescale: float
+    guided: bool                 # whether the UNet is asked twice, without and with the prompt
     strength: float | None
     image: Image | None
     mask_image: Image | None
     generators: list[torch.Generator]
     seeds: list[int | None]      # None where a seed alone does not make the image again
     latents: Tensor | None
+    prompt_embeds: Tensor | None
+    negative_prompt_embeds: Tensor | None
+    output_type: str
+    callback_on_step_end: Callback | None
+    progress: bool | None
     shape: tuple[int, ...]       # of the latents: (B, 4, h, w)
     warnings: list[str]          # what was asked for that the image will not show
 
@@ -143,7 +169,8 @@ class Plan:
         same = {
             "width": self.width, "height": self.height,
             "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale, "eta": self.eta, "strength": self.strength,
+            "guidance_scale": self.guidance_scale, "guidance_rescale": self.guidance_rescale,
+            **self.chosen._asdict(), "strength": self.strength,
             "model": self.config.name, "prediction_type": self.config.schedule.prediction_type,
         }
         return [
@@ -156,6 +183,46 @@ class Plan:
 
 def _or(value: object, default: object) -> object:
     return default if value is None else value
+
+
+def _sampler(sampler: object, spacing: object, eta: object, own: ScheduleConfig) -> Named:
+    """The sampler, spacing and eta that are asked for, else the model's own."""
+    chosen = Named(own.sampler, own.timestep_spacing)
+    if sampler is not None:
+        asked = named(sampler) if isinstance(sampler, str) else None
+        if asked is None:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, or a name such as "
+                             f"{', '.join(list(WEB_UI)[-3:])}, not {checks.shown(sampler)}")
+        # A model of few steps, or of zero terminal SNR, is made for its own timesteps.
+        keeps = sampler in SAMPLERS and (
+            sampler == own.sampler or own.timestep_spacing == "trailing")
+        chosen = asked._replace(spacing=own.timestep_spacing) if keeps else asked
+    if spacing is not None:
+        if not isinstance(spacing, str) or spacing not in SPACINGS:
+            raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, "
+                             f"not {checks.shown(spacing)}")
+        chosen = chosen._replace(spacing=spacing)
+    usual = SAMPLERS[chosen.sampler].eta if chosen.eta is None else chosen.eta
+    if eta is not None:
+        given = checks.real("eta", eta, 0.0, 1.0)
+        usual = None if usual is None else given
+    return chosen._replace(eta=usual)
+
+
+def _on(ladder: Ladder, chosen: Named, config: Config) -> Sampler:
+    """The sampler on its ladder; ValueError where it cannot begin at noise alone."""
+    sampler = SAMPLERS[chosen.sampler](ladder, chosen.eta)
+    if ladder[0].abar > 0:
+        return sampler
+    try:
+        finite = coefficients(sampler, config.schedule.prediction_type).isfinite().all()
+    except ZeroDivisionError:
+        finite = False
+    if not finite:
+        raise ValueError(
+            f"sampler {chosen.sampler} cannot begin at noise alone, as this model of zero terminal "
+            "SNR does with these timesteps: take ddim, euler, dpmpp_2m or unipc, or spacing karras")
+    return sampler
 
 
 def _strength(value: object, steps: int, image: object, mask: object) -> tuple[float | None, int]:
@@ -261,46 +328,3 @@ def changed_latents(changes: object, latents: Tensor) -> Tensor:
     if not changes or "latents" not in changes:
         return latents
     return _check_latents(changes["latents"], tuple(latents.shape)).to(latents)
-
-
-def _generators(count: int, seed: object, generator: object) -> list[torch.Generator]:
-    """One torch generator for each of ``count`` images, from a seed or from the caller's own."""
-    if generator is not None:
-        if seed is not None:
-            raise ValueError("give either seed or generator, not both")
-        given = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
-        generators = [g for g in given if isinstance(g, torch.Generator)]
-        if len(generators) != len(given):
-            raise TypeError("generator must be a torch.Generator or a list of them")
-        if len(given) != count:
-            raise ValueError(f"there are {count} images but {len(given)} generators")
-        return generators
-    # On the CPU whatever the device, so that a seed is the same image everywhere.
-    return [torch.Generator("cpu").manual_seed(s) for s in _seeds(count, seed)]
-
-
-def _known_seeds(generators: list[torch.Generator]) -> list[int | None]:
-    """The seed that makes an image again; None for a generator that has drawn already, that draws
-    for an earlier image, or that is no CPU's."""
-    seeds: list[int | None] = []
-    for i, g in enumerate(generators):
-        seed = g.initial_seed()
-        known = g.device.type == "cpu" and seed <= MAX_SEED and g not in generators[:i]
-        fresh = known and torch.equal(
-            g.get_state(), torch.Generator("cpu").manual_seed(seed).get_state())
-        seeds.append(seed if fresh else None)
-    return seeds
-
-
-def _seeds(count: int, seed: object) -> list[int]:
-    """The seed of each image: seed, seed + 1, ...; as listed; or drawn where there is none."""
-    if isinstance(seed, (list, tuple)):
-        if len(seed) != count:
-            raise ValueError(f"there are {count} images but {len(seed)} seeds")
-        return [checks.integer(f"seed[{i}]", s, 0, MAX_SEED) for i, s in enumerate(seed)]
-    if seed is None:
-        seed = secrets.randbelow(MAX_SEED - count + 2)
-    first = checks.integer("seed", seed, 0, MAX_SEED)
-    if first + count - 1 > MAX_SEED:
-        raise ValueError(f"seed {first} + {count - 1} for the last image is past {MAX_SEED}")
-    return [first + i for i in range(count)]

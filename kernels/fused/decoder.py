@@ -102,7 +102,10 @@ class Fused:
 
     def steps(self, readable: readable_steps.Steps) -> fused_step.Steps:
         """The same denoise steps by the repacked UNet."""
-        table = fused_step.weights(readable.abars, readable.prediction_type, readable.eta,
-                                   readable.guidance_scale)
+        coefficients, scale = readable.coefficients, readable.guidance_scale
+        guidance = (scale, readable.guidance_rescale) if readable.guidance_rescale else None
+        cond = readable.told.get("timestep_cond")
         return fused_step.Steps(
-            self.unet, readable.context, readable.timesteps, table, readable.extra)
+            self.unet, readable.context, [level.t for level in readable.sampler.shown[:-1]],
+            fused_step.weights(coefficients, 1.0 if guidance else scale), readable.extra,
+            fused_step.draws(coefficients), guidance, None if cond is None else cond[:1])

@@ -1,71 +1,85 @@
 """A whole denoise step around the fused UNet: constants are computed once, a GPU replays a graph.
 
-On a GPU a step is one graph per batch and size (graph.py); prompts, guidance and schedules change
-only the contents of its input buffers.
+On a GPU a step is one graph per batch, size and number of tensors that the sampler keeps
+(graph.py); prompts, guidance, samplers and their ladders change only the contents of its input
+buffers.
 
-Guidance and the DDIM update are linear in x, the UNet's predictions and the noise, so a step ends
-in one weighted sum; the weights of all steps are a table, computed once.
+Guidance and every sampler's step are linear in x, what is remembered, the UNet's predictions and
+the noise, so a step ends in weighted sums of these; the weights of all steps are a table, computed
+once from the readable step.
 
-B latents, M contexts (B or 2B), C channels, h w height and width of the latent
+B latents, M contexts (B or 2B), C channels, h w height and width of the latent, K tensors of the
+sampler: x and those that it remembers
 """
 
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 
 import torch
 from minisd_kernels.fused import graph as graphs
 from minisd_kernels.fused.unet import FusedUNet
 from torch import Tensor
 
-from minisd.samplers import ddim
+from minisd.steps import guided
 
 
-def weights(abars: list[float], prediction_type: str, eta: float, guidance_scale: float
-            ) -> list[list[float]]:
-    """A row for each step from one abar (alpha-bar) to the next: the weights of x, of the
-    unconditional prediction (unless the scale is 1), of the conditional one, and of the noise
-    (unless ``eta`` is 0)."""
+def weights(coefficients: Tensor, guidance_scale: float) -> Tensor:
+    """The table of a sampler (calls, K + 1, K + 2) with guidance folded in: the weights of the K
+    tensors, of the unconditional prediction (unless the scale is 1), of the conditional one, and of
+    the noise (unless no call draws any)."""
+    kept, prediction, noise = coefficients.split([coefficients.shape[1] - 1, 1, 1], dim=2)
     halves = [1.0] if guidance_scale == 1.0 else [1.0 - guidance_scale, guidance_scale]
-    table = []
-    for abar, abar_next in pairwise(abars):
-        # The weight of an input of a linear function is its value at 1 there and 0 elsewhere.
-        x, prediction, noise = (
-            ddim.step(one[0], one[1], abar, abar_next, prediction_type, eta, one[2])
-            for one in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
-        table.append([x, *(prediction * half for half in halves), *([noise] if eta > 0 else [])])
-    return table
+    predictions = [prediction * half for half in halves]
+    return torch.cat([kept, *predictions, *[noise] * draws(coefficients)], dim=2)
 
 
-def advance(unet: FusedUNet, x: Tensor, times: Tensor, weights: Tensor, noise: Tensor | None,
-            extra: Tensor | None, *prompt: Tensor) -> Tensor:
-    """One step, from x (B, C, h, w) to the next x."""
+def draws(coefficients: Tensor) -> bool:
+    """Whether a call of the sampler draws noise."""
+    return bool(coefficients[..., -1].any())
+
+
+def advance(unet: FusedUNet, state: Tensor, times: Tensor, weights: Tensor, noise: Tensor | None,
+            guidance: Tensor | None, extra: Tensor | None, *prompt: Tensor) -> Tensor:
+    """One step, from the state (K + 1, B, C, h, w) to the next; its last tensor is x_0."""
+    x = state[0]
     inputs = x if extra is None else torch.cat([x, extra], dim=1)
     predictions = unet.step(inputs.to(times), times, prompt)                 # (M, C, h, w)
-    terms = torch.cat([x, predictions] if noise is None else [x, predictions, noise])
-    terms = terms.unflatten(0, (len(weights), len(x)))                       # (2 to 4, B, C, h, w)
-    return (weights.view(-1, 1, 1, 1, 1) * terms).sum(dim=0)
+    if guidance is not None:  # rescaled, which is not linear
+        predictions = guided(predictions.to(x), *guidance)                   # (B, C, h, w)
+    terms = [state[:-1].flatten(0, 1), predictions, *([] if noise is None else [noise])]
+    terms = torch.cat(terms).unflatten(0, (weights.shape[1], len(x)))        # (n, B, C, h, w)
+    return (weights[:, :, None, None, None, None] * terms).sum(dim=1)        # (K + 1, B, C, h, w)
 
 
 class Steps:
-    """The denoise steps of one image or batch: ``x = steps(x, i)`` is the i-th."""
+    """The denoise steps of one image or batch: ``state = steps(state, i)`` is the i-th."""
 
     @torch.no_grad()
-    def __init__(self, unet: FusedUNet, context: Tensor, timesteps: list[int],
-                 table: list[list[float]], extra: Tensor | None = None):
-        """context (M, L, D); timesteps in the order of the steps, and a row of `weights` for each;
-        ``extra``: the further channels of an inpainting UNet, (B, 5, h, w)."""
-        self.unet = unet
-        self.times = unet.times(torch.tensor(timesteps, device=context.device))
+    def __init__(self, unet: FusedUNet, context: Tensor, timesteps: Sequence[float],
+                 table: Tensor, extra: Tensor | None = None, noisy: bool = False,
+                 guidance: Sequence[float] | None = None, timestep_cond: Tensor | None = None):
+        """context (M, L, D); timesteps in the order of the calls, and the `weights` of each;
+        ``extra``: the further channels of an inpainting UNet, (B, 5, h, w); ``noisy``: whether the
+        table has a column of noise; ``guidance``: scale and rescale, where it has one column of
+        predictions for two contexts; ``timestep_cond``: as the UNet's, of one image."""
+        self.unet, self.noisy = unet, noisy
+        at = torch.tensor(timesteps, dtype=torch.float32, device=context.device)
+        self.times = unet.times(at, timestep_cond)
         state = torch.promote_types(context.dtype, torch.float32)
-        self.table = torch.tensor(table, dtype=state, device=context.device)
+        self.table = table.to(context.device, state)
+        self.guidance = None if guidance is None else torch.tensor(guidance).to(self.table)
         self.fixed: tuple[Tensor | None, *tuple[Tensor, ...]] = extra, *unet.prompt(context)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, i: int, noise: Tensor | None = None) -> Tensor:
-        """Latents x (B, C, h, w), in float32 or more, to the next; ``noise`` has the same form."""
-        changing = x, self.times[i], self.table[i], noise
-        if not graphs.records(x):
+    def __call__(self, state: Tensor, i: int, noise: Tensor | None = None) -> Tensor:
+        """The state (K + 1, B, C, h, w), in float32 or more, to the next; ``noise`` (B, C, h, w) at
+        a call that draws."""
+        if self.noisy and noise is None:  # one graph serves the other calls too
+            noise = torch.zeros_like(state[0])
+        changing = state, self.times[i], self.table[i], noise, self.guidance
+        if not graphs.records(state):
             return advance(self.unet, *changing, *self.fixed)
         extra, *prompt = self.fixed
-        size = *x.shape, x.dtype, *prompt[0].shape[:2], noise is None, extra is None
+        nones = noise is None, self.guidance is None, extra is None
+        size = *state.shape, state.dtype, *prompt[0].shape[:2], *nones
         return self.unet.graphs(("step", *size), partial(advance, self.unet), changing, self.fixed)

@@ -239,9 +239,10 @@ class FusedUNet:
         self.joined = widths[::-1]
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, context: Tensor,
+                 timestep_cond: Tensor | None = None) -> Tensor:
         """Latents (B, 4, h, w), timesteps (B,), context (B or 2B, L, D) -> predictions, as many."""
-        times = self.times(t)
+        times = self.times(t, timestep_cond)
         if len(context) == 2 * len(x):
             times = torch.cat([times, times])
         return self.step(x, times, self.prompt(context))
@@ -252,10 +253,15 @@ class FusedUNet:
         return [layer.kv(context) for layer in self.attentions]
 
     @torch.no_grad()
-    def times(self, t: Tensor) -> Tensor:
-        """What every res block adds at timesteps t (S,), side by side: a row per timestep."""
+    def times(self, t: Tensor, timestep_cond: Tensor | None = None) -> Tensor:
+        """What every res block adds at timesteps t (S,), side by side: a row per timestep.
+
+        ``timestep_cond`` (1 or S, n) as the readable UNet's."""
         emb = timestep_embedding(t, self.config.block_out_channels[0])       # (S, 320)
-        time = F.silu(self.time_embedding(emb.to(self.time_weight)))         # (S, 1280)
+        if timestep_cond is not None:
+            timestep_cond = timestep_cond.to(self.time_weight)
+        time = self.time_embedding(emb.to(self.time_weight), timestep_cond)  # (S, 1280)
+        time = F.silu(time)
         return F.linear(time, self.time_weight, self.time_bias)              # (S, all widths)
 
     @torch.no_grad()

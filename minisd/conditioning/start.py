@@ -44,7 +44,6 @@ class Given(NamedTuple):
     mask: Tensor | None                           # (1, 1, H, W): 1, repaint; 0, keep
     noise: Noise
     encode: Callable[[Tensor, Tensor], Tensor]    # (image, noise) -> latents (B, 4, h, w)
-    alphas_cumprod: list[float]
 
     def x_T(self) -> Tensor:
         """Pure noise (B, 4, h, w): drawn, or the caller's own."""
@@ -86,5 +85,5 @@ def image_to_image(given: Given, image: Tensor) -> Start:
 
 
 def noised(given: Given, x0: Tensor, eps: Tensor) -> Tensor:
-    """x at the first timestep that is visited (B, 4, h, w)."""
-    return schedule.add_noise(x0, eps, given.alphas_cumprod[given.plan.timesteps[0]])
+    """x at the first level that is visited (B, 4, h, w)."""
+    return schedule.add_noise(x0, eps, given.plan.ladder[0].abar)

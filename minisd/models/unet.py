@@ -55,15 +55,33 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)                   # (B, width)
 
 
-class TimestepMLP(nn.Module):
-    """The timestep embedding through two linear layers; every res block reads the result."""
+def guidance_embedding(scale: float, width: int) -> Tensor:
+    """The guidance scale as a latent consistency model is told it: (1, width), sines first.
 
-    def __init__(self, width: int, time_width: int):
+    Luo et al. 2023, https://arxiv.org/abs/2310.04378, section 4.2. The paper's w is scale - 1;
+    here the exponents are divided by half - 1, unlike those of the timestep.
+    """
+    half = width // 2
+    exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device="cpu")
+    angles = 1000.0 * (scale - 1.0) * torch.exp(exponents / (half - 1))      # (half,)
+    return torch.cat([angles.sin(), angles.cos()])[None]                     # (1, width)
+
+
+class TimestepMLP(nn.Module):
+    """The timestep embedding through two linear layers; every res block reads the result.
+
+    In a latent consistency model the guidance scale's embedding is added before the first.
+    """
+
+    def __init__(self, width: int, time_width: int, cond_width: int | None = None):
         super().__init__()
+        self.cond_proj = nn.Linear(cond_width, width, bias=False) if cond_width else None
         self.linear_1 = nn.Linear(width, time_width)
         self.linear_2 = nn.Linear(time_width, time_width)
 
-    def forward(self, embedding: Tensor) -> Tensor:
+    def forward(self, embedding: Tensor, cond: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and cond is not None:
+            embedding = embedding + self.cond_proj(cond)                     # (B, 320)
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
@@ -188,7 +206,8 @@ class UNet(nn.Module):
         attends, heads, last = config.has_attention, config.num_heads, len(widths) - 1
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepMLP(widths[0], 4 * widths[0])
+        self.time_embedding = TimestepMLP(
+            widths[0], 4 * widths[0], config.time_cond_proj_dim)
 
         self.down_blocks = nn.ModuleList()
         skip_widths = [widths[0]]  # of conv_in and of every output on the way down, in order
@@ -211,16 +230,19 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latent: Tensor, t: Tensor | float, context: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, t: Tensor | float, context: Tensor,
+                timestep_cond: Tensor | None = None) -> Tensor:
         """Latent (B, 4, h, w), timesteps t, context (B, L, D) -> prediction (B, 4, h, w).
 
-        t is (B,) or one for all. Latent and context may have any float dtype and device: the UNet
+        t is (B,) or one for all; ``timestep_cond`` (1 or B, n), for latent consistency models, is a
+        `guidance_embedding`. Latent and context may have any float dtype and device: the UNet
         works in its own, and answers in that of the latent.
         """
         own = self.conv_in.weight
         t = torch.as_tensor(t, device=own.device).expand(len(latent))        # (B,)
         embedding = timestep_embedding(t, self.config.block_out_channels[0])  # (B, 320)
-        time = self.time_embedding(embedding.to(own))                        # (B, 1280)
+        cond = None if timestep_cond is None else timestep_cond.to(own)
+        time = self.time_embedding(embedding.to(own), cond)                  # (B, 1280)
         context = context.to(own)
         x = self.conv_in(latent.to(own))                                     # (B, 320, h, w)
         skips = [x]
