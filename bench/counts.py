@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from minisd_kernels.fused.decoder import FusedDecoder
-from minisd_kernels.fused.steps import Steps
+from minisd_kernels.fused.steps import Steps, weights
 from minisd_kernels.fused.unet import FusedUNet
 from minisd_kernels.ops import attention as flash_attention, launch
 from torch import Tensor, nn
@@ -49,7 +49,9 @@ from minisd.models.clip import TextEncoder
 from minisd.models.ops import REFERENCE, TORCH, Ops
 from minisd.models.unet import UNet
 from minisd.models.vae import Decoder
-from minisd.samplers import schedule
+from minisd.samplers import SAMPLERS, schedule
+from minisd.samplers.sampler import coefficients
+from minisd.samplers.schedule import Ladder
 
 META = torch.device("meta")
 MODELS = {"SD1.5, 512x512": SD1, "SD2.1, 768x768": SD2_V}
@@ -86,8 +88,8 @@ def network(kind: Callable[..., nn.Module], *args) -> nn.Module:
 class Step:
     """One denoise step of ``batch`` pictures with guidance, as the model's loop takes it."""
 
-    def __init__(self, config: Config, batch: int = 1):
-        self.config, self.timesteps = config, [981]
+    def __init__(self, config: Config, batch: int = 1, sampler: str = "ddim"):
+        self.config, self.sampler = config, SAMPLERS[sampler](self.ladder(sampler, config))
         size, channels = config.sample_size // config.vae.downscale, config.vae.latent_channels
         with META:
             self.x = torch.empty(batch, channels, size, size)
@@ -95,19 +97,23 @@ class Step:
             self.extra = self.extra if self.extra.numel() else None
             self.context = torch.empty(2 * batch, 77, config.unet.cross_attention_dim).half()
 
+    @staticmethod
+    def ladder(sampler: str, config: Config) -> Ladder:
+        abars = schedule.alphas_cumprod(config.schedule).tolist()
+        return SAMPLERS[sampler].ladder("linspace", 3, abars)
+
     def readable(self, unet: nn.Module) -> Forward:
-        abars = schedule.alphas_cumprod(self.config.schedule)[[1, 0]].tolist()
-        steps = readable_steps.Steps(unet, self.context, self.extra, self.timesteps, abars,
-                                     self.config.schedule.prediction_type, GUIDANCE, 0.0)
-        return partial(steps, self.x, 0)
+        steps = readable_steps.Steps(unet, self.context, self.extra, self.sampler,
+                                     self.config.schedule.prediction_type, GUIDANCE)
+        return partial(steps, readable_steps.first_state(self.sampler, self.x), 0)
 
     def steps(self, fused: FusedUNet) -> Steps:
         """Here the prompt's keys and values and the time embeddings are made."""
-        table = [[1.0, 1.0 - GUIDANCE, GUIDANCE]]
-        return Steps(fused, self.context, self.timesteps, table, self.extra)
+        table = weights(coefficients(self.sampler, self.config.schedule.prediction_type), GUIDANCE)
+        return Steps(fused, self.context, [981], table, self.extra)
 
     def once(self, fused: FusedUNet) -> Forward:
-        return partial(self.steps(fused), self.x, 0)
+        return partial(self.steps(fused), readable_steps.first_state(self.sampler, self.x), 0)
 
     def anew(self, fused: FusedUNet) -> Forward:
         return lambda: self.once(fused)()
@@ -116,8 +122,9 @@ class Step:
         """What surrounds the replay of a graph (kernels/fused/graph.py): inputs are copied into its
         buffers, and the result out of its memory."""
         steps = self.steps(fused)
-        given = [self.x, steps.times[0], steps.table[0]]
-        return lambda: [torch.empty_like(x).copy_(x) for x in given] + [self.x.clone()]
+        state = readable_steps.first_state(self.sampler, self.x)
+        given = [state, steps.times[0], steps.table[0]]
+        return lambda: [torch.empty_like(x).copy_(x) for x in given] + [state.clone()]
 
 
 def decoding(config: Config, decoder: nn.Module) -> Forward:

@@ -79,7 +79,7 @@ class Step:
     t: float         # what the UNet was told
     latents: Tensor  # (B, 4, h, w): x now
     x0: Tensor       # (B, 4, h, w): what the UNet takes x_0 to be, from the x before
-    images: Callable[[], list[Image] | Tensor | np.ndarray]
+    output: Callable[[], Output]  # what the call gives: now, of x_0 so far; after the last step
 
 
 class StableDiffusion:
@@ -95,8 +95,6 @@ class StableDiffusion:
         self._loaded = (unet, vae, vae.decoder)
         self._repacked = Repacked()
 
-    @memory.explained()
-    @torch.no_grad()
     def __call__(
         self, prompt: Prompts = None, *, negative_prompt: Prompts = None,
         height: int | None = None, width: int | None = None,
@@ -143,17 +141,17 @@ class StableDiffusion:
         any work; ArithmeticError if a part gives values that are not finite; MemoryError.
         """
         asked = Request(**{name: value for name, value in locals().items() if name != "self"})
-        r = self._plan(asked, stacklevel=5)  # past the two decorators
+        r = self._plan(asked, stacklevel=3)
         for step in self._stream(r):
             pass
-        return Output(step.images(), r.seeds, r.settings())
+        return step.output()
 
     def stream(self, prompt: Prompts = None, **arguments: Any) -> Iterator[Step]:
         """The same call, with the same arguments, as a generator of its steps.
 
-        Each has ``i``, ``t``, ``latents`` and ``x0`` (B, 4, h, w), and ``images()``: what x_0 is so
-        far and, after the last step, the images of the call. Who leaves the loop stops the call,
-        and nothing of it is kept. Arguments are checked at once.
+        Each has ``i``, ``t``, ``latents`` and ``x0`` (B, 4, h, w), and ``output()``: the images
+        that x_0 is so far and, after the last step, what the call returns. Who leaves the loop
+        stops the call, and nothing of it is kept. Arguments are checked at once.
         """
         return self._stream(self._plan(Request(prompt=prompt, **arguments), stacklevel=3))
 
@@ -210,8 +208,11 @@ class StableDiffusion:
                 if last:
                     _finite(state[0], "the UNet")
                 x, x0 = state[0], state[-1]
-                yield Step(i, shown[i].t, x, x0, partial(
-                    self._images, x if last else x0, keep, r.output_type))
+                yield Step(i, shown[i].t, x, x0,
+                           partial(self._output, r, x if last else x0, keep))
+
+    def _output(self, r: Plan, x: Tensor, keep: Keep | None) -> Output:
+        return Output(self._images(x, keep, r.output_type), r.seeds, r.settings())
 
     def _counted(self, r: Plan) -> Iterable[int]:
         """The calls of the UNet, with a bar if one is to be drawn."""
@@ -322,6 +323,7 @@ class StableDiffusion:
                              "folder of config=, --config), or in Python give prompt_embeds")
         return tokenizer(texts)                                              # (prompts, 77)
 
+    @memory.explained()
     @torch.no_grad()
     def _images(self, x: Tensor, keep: Keep | None,
                 output_type: str) -> list[Image] | Tensor | np.ndarray:

@@ -215,7 +215,7 @@ def _on(ladder: Ladder, chosen: Named, config: Config) -> Sampler:
     if ladder[0].abar > 0:
         return sampler
     try:
-        finite = coefficients(sampler, config.schedule.prediction_type).isfinite().all()
+        finite = coefficients(sampler, config.schedule.prediction_type).isfinite().all().item()
     except ZeroDivisionError:
         finite = False
     if not finite:

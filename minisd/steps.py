@@ -46,7 +46,6 @@ class Steps:
         """The state (K + 1, B, 4, h, w) at the i-th call -> the next; ``noise`` where it draws."""
         x, *past, _ = state
         level = self.sampler.shown[i]
-        assert level.t is not None
         prediction = self.predict(x, level.t)                                # (B, 4, h, w)
         x0, eps = schedule.predicted_x0_eps(x, prediction, level.abar, self.prediction_type)
         x, remembered = self.sampler.step(

@@ -31,12 +31,14 @@ EXIT_CODES = {
     "OSError": 5,
     "KeyboardInterrupt": 130,
 }
+PREVIEW_EVERY = 5  # calls of the UNet
 # What the command line calls an argument of the library where its sentences begin with one.
 # Those that name one further on have both spellings.
 OPTIONS = {
     "negative_prompt": "--negative", "num_inference_steps": "--steps", "width": "--size",
     "height": "--size", "guidance_scale": "--guidance", "mask_image": "--mask",
-    "prediction_type": "--prediction-type", "ops": "--ops",
+    "prediction_type": "--prediction-type", "ops": "--ops", "sampler": "--sampler",
+    "spacing": "--spacing", "guidance_rescale": "--guidance-rescale", "eta": "--eta",
 }
 
 
@@ -78,6 +80,10 @@ def draw(argv: list[str]) -> None:
             plan.append((path, seed))
     if not plan:
         return
+    if args.preview is not None:
+        png.check_writable(args.preview, args.overwrite)
+        if Path(args.preview).resolve() in (path.resolve() for path, _ in plan):
+            raise ValueError(f"--preview and --output are both {args.preview}")
     if args.image is not None:
         call["image"] = images.open_image(args.image)
     if args.mask is not None:
@@ -92,14 +98,19 @@ def draw(argv: list[str]) -> None:
     sd = minisd.load(args.model, device=args.device, dtype=args.dtype, ops=args.ops,
                      tile=args.tile, **weights)
     for path, seed in plan:
-        out = sd(args.prompt, seed=seed, progress=False if args.quiet else None, **call)
-        assert isinstance(out.images, list)
-        png.save(out.images[0], path, out.settings[0] | record, args.overwrite)
+        progress = False if args.quiet else None
+        for step in sd.stream(args.prompt, seed=seed, progress=progress, **call):
+            if args.preview is not None and (step.i + 1) % PREVIEW_EVERY == 0:
+                (so_far,) = step.output().images
+                png.save(so_far, args.preview, {}, overwrite=True)
+        out = step.output()
+        (image,) = out.images
+        png.save(image, path, out.settings[0] | record, args.overwrite)
         _print(f"{path}  seed {seed}")
 
 
 def info(argv: list[str]) -> None:
-    """Say what a file is: an image's settings as JSON, or a checkpoint in four lines."""
+    """Say what a file is: an image's settings as JSON, or a checkpoint in five lines."""
     parser = Parser(prog="minisd info", description=info.__doc__)
     parser.add_argument("file", metavar="FILE", help="a PNG, JPEG or WebP image of minisd, "
                         "AUTOMATIC1111's web UI or ComfyUI; or what --model takes")
@@ -118,6 +129,7 @@ def info(argv: list[str]) -> None:
     _print(f"version     {checkpoint.config.name}")
     _print(f"dtype       {', '.join(counts)}")
     _print(f"prediction  {schedule.prediction_type}{zero} ({checkpoint.prediction_source})")
+    _print(f"sampler     {schedule.sampler}, {schedule.timestep_spacing} timesteps")
 
 
 def download(argv: list[str]) -> None:
@@ -149,6 +161,9 @@ def _call_arguments(args: argparse.Namespace) -> dict:
         "negative_prompt": args.negative,
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance,
+        "guidance_rescale": args.guidance_rescale,
+        "sampler": args.sampler,
+        "spacing": args.spacing,
         "eta": args.eta,
         "strength": args.strength,
         "width": width,

@@ -13,6 +13,8 @@ import json
 import re
 from pathlib import PurePath
 
+from minisd.samplers import web_ui_name
+
 NEGATIVE = "Negative prompt:"
 # Where readers cut, anywhere in a line or at its start. CLIP reads small letters only, so that in
 # small letters a prompt with these words is the same prompt, and nobody cuts it.
@@ -26,24 +28,30 @@ FEWEST = 3  # fields of a last line that is no part of a prompt
 NUMBER = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?")
 NUMBERS = {
     "Steps": "num_inference_steps", "CFG scale": "guidance_scale", "Seed": "seed",
-    "Denoising strength": "strength", "Eta DDIM": "eta",
+    "Denoising strength": "strength", "Eta DDIM": "eta", "Eta": "eta",
 }
-NAMES = {"Sampler": "sampler", "Model": "model"}
+NAMES = {"Sampler": "sampler", "Spacing": "spacing", "Model": "model"}
 
 
 def write(settings: dict) -> str:
     """The text of an image that was made with these settings."""
     size = settings.get("width"), settings.get("height")
     version = settings.get("version")
+    sampler, spacing = settings.get("sampler", "ddim"), settings.get("spacing", "leading")
+    eta = settings.get("eta")
+    name = "DDIM" if (sampler, spacing) == ("ddim", "leading") else web_ui_name(
+        sampler, spacing, eta)
     fields = {
         "Steps": settings.get("num_inference_steps"),
-        "Sampler": "DDIM",
+        "Sampler": name or sampler,
         "CFG scale": settings.get("guidance_scale"),
         "Seed": settings.get("seed"),
         "Size": None if None in size else f"{size[0]}x{size[1]}",
         "Model": PurePath(settings.get("model") or "").name.removesuffix(".safetensors"),
         "Denoising strength": settings.get("strength"),
-        "Eta DDIM": settings.get("eta"),
+        "Eta DDIM": eta if sampler == "ddim" else None,
+        "Eta": None if name or sampler == "ddim" else eta,
+        "Spacing": None if name else spacing,
         "Version": version and f"minisd {version}",
     }
     lines = [_unmarked(settings.get("prompt") or "")]

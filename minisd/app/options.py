@@ -67,7 +67,7 @@ def _drawing_parser() -> Parser:
            " with --count, heart.png becomes heart-00000.png and so on, and without a name"
            " they are 00000-SEED.png and so on")
     option("--steps", type=_number(int, lambda n: 1 <= n <= 1000, "from 1 to 1000"),
-           help="denoising steps, 1 to 1000 (default: 50)")
+           help="steps of the sampler, 1 to 1000 (default: 50)")
     option("--guidance", type=_number(float, lambda g: abs(g) < float("inf"), "finite"),
            help="how closely to follow the prompt; 1 is off (default: 7.5)")
     option("--seed", type=_number(int, lambda n: 0 <= n <= LAST_SEED, f"from 0 to {LAST_SEED}"),
@@ -89,8 +89,20 @@ def _drawing_parser() -> Parser:
            " kept")
     option("--strength", type=_number(float, lambda s: 0 < s <= 1, "above 0 and at most 1"),
            help="how far to leave --image (default: 0.8; with --mask 1)")
+    option("--guidance-rescale", metavar="SHARE", type=_number(
+        float, lambda r: 0 <= r <= 1, "from 0 to 1"),
+        help="how much of the contrast that guidance adds is taken back; 0.7 for models of zero"
+        " terminal SNR (default: 0)")
+    option("--sampler", metavar="NAME", help="ddim, euler, euler_a, ddpm, dpmpp_2m, dpmpp_2m_sde,"
+           " dpmpp_2s, unipc, heun, lms, plms, dpm2, lcm, tcd, or a name such as"
+           ' "DPM++ 2M Karras" (default: the model\'s own)')
+    option("--spacing", help="which timesteps it visits: leading, trailing, linspace, karras,"
+           " exponential or lcm (default: the sampler's own)")
+    option("--preview", metavar="FILE", help="a PNG that shows the image so far, written again"
+           " every few steps")
     option("--eta", type=_number(float, lambda e: 0 <= e <= 1, "from 0 to 1"),
-           help="noise added in each step: 0 is DDIM, 1 is DDPM (default: 0)")
+           help="noise added in each step, from none to as much as DDPM (default: the"
+           " sampler's own)")
     option("--overwrite", action="store_true", help="replace existing files")
     option("--quiet", action="store_true", help="no progress bar")
     option("--version", action="version", version=f"minisd {minisd.__version__}")

@@ -1,9 +1,8 @@
 """A scheduler_config.json: the noise schedule of a model in diffusers' words, read and written.
 
-An absent field has the default of DDIMScheduler or, beside a single file, what the model has. How
-to sample is the caller's choice, so the sampler's settings in the file are ignored, all but one:
-which timesteps it visits. Models of few steps and those of zero terminal SNR are made for
-"trailing" ones.
+An absent field has the default of DDIMScheduler or, beside a single file, what the model has. The
+class and the spacing of its timesteps are how a call samples that does not say; the other settings
+of a sampler are ignored.
 """
 
 import warnings
@@ -15,7 +14,22 @@ from minisd.errors import WeightError
 
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 FIXED = {"trained_betas": (None,)}
-SPACINGS = ("leading", "trailing")
+# diffusers' class -> the name of the sampler here, and the spacing that an absent field means.
+CLASSES = {
+    "DDIMScheduler": ("ddim", "leading"),
+    "PNDMScheduler": ("plms", "leading"),
+    "EulerDiscreteScheduler": ("euler", "linspace"),
+    "EulerAncestralDiscreteScheduler": ("euler_a", "linspace"),
+    "DPMSolverMultistepScheduler": ("dpmpp_2m", "linspace"),
+    "UniPCMultistepScheduler": ("unipc", "linspace"),
+    "HeunDiscreteScheduler": ("heun", "linspace"),
+    "LMSDiscreteScheduler": ("lms", "linspace"),
+    "KDPM2DiscreteScheduler": ("dpm2", "linspace"),
+    "DDPMScheduler": ("ddpm", "leading"),
+    "LCMScheduler": ("lcm", "lcm"),
+    "TCDScheduler": ("tcd", "lcm"),
+}
+SPACINGS = ("leading", "trailing", "linspace")
 DDIM = ScheduleConfig(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02)
 
 
@@ -41,7 +55,7 @@ def schedule_of(file: JsonFields, absent: ScheduleConfig = DDIM) -> ScheduleConf
         prediction_type=file.choice("prediction_type", "epsilon", PREDICTION_TYPES),
         rescale_betas_zero_snr=bool(
             file.choice("rescale_betas_zero_snr", False, (False, True, None))),
-        timestep_spacing=_spacing(file),
+        **_sampling(file),
     )
     if schedule.beta_start > schedule.beta_end:
         raise file.fault("beta_start", "a beta_start of at most beta_end")
@@ -61,30 +75,51 @@ def check_zero_snr(path: Path, schedule: ScheduleConfig, source: str) -> None:
 
 
 def schedule_fields(schedule: ScheduleConfig) -> dict:
-    """What ``schedule_of`` and DDIMScheduler read as that schedule."""
+    """What ``schedule_of`` and diffusers read as that schedule."""
+    sampler, spacing = schedule.sampler, schedule.timestep_spacing
+    own = "dpmpp_2m" if sampler == "dpmpp_2m_sde" else sampler
+    name = next((name for name, row in CLASSES.items() if row[0] == own), "DDIMScheduler")
+    sigmas = {f"use_{spacing}_sigmas": True} if spacing in ("karras", "exponential") else {}
     return {
-        "_class_name": "DDIMScheduler",
+        "_class_name": name,
         "beta_start": schedule.beta_start,
         "beta_end": schedule.beta_end,
         "beta_schedule": "scaled_linear",
         "num_train_timesteps": schedule.num_train_timesteps,
         "prediction_type": schedule.prediction_type,
         "rescale_betas_zero_snr": schedule.rescale_betas_zero_snr,
-        "timestep_spacing": schedule.timestep_spacing,
+        "timestep_spacing": spacing if spacing in SPACINGS else CLASSES[name][1],
+        **sigmas,
         "clip_sample": False,
         # The noise that is left at the end: that of timestep 0, or none after trailing timesteps.
-        "set_alpha_to_one": schedule.timestep_spacing != "leading",
+        "set_alpha_to_one": spacing != "leading",
         "steps_offset": 1,
+        **({"skip_prk_steps": True} if sampler == "plms" else {}),
+        **({"algorithm_type": "sde-dpmsolver++"} if sampler == "dpmpp_2m_sde" else {}),
     }
 
 
-def _spacing(file: JsonFields) -> str:
-    spacing = file.fields.get("timestep_spacing", "leading")
-    if spacing in SPACINGS:
-        return spacing
+def _sampling(file: JsonFields) -> dict[str, str]:
+    """The sampler, and the spacing of its timesteps."""
+    name = file.fields.get("_class_name", "DDIMScheduler")
+    if name not in list(CLASSES):
+        warnings.warn(f"{file.path}: _class_name is {str(name)[:80]!r}, a sampler that minisd does "
+                      "not have; it takes ddim", stacklevel=2)
+        name = "DDIMScheduler"
+    sampler, usual = CLASSES[name]
+    if sampler == "dpmpp_2m" and file.fields.get("algorithm_type") == "sde-dpmsolver++":
+        sampler = "dpmpp_2m_sde"
+    spacing = file.fields.get("timestep_spacing", usual)
     if not isinstance(spacing, str):
         raise file.fault("timestep_spacing", " or ".join(map(repr, SPACINGS)))
-    # It is the sampler's own in the files of many models that are made for either.
-    warnings.warn(f"{file.path}: timestep_spacing is {spacing[:80]!r}; minisd visits the timesteps "
-                  "of 'leading' instead", stacklevel=2)
-    return "leading"
+    if usual == "lcm":  # the field means nothing there
+        spacing = usual
+    elif file.fields.get("use_karras_sigmas") is True:
+        spacing = "karras"
+    elif file.fields.get("use_exponential_sigmas") is True:
+        spacing = "exponential"
+    elif spacing not in SPACINGS:
+        warnings.warn(f"{file.path}: timestep_spacing is {spacing[:80]!r}, which minisd does not "
+                      f"have; it takes {usual!r}", stacklevel=2)
+        spacing = usual
+    return {"sampler": sampler, "timestep_spacing": spacing}

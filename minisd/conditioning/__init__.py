@@ -25,5 +25,5 @@ def start(given: Given) -> Start:
         warnings.warn(
             f"the mask repaints nothing: reduced to the latent's {w}x{h} cells, of "
             f"{given.mask.shape[-1] // w} pixels a side, it is dark or transparent in all of them",
-            stacklevel=7)  # who called the model, past _stream, __call__ and their decorators
+            stacklevel=5)  # who called the model, past _stream, its decorator and __call__
     return INPAINTS[given.plan.config.kind](given, given.image, given.mask)

@@ -100,7 +100,10 @@ def named(name: str) -> Named | None:
 
 def web_ui_name(sampler: str, spacing: str, eta: float | None) -> str | None:
     """The web UI's name; None where it has none."""
-    own = SAMPLERS[sampler].eta
-    rows = WEB_UI.items()
-    return next((name for name, row in rows if row.sampler == sampler and row.spacing == spacing
-                 and (own if row.eta is None else row.eta) == eta), None)
+    asked = (sampler, spacing, eta)
+    return next((name for name, row in WEB_UI.items()
+                 if row._replace(eta=_eta(row)) == asked), None)
+
+
+def _eta(row: Named) -> float | None:
+    return SAMPLERS[row.sampler].eta if row.eta is None else row.eta

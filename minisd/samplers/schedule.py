@@ -60,7 +60,7 @@ class Level(NamedTuple):
     followers keep y = x / alpha instead; what they call sigma is ``ratio`` here.
     """
 
-    t: float | None  # what the UNet is told; None after the last step, where it is not asked
+    t: float  # what the UNet is told; None after the last step, where it is not asked
     abar: float
 
     @property
@@ -173,7 +173,8 @@ class Ladder:
 
 def ladder(spacing: str, steps: int, alphas_cumprod: Sequence[float], end: float = 1.0) -> Ladder:
     """A ladder of ``steps`` steps down to ``end``, an abar: 1 is no noise."""
-    return Ladder([*SPACINGS[spacing](steps, alphas_cumprod), Level(None, end)], alphas_cumprod)
+    last = Level(None, end)  # type: ignore[arg-type]
+    return Ladder([*SPACINGS[spacing](steps, alphas_cumprod), last], alphas_cumprod)
 
 
 def at_timestep(t: float, abars: Sequence[float]) -> Level:
