@@ -34,6 +34,8 @@ from bench.models import (
 from minisd.config import ScheduleConfig
 from minisd.pipeline import StableDiffusion
 from minisd.samplers import schedule
+from minisd.samplers.ddim import ddim
+from minisd.samplers.schedule import Ladder, Level
 
 
 def with_weights(official: nn.Module, ours: nn.Module) -> nn.Module:
@@ -51,6 +53,13 @@ def official_scheduler(config: ScheduleConfig) -> DDIMScheduler:
     if config.timestep_spacing == "leading":
         scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     return scheduler
+
+
+def ddim_step(x, prediction, abar: float, after: float, kind: str, eta=0.0, noise=0.0):
+    """One step of DDIM from one abar (alpha-bar) to another."""
+    sampler = ddim(Ladder([Level(0, abar), Level(0, after)], []), eta)
+    x, _ = sampler.step(0, x, *schedule.predicted_x0_eps(x, prediction, abar, kind), (), noise)
+    return x
 
 
 @cache

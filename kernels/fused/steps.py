@@ -67,7 +67,8 @@ class Steps:
         self.times = unet.times(at, timestep_cond)
         state = torch.promote_types(context.dtype, torch.float32)
         self.table = table.to(context.device, state)
-        self.guidance = None if guidance is None else torch.tensor(guidance).to(self.table)
+        self.guidance = None if guidance is None else torch.tensor(
+            guidance, dtype=torch.float64, device="cpu").to(self.table)
         self.fixed: tuple[Tensor | None, *tuple[Tensor, ...]] = extra, *unet.prompt(context)
 
     @torch.no_grad()

@@ -8,17 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from minisd.samplers import schedule
-from minisd.samplers.ddim import ddim
-from minisd.samplers.dpm2 import dpm2
-from minisd.samplers.dpm_solver import dpmpp_2m, dpmpp_2s
-from minisd.samplers.heun import heun
-from minisd.samplers.lcm import lcm
-from minisd.samplers.lms import lms, plms
+from minisd.samplers import (
+    ddim,
+    dpm2,
+    dpm_solver,
+    heun,
+    lcm,
+    lms,
+    schedule,
+    tcd,
+    unipc,
+)
 from minisd.samplers.sampler import Sampler
 from minisd.samplers.schedule import Ladder
-from minisd.samplers.tcd import tcd
-from minisd.samplers.unipc import unipc
 
 
 @dataclass(frozen=True)
@@ -44,20 +46,20 @@ class Row:
 
 
 SAMPLERS = {
-    "ddim": Row(ddim, "leading", eta=0.0, ends_at_0=True),
-    "euler": Row(ddim, "linspace", eta=0.0),
-    "euler_a": Row(ddim, "linspace", eta=1.0),
-    "ddpm": Row(ddim, "leading", eta=1.0),
-    "dpmpp_2m": Row(dpmpp_2m, "karras", eta=0.0),
-    "dpmpp_2m_sde": Row(dpmpp_2m, "karras", eta=1.0),
-    "dpmpp_2s": Row(dpmpp_2s, "karras", eta=0.0),
-    "unipc": Row(unipc, "linspace"),
-    "heun": Row(heun, "linspace"),
-    "lms": Row(lms, "linspace"),
-    "plms": Row(plms, "leading", ends_at_0=True),
-    "dpm2": Row(dpm2, "linspace", eta=0.0),
-    "lcm": Row(lcm, "lcm"),
-    "tcd": Row(tcd, "lcm", eta=0.3),
+    "ddim": Row(ddim.ddim, "leading", eta=0.0, ends_at_0=True),
+    "euler": Row(ddim.ddim, "linspace", eta=0.0),
+    "euler_a": Row(ddim.ddim, "linspace", eta=1.0),
+    "ddpm": Row(ddim.ddim, "leading", eta=1.0),
+    "dpmpp_2m": Row(dpm_solver.dpmpp_2m, "karras", eta=0.0),
+    "dpmpp_2m_sde": Row(dpm_solver.dpmpp_2m, "karras", eta=1.0),
+    "dpmpp_2s": Row(dpm_solver.dpmpp_2s, "karras", eta=0.0),
+    "unipc": Row(unipc.unipc, "linspace"),
+    "heun": Row(heun.heun, "linspace"),
+    "lms": Row(lms.lms, "linspace"),
+    "plms": Row(lms.plms, "leading", ends_at_0=True),
+    "dpm2": Row(dpm2.dpm2, "linspace", eta=0.0),
+    "lcm": Row(lcm.lcm, "lcm"),
+    "tcd": Row(tcd.tcd, "lcm", eta=0.3),
 }
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 ARROWS = {
     "__main__": {"app"},
     "__init__": {"checkpoints", "config", "errors", "loading", "models", "pipeline"},
-    "app": {"checkpoints", "errors", "files", "image_files", "images", "request"},
+    "app": {"checkpoints", "errors", "files", "image_files", "images", "request", "samplers"},
     "loading": {"backends", "checkpoints", "checks", "config", "models", "pipeline", "text"},
     "pipeline": {"backends", "checkpoints", "checks", "conditioning", "config", "images", "memory",
                  "models", "request", "samplers", "steps", "text"},
@@ -26,7 +26,8 @@ ARROWS = {
     "memory": {"config", "models", "request"},
     "backends": {"config", "models"},
     "conditioning": {"request", "samplers"},
-    "request": {"checks", "config", "images", "samplers", "text"},
+    "request": {"checks", "config", "images", "samplers", "seeds", "text"},
+    "seeds": {"checks"},
     "checkpoints": {"config", "errors", "files", "text"},
     "models": {"config"},
     "samplers": {"config"},

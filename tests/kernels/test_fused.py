@@ -2,19 +2,19 @@
 
 import gc
 from dataclasses import replace
-from itertools import pairwise
 from types import FunctionType, ModuleType
 
 import pytest
 import torch
 from minisd_kernels.fused.decoder import FusedDecoder
-from minisd_kernels.fused.steps import Steps, weights
+from minisd_kernels.fused.steps import Steps, draws, weights
 from minisd_kernels.fused.unet import FusedUNet
 from reference_models import (
     AUTOENCODER,
     DENOISER,
     SMALL,
     SMALL_V,
+    ddim_step,
     error,
     randn,
     randomise,
@@ -27,7 +27,10 @@ from minisd.models.ops import REFERENCE, TORCH
 from minisd.models.unet import UNet, Upsample
 from minisd.models.vae import VAE
 from minisd.pipeline import StableDiffusion
-from minisd.samplers import ddim
+from minisd.samplers import SAMPLERS, schedule
+from minisd.samplers.ddim import ddim
+from minisd.samplers.sampler import coefficients as sampler_coefficients
+from minisd.samplers.schedule import Ladder, Level
 
 BOUND = 1e-12  # rounding of float64: the same function
 CONFIGS = {
@@ -69,26 +72,32 @@ def test_fused_unet(unet, size, contexts):
 
 def test_precomputed_tensors_serve_every_step(unet):
     x, _, context = inputs(unet, (6, 8), 2)
-    each = [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]  # two steps: weights of x, uncond and cond
+    # Two steps: weights of x, uncond and cond.
+    each = torch.tensor([[[0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]]])
     latents, extra = x[:, :4], x[:, 4:] if x.shape[1] == 9 else None
     steps = Steps(FusedUNet(unet, TORCH), context, [981, 1], each, extra)
     for i, t in enumerate((981, 1)):
         exact = unet(x.repeat(2, 1, 1, 1), torch.full((6,), t), context)
-        assert error(steps(latents, i), exact.chunk(2)[i]) <= BOUND
+        assert error(steps(torch.stack([latents, latents]), i)[0], exact.chunk(2)[i]) <= BOUND
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 def test_a_step_is_a_weighted_sum(kind, eta, scale):
-    alphas = [0.02, 0.4, 0.9991]
+    ladder = Ladder([Level(9, 0.02), Level(5, 0.4), Level(1, 0.9991)], [])
+    coefficients = sampler_coefficients(ddim(ladder, eta), kind)
+    assert draws(coefficients) == (eta > 0)
     x, uncond, cond, noise = (randn(2, 4, 3, 3, seed=seed) for seed in range(4))
     guided = uncond + scale * (cond - uncond)
-    for row, (a, a_next) in zip(weights(alphas, kind, eta, scale), pairwise(alphas), strict=True):
+    for i, (row, x0_row) in enumerate(weights(coefficients, scale)):
         terms = [x, cond] if scale == 1.0 else [x, uncond, cond]
         terms += [noise] if eta > 0 else []
-        exact = ddim.step(x, guided, a, a_next, kind, eta, noise if eta > 0 else None)
-        assert error(sum(w * y for w, y in zip(row, terms, strict=True)), exact) <= BOUND
+        a, after = ladder[i].abar, ladder[i + 1].abar
+        exact = ddim_step(x, guided, a, after, kind, eta, noise)
+        x0, _ = schedule.predicted_x0_eps(x, guided, a, kind)
+        for weights_of, want in ((row, exact), (x0_row, x0)):
+            assert error(sum(w * y for w, y in zip(weights_of, terms, strict=True)), want) <= BOUND
 
 
 @pytest.mark.parametrize("oneDNN", [True, False])
@@ -162,6 +171,24 @@ def test_images(config, guidance):
         call = dict(num_inference_steps=3, guidance_scale=guidance, seed=[3, 4], eta=0.5,
                     output_type="latent", **size, **task)
         assert error(fused(["a", "b"], **call).images, m(["a", "b"], **call).images) <= 1e-11
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("config", [SMALL, SMALL_V], ids=["eps", "v"])
+def test_every_sampler(sampler, config):
+    """The fused steps of all samplers are the readable ones: the same loop, another object."""
+    m = small_model(config)
+    fused = StableDiffusion(config, m.tokenizer, m.text_encoder, m.unet, m.vae,
+                            Backend(TORCH, fused=True))
+    for rescale in (0.0, 0.7):
+        call = dict(num_inference_steps=5, seed=[3, 4], sampler=sampler, guidance_rescale=rescale,
+                    output_type="latent", width=24, height=16)
+        runs = [model.stream(["a", "b"], **call) for model in (fused, m)]
+        for ours, exact in zip(*runs, strict=True):
+            bound = 1e-11 * max(1, exact.latents.abs().max().item())
+            assert error(ours.latents, exact.latents) <= bound
+            assert error(ours.x0, exact.x0) <= 100 * bound
+            assert (ours.i, ours.t) == (exact.i, exact.t)
 
 
 def test_fused_by_name_on_a_cpu():

@@ -145,10 +145,12 @@ def test_fused_unet_in_a_graph(dtype):
     prompts = torch.randn(2, 2, 77, 768).to(dtype)
     fused = FusedUNet(unet(TORCH, weights), kernels())
     rows = [[0.3, -1.0, 2.0], [0.7, -6.5, 7.5]]  # weights of x, uncond and cond
-    asked = [Steps(fused, prompt, [981, 1], rows) for prompt in prompts]
-    answers = {(p, i): asked[p](x.float(), i) for p, i in ((0, 0), (0, 1), (1, 1))}
+    table = torch.tensor(rows)[:, None]
+    asked = [Steps(fused, prompt, [981, 1], table) for prompt in prompts]
+    state = torch.stack([x.float(), x.float()])
+    answers = {(p, i): asked[p](state, i)[0] for p, i in ((0, 0), (0, 1), (1, 1))}
     assert len(fused.graphs) == 1
-    assert torch.equal(asked[0](x.float(), 0), answers[0, 0])
+    assert torch.equal(asked[0](state, 0)[0], answers[0, 0])
 
     def step(answer: torch.Tensor, i: int) -> torch.Tensor:
         terms = [x.double(), *answer.double().split(1)]

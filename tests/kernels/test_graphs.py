@@ -17,6 +17,9 @@ from small_models import AUTOENCODER, SMALL, randn, randomise
 from minisd.models.ops import REFERENCE, TORCH
 from minisd.models.unet import UNet
 from minisd.models.vae import VAE
+from minisd.samplers.ddim import ddim
+from minisd.samplers.sampler import coefficients
+from minisd.samplers.schedule import Ladder, Level
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -26,11 +29,14 @@ def test_the_inputs_of_a_graph(eta, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, MagicMock)
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: nullcontext())
     unet = randomise(UNet(SMALL.unet, REFERENCE))
-    x, prompt = -0.3 + randn(3, 4, 4, 6), 0.2 + randn(6, 7, unet.config.cross_attention_dim, seed=1)
-    fused, noise = FusedUNet(unet, TORCH), randn(*x.shape, seed=2) if eta > 0 else None
-    table = weights([0.1, 0.5, 0.9], "epsilon", eta, 7.5)
-    one, other = (Steps(fused, context, [981, 1], table) for context in (prompt, -prompt))
-    given = [((y, steps.times[i], steps.table[i], noise), steps.fixed)
+    x = -0.3 + randn(2, 3, 4, 4, 6)
+    prompt = 0.2 + randn(6, 7, unet.config.cross_attention_dim, seed=1)
+    fused, noise = FusedUNet(unet, TORCH), randn(*x.shape[1:], seed=2) if eta > 0 else None
+    ladder = Ladder([Level(9, 0.1), Level(5, 0.5), Level(1, 0.9)], [])
+    table = weights(coefficients(ddim(ladder, eta), "epsilon"), 7.5)
+    one, other = (Steps(fused, context, [981, 1], table, noisy=eta > 0)
+                  for context in (prompt, -prompt))
+    given = [((y, steps.times[i], steps.table[i], noise, None), steps.fixed)
              for steps, y, i in ((one, x, 0), (one, 2 * x, 1), (other, x, 1), (one, x, 0))]
     graph = Graph(partial(advance, fused), *given[0], None)
     graph.graph.replay = lambda: graph.out.copy_(advance(fused, *graph.changing, *graph.fixed))

@@ -38,7 +38,7 @@ from reference_models import (
     with_weights,
 )
 
-from minisd import conditioning, pipeline
+from minisd import conditioning, pipeline, request as request_file
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
 from minisd.models import clip as clip_file, unet as unet_file, vae as vae_file
 from minisd.models.ops import TORCH
@@ -136,8 +136,7 @@ def tokenizer(module):
 
 
 def schedule(module):
-    with patch.object(ddim_file, "predicted_x0_eps", module.predicted_x0_eps):
-        return sampling(module, ddim_file)
+    return sampling(module, ddim_file)
 
 
 def ddim(module):
@@ -153,26 +152,29 @@ def sampling(schedule, ddim):
                     timestep_spacing="trailing")
     official = published_scheduler(turbo)
     official.set_timesteps(7)
-    errors.append(error(torch.tensor(schedule.timesteps(7, 1000, "trailing")), official.timesteps))
+    errors.append(error(timesteps(schedule.trailing(7, [0.5] * 1000)), official.timesteps))
     wrong = error(schedule.alphas_cumprod(turbo), official.alphas_cumprod)
     errors.append(wrong if wrong > 1e-5 else 0)  # theirs is in float32
     x, prediction, noise = (3 * randn(2, 4, 3, 3, seed=seed) for seed in range(3))
     for kind in PREDICTION_TYPES:
         scheduler = official_scheduler(replace(config, prediction_type=kind))
         scheduler.set_timesteps(7)
-        visited = torch.tensor(schedule.timesteps(7))
-        errors.append(error(visited, scheduler.timesteps))
-        last = torch.tensor(schedule.abars(alphas.tolist(), [1])[-1:], dtype=torch.float64)
-        errors.append(error(last, scheduler.final_alpha_cumprod[None]))
+        errors.append(error(timesteps(schedule.leading(7, [0.5] * 1000)), scheduler.timesteps))
         t, t_next = scheduler.timesteps[3:5].tolist()
         a, a_next = alphas[t].item(), alphas[t_next].item()
         for eta in (0.0, 1.0):
             z = noise if eta else None
             theirs = scheduler.step(prediction, t, x, eta=eta, variance_noise=z).prev_sample
-            ours = ddim.step(x, prediction, a, a_next, kind, eta, z)
+            ladder = schedule.Ladder([schedule.Level(t, a), schedule.Level(t_next, a_next)], [])
+            x0, eps = schedule.predicted_x0_eps(x, prediction, a, kind)
+            ours, _ = ddim.ddim(ladder, eta).step(0, x, x0, eps, (), noise)
             errors.append(error(ours, theirs))
     theirs = scheduler.add_noise(x, noise, torch.tensor([t, t]))
     return max(*errors, error(schedule.add_noise(x, noise, a), theirs))
+
+
+def timesteps(levels):
+    return torch.tensor([level.t for level in levels])
 
 
 def request(module):
@@ -183,7 +185,7 @@ def request(module):
                               strength=strength).plan(SMALL)
         official.scheduler.set_timesteps(steps)
         theirs, _ = official.get_timesteps(steps, strength, "cpu")
-        errors.append(abs(len(ours.timesteps) - len(theirs)))
+        errors.append(abs(ours.ladder.steps - len(theirs)))
     return max(errors)
 
 
@@ -241,7 +243,8 @@ def official_latents(task, model):
     return official_pipeline(kind, small_model(model))(PROMPTS, generator=generators, **call).images
 
 
-TAKEN = [(pipeline, "Noise"), (pipeline, "Steps"), (conditioning, "image_to_image"),
+TAKEN = [(request_file, "SAMPLERS"), (pipeline, "Noise"), (pipeline, "Steps"),
+         (conditioning, "image_to_image"),
          (conditioning, "text_to_image")]
 INPAINTS = {"by_blending": "text to image", "by_channels": "inpainting"}
 

@@ -5,7 +5,7 @@ Those of settings in a PNG are in test_save.py.
 
 import torch
 from hypothesis import given, settings as effort, strategies as st
-from reference_models import error
+from reference_models import ddim_step, error
 
 from minisd import checks
 from minisd.checkpoints import names
@@ -13,7 +13,7 @@ from minisd.config import ScheduleConfig, UNetConfig, VAEConfig
 from minisd.models.ops import TORCH
 from minisd.models.unet import UNet
 from minisd.models.vae import VAE
-from minisd.samplers import ddim, schedule
+from minisd.samplers import schedule
 
 KINDS = st.sampled_from(["epsilon", "v_prediction"])
 BETAS = st.floats(1e-5, 2e-2)
@@ -30,7 +30,7 @@ def schedules(draw):
 
 @given(st.integers(1, 1000))
 def test_timesteps_have_equal_strides_and_stay_in_range(steps):
-    visited = schedule.timesteps(steps)
+    visited = [level.t for level in schedule.leading(steps, [0.5] * 1000)]
     assert len(visited) == steps and 0 <= visited[-1] <= 1 and visited[0] <= 999
     assert {a - b for a, b in zip(visited, visited[1:])} <= {1000 // steps}
 
@@ -49,7 +49,7 @@ def test_with_a_perfect_prediction_a_step_equals_add_noise(alphas, kind, data):
     for t in later:
         v = abar**0.5 * NOISE - (1 - abar) ** 0.5 * LATENT
         truth = NOISE if kind == "epsilon" else v
-        x, abar = ddim.step(x, truth, abar, alphas[t], kind), alphas[t]
+        x, abar = ddim_step(x, truth, abar, alphas[t], kind), alphas[t]
         assert error(x, schedule.add_noise(LATENT, NOISE, abar)) <= 1e-6
 
 
@@ -59,8 +59,8 @@ def test_new_noise_replaces_predicted_noise(alphas, t, eta):
     abar, abar_next = alphas[t + 1], alphas[t]
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     x = (1 - abar) ** 0.5 * one  # pure noise, of variance 1 - abar
-    kept = ddim.step(x, one, abar, abar_next, "epsilon", eta, zero)
-    new = ddim.step(x, one, abar, abar_next, "epsilon", eta, one) - kept
+    kept = ddim_step(x, one, abar, abar_next, "epsilon", eta, zero)
+    new = ddim_step(x, one, abar, abar_next, "epsilon", eta, one) - kept
     assert error(kept**2 + new**2, one * (1 - abar_next)) <= 1e-9
 
 

@@ -12,6 +12,7 @@ from reference_models import SMALL, small_model
 
 from minisd import checks, request
 from minisd.pipeline import StableDiffusion
+from minisd.samplers import schedule
 
 NAN, INF = float("nan"), float("inf")
 IMAGE = Image.new("RGB", (64, 64))
@@ -29,8 +30,8 @@ def test_the_signature_of_a_call_is_that_of_a_request():
 
 def test_an_unknown_argument_is_a_type_error():
     for call in (lambda **more: small_model(SMALL)("a", **more), request.Request):
-        with pytest.raises(TypeError, match="unexpected keyword argument 'sampler'"):
-            call(sampler="ddim")
+        with pytest.raises(TypeError, match="unexpected keyword argument 'scheduler'"):
+            call(scheduler="ddim")
 
 
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1.0, 1e3])
@@ -41,10 +42,10 @@ def test_any_finite_guidance_scale_follows_the_formula(scale):
     c, u = (sd.text_encoder(sd.tokenizer([text])) for text in ("a", ""))
     t = torch.tensor([1])
     e_c, e_u = sd.unet(x, t, c), sd.unet(x, t, u)
-    a = sd.alphas_cumprod[1]
+    last, a = schedule.alphas_cumprod(sd.config.schedule)[:2].tolist()
     e = e_u + scale * (e_c - e_u)
     x0 = (x - (1 - a) ** 0.5 * e) / a**0.5
-    want = sd.alphas_cumprod[0] ** 0.5 * x0 + (1 - sd.alphas_cumprod[0]) ** 0.5 * e
+    want = last**0.5 * x0 + (1 - last) ** 0.5 * e
     got = sd("a", guidance_scale=scale, **call).images
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
@@ -82,7 +83,7 @@ def test_the_last_seed_and_the_timesteps_of_a_strength():
     plan = request.Request(prompt=["a", "b"], seed=2**32 - 2, image=IMAGE, strength=0.79,
                            num_inference_steps=10).plan(SMALL)
     assert [g.initial_seed() for g in plan.generators] == [2**32 - 2, 2**32 - 1]
-    assert plan.timesteps == [601, 501, 401, 301, 201, 101, 1]
+    assert [level.t for level in plan.ladder.levels] == [601, 501, 401, 301, 201, 101, 1, None]
 
 
 @pytest.mark.parametrize("cudas, mps, chosen", [
