@@ -5,12 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from reference_models import error, official_scheduler, published_scheduler, randn
+from reference_models import ddim_step, error, official_scheduler, published_scheduler, randn
 
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
-from minisd.samplers import ddim, schedule
+from minisd.samplers import SAMPLERS, schedule
 
 ABAR = schedule.alphas_cumprod(ScheduleConfig())
+
+
+def timesteps(spacing: str, steps: int) -> list[float]:
+    return [level.t for level in schedule.SPACINGS[spacing](steps, ABAR.tolist())]
 
 
 def test_alphas_cumprod():
@@ -26,11 +30,11 @@ def test_alphas_cumprod():
 def test_every_number_of_steps():
     scheduler = official_scheduler(ScheduleConfig())
     for steps in range(1, 1000):
-        visited = schedule.timesteps(steps)
+        visited = timesteps("leading", steps)
         scheduler.set_timesteps(steps)
         assert visited == scheduler.timesteps.tolist()
         assert len(visited) == steps and visited[-1] == 1
-    assert schedule.timesteps(1000) == list(range(999, -1, -1))  # diffusers has t = 1000 here
+    assert timesteps("leading", 1000) == list(range(999, -1, -1))  # diffusers has t = 1000 here
 
 
 ZERO_SNR = ScheduleConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True,
@@ -53,7 +57,7 @@ def test_trailing_timesteps():
     scheduler = published_scheduler(ZERO_SNR)
     longer, rounded = 0, 0
     for steps in range(1, 1001):
-        visited = schedule.timesteps(steps, 1000, "trailing")
+        visited = timesteps("trailing", steps)
         assert len(set(visited)) == steps and visited[0] == 999 and visited[-1] >= 0
         scheduler.set_timesteps(steps)
         theirs = scheduler.timesteps.tolist()
@@ -68,14 +72,15 @@ def test_trailing_steps_end_without_noise(steps):
     scheduler = published_scheduler(ZERO_SNR)
     scheduler.alphas_cumprod = schedule.alphas_cumprod(ZERO_SNR)
     scheduler.set_timesteps(steps)
-    visited = schedule.timesteps(steps, 1000, "trailing")
-    abars = schedule.abars(schedule.alphas_cumprod(ZERO_SNR).tolist(), visited, "trailing")
+    visited = timesteps("trailing", steps)
+    ladder = SAMPLERS["ddim"].ladder("trailing", steps, schedule.alphas_cumprod(ZERO_SNR).tolist())
+    abars = [level.abar for level in ladder.levels]
     assert abars[0] == 0.0 and abars[-1] == 1.0
     x = theirs = randn(2, 4, 3, 3)
     for i, t in enumerate(visited):
         prediction = randn(2, 4, 3, 3, seed=i + 1)
         theirs = scheduler.step(prediction, t, theirs).prev_sample
-        x = ddim.step(x, prediction, abars[i], abars[i + 1], "v_prediction")
+        x = ddim_step(x, prediction, abars[i], abars[i + 1], "v_prediction")
         assert error(x, theirs) <= 1e-12
 
 
@@ -85,16 +90,14 @@ def test_trailing_steps_end_without_noise(steps):
 def test_step(steps, eta, prediction_type):
     scheduler = official_scheduler(ScheduleConfig(prediction_type=prediction_type))
     scheduler.set_timesteps(steps)
-    visited = schedule.timesteps(steps)
+    visited = timesteps("leading", steps)
     x, prediction, noise = (randn(3, 4, 5, 7, seed=seed) for seed in range(3))
     x = 3 * x  # beyond 1: nothing is clipped
     for i in {0, steps // 2, steps - 1}:
         t, t_next = visited[i], visited[i + 1] if i + 1 < steps else 0
         theirs = scheduler.step(prediction, t, x, eta=eta, variance_noise=noise if eta else None)
         abar, abar_next = ABAR[t].item(), ABAR[t_next].item()
-        ours = ddim.step(
-            x, prediction, abar, abar_next, prediction_type, eta, noise if eta else None
-        )
+        ours = ddim_step(x, prediction, abar, abar_next, prediction_type, eta, noise)
         assert error(ours, theirs.prev_sample) <= 1e-10
         x0, _ = schedule.predicted_x0_eps(x, prediction, abar, prediction_type)
         assert error(x0, theirs.pred_original_sample) <= 1e-10

@@ -1,0 +1,151 @@
+"""diffusers' schedulers in float64, and a whole run of one of them or of one of our samplers.
+
+Neither needs a pipeline: the model is a function of x and t.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisd.config import ScheduleConfig
+from minisd.samplers import schedule
+from minisd.samplers.sampler import Sampler, coefficients
+from minisd.samplers.schedule import Ladder, Level
+
+ABARS = schedule.alphas_cumprod(ScheduleConfig()).tolist()
+PREFIXES = {"epsilon": "eps", "v_prediction": "v"}
+
+# Class: its module, and what it is not by default but for the official models.
+CLASSES = {
+    "DDIMScheduler": ("ddim", dict(clip_sample=False, set_alpha_to_one=False)),
+    "DDPMScheduler": ("ddpm", dict(clip_sample=False, variance_type="fixed_small")),
+    "EulerDiscreteScheduler": ("euler_discrete", {}),
+    "EulerAncestralDiscreteScheduler": ("euler_ancestral_discrete", {}),
+    "DPMSolverMultistepScheduler": ("dpmsolver_multistep", {}),
+    "UniPCMultistepScheduler": ("unipc_multistep", dict(final_sigmas_type="zero")),
+    "HeunDiscreteScheduler": ("heun_discrete", {}),
+    "LMSDiscreteScheduler": ("lms_discrete", {}),
+    "KDPM2DiscreteScheduler": ("k_dpm_2_discrete", {}),
+    "KDPM2AncestralDiscreteScheduler": ("k_dpm_2_ancestral_discrete", {}),
+    "PNDMScheduler": ("pndm", dict(skip_prk_steps=True, set_alpha_to_one=False)),
+    "LCMScheduler": ("lcm", {}),
+    "TCDScheduler": ("tcd", {}),
+}
+
+
+@cache
+def lifted(name: str) -> ModuleType:
+    """diffusers' own source with float64 wherever it says float32, apart from the real module."""
+    spec = importlib.util.find_spec(f"diffusers.schedulers.scheduling_{name}")
+    module = ModuleType(spec.name)
+    module.__package__ = "diffusers.schedulers"
+    source = Path(spec.origin).read_text(encoding="utf-8").replace("float32", "float64")
+    exec(compile(source, spec.origin, "exec"), module.__dict__)
+    if name == "lms_discrete":  # it asks scipy for integrals of polynomials
+        module.integrate = SimpleNamespace(quad=gauss)
+    return module
+
+
+def gauss(f: Callable[[float], float], start: float, end: float, **_) -> tuple[float, float]:
+    """The integral of a polynomial of degree 9 or less, exactly."""
+    places, weights = np.polynomial.legendre.leggauss(5)
+    middle, half = (start + end) / 2, (end - start) / 2
+    return half * sum(w * f(middle + half * x) for x, w in zip(places, weights)), 0.0
+
+
+@contextmanager
+def doubles() -> Iterator[None]:
+    """float64 is the dtype of an integer tensor times a float, too."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def official(name: str, steps: int, **config):
+    """That scheduler of diffusers with the official schedule, its steps set, all in float64."""
+    module, own = CLASSES[name]
+    config = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                  steps_offset=1) | own | config
+    with doubles():
+        scheduler = getattr(lifted(module), name).from_config(config)
+        scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def ladder_of(scheduler) -> Ladder:
+    """Ours with the scheduler's own levels, however it chose them."""
+    abars, t = scheduler.alphas_cumprod.tolist(), scheduler.timesteps.tolist()
+    if not hasattr(scheduler, "sigmas"):
+        t = list(dict.fromkeys(t))  # PNDM has its second one twice
+        with_end = {"DDIMScheduler", "PNDMScheduler"}
+        end = scheduler.final_alpha_cumprod if type(scheduler).__name__ in with_end else 1.0
+        return Ladder([*(Level(i, abars[i]) for i in t), Level(None, float(end))], abars)
+    sigmas = scheduler.sigmas.tolist()
+    if type(scheduler).__name__ == "HeunDiscreteScheduler":  # each but the two ends twice
+        t, sigmas = t[:1] + t[1::2], sigmas[:1] + sigmas[1::2]
+    if type(scheduler).__name__.startswith("KDPM2"):         # and every second t that of a midpoint
+        t, sigmas = t[::2], sigmas[:1] + sigmas[1::2]
+    levels = [Level(t, 1 / (1 + sigma**2)) for t, sigma in zip([*t, None], sigmas)]
+    return Ladder(levels, abars)
+
+
+Model = Callable[[Tensor, float], Tensor]
+
+
+def toy(x: Tensor, t: float) -> Tensor:
+    return torch.tanh(0.3 * x + t / 1000)
+
+
+def draws(like: Tensor) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        yield torch.randn(like.shape, generator=generator, dtype=torch.float64)
+
+
+def official_run(scheduler, x: Tensor, model: Model = toy, start: int = 0, **options):
+    """x as the UNet sees it at every call, and the result. ``start``: the index of the first call,
+    as image to image begins there."""
+    noises = draws(x)
+    timesteps = scheduler.timesteps[start:]
+    if hasattr(scheduler, "sigmas"):
+        scheduler.set_begin_index(start)
+        # These keep y = x / alpha, whose model input is x; the others keep x.
+        if not type(scheduler).__name__.startswith(("DPMSolver", "UniPC")):
+            x = x * (1 + scheduler.sigmas[start] ** 2) ** 0.5
+    seen = []
+    with doubles():
+        type(scheduler).step.__globals__["randn_tensor"] = lambda shape, **_: next(noises)
+        for t in timesteps:
+            seen.append(scheduler.scale_model_input(x, t))
+            x = scheduler.step(model(seen[-1], t.item()), t, x, **options).prev_sample
+    return [*seen, x]
+
+
+def run(sampler: Sampler, x: Tensor, kind: str, model: Model = toy) -> list[Tensor]:
+    """The same of ours. Noise is drawn for the calls that have a weight for it."""
+    noises = draws(x)
+    noisy = (coefficients(sampler, kind)[:, 0, -1] != 0).tolist()
+    past, seen = tuple(torch.zeros_like(x) for _ in range(sampler.memory)), [x]
+    for i, level in enumerate(sampler.shown[:-1]):
+        x0, eps = schedule.predicted_x0_eps(x, model(x, level.t), level.abar, kind)
+        x, past = sampler.step(i, x, x0, eps, past, next(noises) if noisy[i] else 0.0)
+        seen.append(x)
+    return seen
+
+
+def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference over all x, relative to the largest value; infinity if not finite."""
+    assert len(ours) == len(theirs)
+    a, b = torch.stack(ours), torch.stack(theirs)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return float("inf")
+    return ((a - b).abs().max() / b.abs().max()).item()
