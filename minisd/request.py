@@ -15,7 +15,7 @@ from torch import Tensor
 from minisd import checks
 from minisd.config import Config, ScheduleConfig
 from minisd.images import open_image, open_mask
-from minisd.samplers import SAMPLERS, WEB_UI, Named, named, schedule
+from minisd.samplers import SAMPLERS, Named, named, schedule
 from minisd.samplers.sampler import Sampler, coefficients
 from minisd.samplers.schedule import SPACINGS, Ladder
 from minisd.seeds import generators_of, known_seeds
@@ -191,8 +191,8 @@ def _sampler(sampler: object, spacing: object, eta: object, own: ScheduleConfig)
     if sampler is not None:
         asked = named(sampler) if isinstance(sampler, str) else None
         if asked is None:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, or a name such as "
-                             f"{', '.join(list(WEB_UI)[-3:])}, not {checks.shown(sampler)}")
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, or like "
+                             f"'DPM++ 2M Karras', not {checks.shown(sampler)}")
         # A model of few steps, or of zero terminal SNR, is made for its own timesteps.
         keeps = sampler in SAMPLERS and (
             sampler == own.sampler or own.timestep_spacing == "trailing")

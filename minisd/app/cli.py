@@ -9,10 +9,10 @@ import secrets
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import minisd
 from minisd import files, images
@@ -98,15 +98,23 @@ def draw(argv: list[str]) -> None:
     sd = minisd.load(args.model, device=args.device, dtype=args.dtype, ops=args.ops,
                      tile=args.tile, **weights)
     for path, seed in plan:
-        progress = False if args.quiet else None
-        for step in sd.stream(args.prompt, seed=seed, progress=progress, **call):
-            if args.preview is not None and (step.i + 1) % PREVIEW_EVERY == 0:
-                (so_far,) = step.output().images
-                png.save(so_far, args.preview, {}, overwrite=True)
-        out = step.output()
+        call |= {"seed": seed, "progress": False if args.quiet else None}
+        if args.preview is None:
+            out = sd(args.prompt, **call)
+        else:
+            out = _previewed(sd.stream(args.prompt, **call), args.preview)
         (image,) = out.images
         png.save(image, path, out.settings[0] | record, args.overwrite)
         _print(f"{path}  seed {seed}")
+
+
+def _previewed(steps: Iterator[Any], path: str) -> Any:
+    """The result of the steps; on the way the image so far is written there."""
+    for step in steps:
+        if (step.i + 1) % PREVIEW_EVERY == 0:
+            (so_far,) = step.output().images
+            png.save(so_far, path, {}, overwrite=True)
+    return step.output()
 
 
 def info(argv: list[str]) -> None:

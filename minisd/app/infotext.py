@@ -13,8 +13,6 @@ import json
 import re
 from pathlib import PurePath
 
-from minisd.samplers import web_ui_name
-
 NEGATIVE = "Negative prompt:"
 # Where readers cut, anywhere in a line or at its start. CLIP reads small letters only, so that in
 # small letters a prompt with these words is the same prompt, and nobody cuts it.
@@ -37,6 +35,8 @@ def write(settings: dict) -> str:
     """The text of an image that was made with these settings."""
     size = settings.get("width"), settings.get("height")
     version = settings.get("version")
+    from minisd.samplers import web_ui_name  # here, because a usage error need not wait for torch
+
     sampler, spacing = settings.get("sampler", "ddim"), settings.get("spacing", "leading")
     eta = settings.get("eta")
     name = "DDIM" if (sampler, spacing) == ("ddim", "leading") else web_ui_name(

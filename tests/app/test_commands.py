@@ -25,7 +25,7 @@ def test_info_of_an_image_is_its_settings(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == settings
 
 
-def test_info_of_a_checkpoint_is_four_lines(capsys, monkeypatch):
+def test_info_of_a_checkpoint_is_five_lines(capsys, monkeypatch):
     checkpoint = SimpleNamespace(layout="folder", config=SD2_V, dtypes=Counter(F16=1200, F32=1),
                                  prediction_source="its scheduler_config.json")
     opened = []
@@ -39,6 +39,7 @@ def test_info_of_a_checkpoint_is_four_lines(capsys, monkeypatch):
         "version     Stable Diffusion 2 v",
         "dtype       F16 (1,200 tensors), F32 (1 tensors)",
         "prediction  v_prediction (its scheduler_config.json)",
+        "sampler     ddim, leading timesteps",
     ]
 
 

@@ -125,7 +125,7 @@ def test_what_is_made_once_is_not_counted(step):
     around = counted(step.around(unet))
     times = step.steps(unet).times[0]
     assert around.names == {"copy_": 3, "clone": 1} and around.total.flops == 0
-    assert around.total.bytes == 2 * (2 * step.x.nbytes + times.nbytes + 3 * 4)
+    assert around.total.bytes == 2 * (4 * step.x.nbytes + times.nbytes + 2 * 3 * 4)
 
 
 def test_rungs():
