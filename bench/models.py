@@ -238,6 +238,7 @@ def official_unet(config: UNetConfig, side: int = 8) -> nn.Module:
         # In the official configs this key holds the number of heads.
         attention_head_dim=config.num_heads, cross_attention_dim=config.cross_attention_dim,
         use_linear_projection=config.use_linear_projection,
+        time_cond_proj_dim=config.time_cond_proj_dim,
         norm_num_groups=config.norm_num_groups,
     )
 

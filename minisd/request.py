@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -215,7 +216,9 @@ def _on(ladder: Ladder, chosen: Named, config: Config) -> Sampler:
     if ladder[0].abar > 0:
         return sampler
     try:
-        finite = coefficients(sampler, config.schedule.prediction_type).isfinite().all().item()
+        with np.errstate(all="ignore"):
+            finite = coefficients(
+                sampler, config.schedule.prediction_type).isfinite().all().item()
     except ZeroDivisionError:
         finite = False
     if not finite:

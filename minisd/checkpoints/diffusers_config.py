@@ -37,7 +37,7 @@ UNET_FIXED: dict[str, tuple] = {
     **{"transformer_layers_per_block": (1,), "reverse_transformer_layers_per_block": (None, 1)},
     **{"resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",)},
     **{"time_embedding_act_fn": (None,), "timestep_post_act": (None,)},
-    **{"time_cond_proj_dim": (None,), "class_embed_type": (None,), "num_class_embeds": (None,)},
+    **{"class_embed_type": (None,), "num_class_embeds": (None,)},
     **{"class_embeddings_concat": (False, None), "addition_embed_type": (None,)},
     **{"encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,)},
 }
@@ -117,7 +117,17 @@ def _unet(folder: Path) -> UNetConfig:
         use_linear_projection=bool(
             file.choice("use_linear_projection", False, (True, False, None))),
         norm_num_groups=_groups(file, widths),
+        time_cond_proj_dim=_even(file, "time_cond_proj_dim"),
     )
+
+
+def _even(file: JsonFile, name: str) -> int | None:
+    if file.fields.get(name) is None:
+        return None
+    width = file.whole(name, 0, 4, MAX_WIDTH)
+    if width % 2:
+        raise file.fault(name, "even numbers")
+    return width
 
 
 def _heads(

@@ -17,7 +17,9 @@ from minisd.errors import WeightError
 # What model_index.json says for each kind of model: the first is written, and all are read, for any
 # kind. Then the classes of the parts, and the stems of their weight files.
 PIPELINES = {
-    "text to image": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
+    "text to image": (
+        "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
+        "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
     "inpainting": ("StableDiffusionInpaintPipeline",),
 }
 CLASSES = {

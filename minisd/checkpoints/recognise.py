@@ -20,9 +20,17 @@ from minisd.errors import WeightError
 # A row for each official model. A file is the first one whose sizes it has.
 OFFICIAL = (SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT)
 
+# What a call of a model of few steps uses that does not say: those told the guidance scale by one
+# more tensor (Luo et al. 2023), and those published with Euler and trailing timesteps (SD-Turbo).
+FEW_STEPS: dict[str, dict] = {
+    "latent consistency": dict(num_inference_steps=4, guidance_scale=8.5),
+    "SD-Turbo": dict(num_inference_steps=1, guidance_scale=1.0),
+}
+
 UNET = "model.diffusion_model."
 CONV_IN = UNET + "input_blocks.0.0.weight"  # (width, input channels, 3, 3)
 CONTEXT_KEY = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"  # (width, context)
+COND_PROJ = UNET + "time_embed.cond_proj.weight"
 # SD2's is 1024 wide, that of the SDXL refiner, which has the same names, 1280.
 OTHER_OPENCLIP = "conditioner.embedders.0.model.ln_final.weight"
 
@@ -74,7 +82,7 @@ def recognise(path: Path, tensors: Tensors) -> Config:
         width = config.unet.block_out_channels[0]
         inputs, context = config.unet.in_channels, config.unet.cross_attention_dim
         if tuple(shapes.values()) == ((width, inputs, 3, 3), (width, context)):
-            return config
+            return _told_the_guidance(config, tensors)
     found = " and ".join(
         f"no {name}" if shape is None else f"{name} {list(shape)}" for name, shape in shapes.items()
     )
@@ -84,12 +92,30 @@ def recognise(path: Path, tensors: Tensors) -> Config:
     )
 
 
+def _told_the_guidance(config: Config, tensors: Tensors) -> Config:
+    """The config of a latent consistency model, if the file has one more tensor than others."""
+    if COND_PROJ not in tensors or len(tensors[COND_PROJ].shape) != 2:
+        return config
+    unet = replace(config.unet, time_cond_proj_dim=tensors[COND_PROJ].shape[1])
+    schedule = replace(config.schedule, sampler="lcm", timestep_spacing="lcm")
+    return replace(config, name="", unet=unet, schedule=schedule)
+
+
 def resolve(config: Config, schedule: ScheduleConfig) -> Config:
-    """The config with its schedule, and with a name if it has none."""
+    """The config with its schedule, with a name if it has none, and with the number of steps and
+    the guidance that it is made for."""
     if config == SD2 and schedule.prediction_type == "v_prediction":
         return replace(SD2_V, schedule=schedule)
-    sizes = (config.text, config.unet, config.vae)
+    trailing_euler = (schedule.sampler, schedule.timestep_spacing) == ("euler", "trailing")
+    told = config.unet.time_cond_proj_dim is not None
+    if told:
+        config = replace(config, **FEW_STEPS["latent consistency"])
+    elif trailing_euler and schedule.prediction_type == "epsilon":
+        config = replace(config, **FEW_STEPS["SD-Turbo"])
+    sizes = (config.text, replace(config.unet, time_cond_proj_dim=None), config.vae)
     same = [known for known in OFFICIAL if (known.text, known.unet, known.vae) == sizes]
     same.sort(key=lambda known: known.schedule.prediction_type != schedule.prediction_type)
     name = config.name or (same[0].name if same else "Stable Diffusion of unusual size")
+    if told and not config.name:
+        name = f"latent consistency model of {name}"
     return replace(config, schedule=schedule, name=name)

@@ -117,16 +117,18 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
     """The JSON files of a diffusers folder, but for the tokenizer's: file -> fields."""
     text, unet, vae, schedule = config.text, config.unet, config.vae, config.schedule
     attends = ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in unet.has_attention]
+    lcm = unet.time_cond_proj_dim is not None
+    pipeline = "LatentConsistencyModelPipeline" if lcm else PIPELINES[config.kind][0]
     ups = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in unet.has_attention[::-1]]
     return {
         "model_index.json": {
-            "_class_name": PIPELINES[config.kind][0],
+            "_class_name": pipeline,
             "_diffusers_version": "0.20.0",  # not written by it, but it is looked for
             "feature_extractor": [None, None],
             "image_encoder": [None, None],
             "requires_safety_checker": False,
             "safety_checker": [None, None],
-            "scheduler": ["diffusers", "DDIMScheduler"],
+            "scheduler": ["diffusers", schedule_fields(schedule)["_class_name"]],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             **CLASSES,
         },
@@ -160,6 +162,7 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
             "cross_attention_dim": unet.cross_attention_dim,
             "use_linear_projection": unet.use_linear_projection,
             "norm_num_groups": unet.norm_num_groups,
+            "time_cond_proj_dim": unet.time_cond_proj_dim,
         },
         "vae/config.json": {
             "_class_name": "AutoencoderKL",
