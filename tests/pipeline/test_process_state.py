@@ -175,7 +175,7 @@ MUTATIONS = {
     "umask": lambda undo: undo.callback(os.umask, os.umask(0o007)),
     "signal handlers": setting(lambda: signal.getsignal(signal.SIGINT),
                                lambda handler: signal.signal(signal.SIGINT, handler),
-                               signal.SIG_IGN),
+                               signal.SIG_DFL),  # in a shell's background it is ignored
     "signal wakeup descriptor": wakeup,
     "locale": lambda undo: setting(
         lambda: locale.setlocale(locale.LC_CTYPE), lambda to: locale.setlocale(locale.LC_CTYPE, to),
