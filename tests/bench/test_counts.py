@@ -128,6 +128,15 @@ def test_what_is_made_once_is_not_counted(step):
     assert around.total.bytes == 2 * (4 * step.x.nbytes + times.nbytes + 2 * 3 * 4)
 
 
+def test_a_step_of_every_sampler_takes_as_many_launches(step):
+    """1, 2 and 4 tensors are carried from call to call; a step is one product with its table."""
+    unet, found = FusedUNet(network(UNet, TINY.unet, TORCH), TORCH), {}
+    for sampler, carried in {"ddim": 1, "dpmpp_2m": 2, "unipc": 4}.items():
+        seen = counted(Step(TINY, sampler=sampler).once(unet))
+        found[carried] = seen.total.launches - 2  # without what makes the first state
+    assert len(set(found.values())) == 1, found
+
+
 def test_rungs():
     pytest.importorskip("diffusers")
     every = [*rungs(TINY)]

@@ -175,7 +175,7 @@ OTHER = [
     (UNET, {"conv_in_kernel": 1}, "conv_in_kernel is 1"),
     (UNET, {"class_embeddings_concat": True}, "class_embeddings_concat is True"),
     (UNET, {"encoder_hid_dim": 20}, "encoder_hid_dim is 20"),
-    (UNET, {"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256"),
+    (UNET, {"time_cond_proj_dim": 255}, "time_cond_proj_dim is 255"),
     (UNET, {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 3}, "down_block_types"),
     (UNET, {"sample_size": [8, 8, 8]}, "sample_size is .8, 8, 8"),
     (UNET, {"sample_size": []}, "sample_size is"),
