@@ -1,12 +1,25 @@
 """Every sampler equals diffusers', over all x of a call, when it is given diffusers' own levels.
 
-The float32 casts of diffusers are lifted (official.py). The model is a nonlinear function of x and
-t, so that a slip at one call shows in all that follow.
+The float32 casts of diffusers are lifted (official_samplers.py). The model is a nonlinear function
+of x and t, so that a slip at one call shows in all that follow.
 """
+
+import math
 
 import pytest
 import torch
-from official import ABARS, Ladder, Level, ladder_of, official, official_run, run, worst
+from official_samplers import (
+    ABARS,
+    Ladder,
+    Level,
+    draws,
+    ladder_of,
+    official,
+    official_run,
+    run,
+    toy,
+    worst,
+)
 from small_models import randn
 
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
@@ -223,3 +236,46 @@ def test_level():
     assert (level.alpha, level.sigma) == pytest.approx((0.6, 0.8))
     assert level.ratio == pytest.approx(4 / 3) and level.lam == pytest.approx(-0.28768207245)
     assert Level(0, 1.0).lam == float("inf") and Level(9, 0.0).lam == float("-inf")
+
+
+# --- samplers that diffusers does not have, by k-diffusion's formulas in y = x / alpha -----------
+
+
+def in_y(name: str, ladder: Ladder, eta: float) -> torch.Tensor:
+    """DPM2 and DPM++ 2S, ancestral or not, written apart: sigma is our ratio, y its state."""
+    noises, y = draws(X), X / ladder[0].alpha
+    for now, after in zip(ladder.levels, ladder.levels[1:]):
+        s, s_next = now.ratio, after.ratio
+        up = min(s_next, eta * (s_next**2 * (s**2 - s_next**2) / s**2) ** 0.5)
+        down = (s_next**2 - up**2) ** 0.5
+
+        def denoised(y, level):
+            x = y * level.alpha
+            return (x - level.sigma * toy(x, level.t)) / level.alpha
+
+        d = denoised(y, now)
+        if s_next == 0:
+            return d
+        if name == "dpm2":
+            middle = ladder.at_ratio(math.exp((math.log(s) + math.log(down)) / 2))
+            y2 = y + (y - d) / s * (middle.ratio - s)
+            y = y + (y2 - denoised(y2, middle)) / middle.ratio * (down - s)
+        else:
+            t, t_next = -math.log(s), -math.log(down)
+            h = t_next - t
+            middle = ladder.at_ratio(math.exp(-(t + h / 2)))
+            y2 = middle.ratio / s * y - math.expm1(-h / 2) * d
+            y = down / s * y - math.expm1(-h) * denoised(y2, middle)
+        if up > 0:
+            y = y + up * next(noises)
+    raise AssertionError("the last level has no noise")
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("spacing", ["linspace", "karras"])
+@pytest.mark.parametrize("name", ["dpm2", "dpmpp_2s"])
+def test_two_calls_a_step(name, spacing, eta):
+    for steps in STEPS:
+        ladder = SAMPLERS[name].ladder(spacing, steps, ABARS)
+        ours = run(SAMPLERS[name](ladder, eta), X, "epsilon")
+        assert worst(ours[-1:], [in_y(name, ladder, eta)]) <= BOUND, steps

@@ -1,0 +1,62 @@
+"""Whole calls with every kind of sampler equal diffusers' pipelines in float64, to 1e-10: text to
+image, image to image and inpainting, on levels that both sides have under one name."""
+
+import pytest
+import torch
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from official_samplers import doubles, official
+from reference_models import SMALL, SMALL_V, draw_noise_in_float32, error, official_pipeline
+from small_models import small_model
+from test_parity import HEIGHT, INPAINT, WIDTH, image, mask
+
+# Our sampler, the spacing, diffusers' scheduler. Those with leading spacing begin at noise of
+# variance 1 in both; so do the solvers that keep x itself.
+PEERS = {
+    "euler": ("leading", "EulerDiscreteScheduler"),
+    "euler_a": ("leading", "EulerAncestralDiscreteScheduler"),
+    "heun": ("leading", "HeunDiscreteScheduler"),
+    "dpmpp_2m": ("trailing", "DPMSolverMultistepScheduler"),
+    "unipc": ("trailing", "UniPCMultistepScheduler"),
+}
+KINDS = {
+    "text to image": (StableDiffusionPipeline, {}),
+    "image to image": (StableDiffusionImg2ImgPipeline, dict(image=image(), strength=0.6)),
+    "inpainting": (StableDiffusionInpaintPipeline,
+                   dict(image=image(), mask_image=mask(), strength=0.8)),
+}
+CALL = dict(prompt="a red heart", negative_prompt="two", num_inference_steps=10,
+            guidance_scale=7.5, output_type="latent")
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_V, INPAINT], ids=["eps", "v", "9 channels"])
+@pytest.mark.parametrize("task", KINDS)
+@pytest.mark.parametrize("name", PEERS)
+def test_whole_calls(name, task, config, monkeypatch):
+    if (config is INPAINT) != (task == "inpainting") and config is not SMALL:
+        pytest.skip("another kind of model")
+    draw_noise_in_float32(monkeypatch)
+    spacing, scheduler = PEERS[name]
+    kind, call = KINDS[task]
+    sd = small_model(config)
+    size = {} if task == "image to image" else dict(width=WIDTH, height=HEIGHT)
+    ours = sd(seed=7, sampler=name, spacing=spacing, width=WIDTH, height=HEIGHT, **CALL | call)
+    pipeline = official_pipeline(kind, sd)
+    before, theirs = pipeline.scheduler, official(
+        scheduler, 10, timestep_spacing=spacing, prediction_type=config.schedule.prediction_type)
+
+    def drawn(shape, generator=None, dtype=None, **_):
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+        return noise.double()
+
+    type(theirs).step.__globals__["randn_tensor"] = drawn
+    pipeline.scheduler = theirs
+    try:
+        with doubles():
+            want = pipeline(generator=torch.Generator().manual_seed(7), **CALL | call, **size)
+    finally:
+        pipeline.scheduler = before
+    assert error(ours.images, want.images) <= 1e-10 * max(1, want.images.abs().max().item())
