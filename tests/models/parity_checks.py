@@ -11,6 +11,7 @@ from operator import attrgetter
 from unittest.mock import patch
 
 import numpy as np
+import official_samplers
 import torch
 from diffusers import (
     StableDiffusionImg2ImgPipeline,
@@ -171,6 +172,59 @@ def sampling(schedule, ddim):
             errors.append(error(ours, theirs))
     theirs = scheduler.add_noise(x, noise, torch.tensor([t, t]))
     return max(*errors, error(schedule.add_noise(x, noise, a), theirs))
+
+
+def solver(module, name, scheduler, eta=None, **settings):
+    """The error of a sampler's result against diffusers', over 7 steps."""
+    own, x = {} if eta is None else dict(eta=eta), randn(2, 4, 3, 3)
+    theirs = official_samplers.official(scheduler, 7, **settings)
+    ladder = official_samplers.ladder_of(theirs)
+    want = official_samplers.official_run(theirs, x, **own if name == "tcd" else {})
+    ours = official_samplers.run(getattr(module, name)(ladder, **own), want[0], "epsilon")
+    return official_samplers.worst(ours[-1:], want[-1:])
+
+
+def dpm_solver(module):
+    sde = dict(eta=1.0, algorithm_type="sde-dpmsolver++")
+    return max(solver(module, "dpmpp_2m", "DPMSolverMultistepScheduler", **options)
+               for options in ({}, sde))
+
+
+def unipc(module):
+    return solver(module, "unipc", "UniPCMultistepScheduler")
+
+
+def heun(module):
+    return solver(module, "heun", "HeunDiscreteScheduler")
+
+
+def lms(module):
+    return max(solver(module, "plms", "PNDMScheduler"),
+               solver(module, "lms", "LMSDiscreteScheduler"))
+
+
+def dpm2(module):
+    """diffusers tells the UNet other timesteps between the levels; this is for the ratios."""
+    ladder, errors = schedule_file.ladder("karras", 5, official_samplers.ABARS), []
+    shown = module.with_midpoints(ladder, 1.0)[:9]
+    for now, middle, after in zip(shown[::2], shown[1::2], shown[2::2]):
+        down, up = module.ancestral(now, after, 1.0)
+        errors += [abs(down**2 + up**2 - after.ratio**2),
+                   abs(up**2 - after.ratio**2 * (1 - after.ratio**2 / now.ratio**2)),
+                   abs(2 * middle.lam - now.lam + np.log(down))]
+    return max(errors)
+
+
+def lcm(module):
+    """By hand at t = 1, where x still counts; at diffusers' timesteps its weight is below 1e-5."""
+    ladder = schedule_file.Ladder([schedule_file.Level(1, 0.9), schedule_file.Level(None, 1.0)], [])
+    x, x0 = randn(3), randn(3, seed=1)
+    found, _ = module.lcm(ladder).step(0, x, x0, None, (), 0.0)
+    return error(found, x * 0.25 / (100 + 0.25) + x0 * 10 / (100 + 0.25) ** 0.5)
+
+
+def tcd(module):
+    return solver(module, "tcd", "TCDScheduler", eta=0.3)
 
 
 def timesteps(levels):
