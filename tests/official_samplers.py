@@ -4,6 +4,7 @@ Neither needs a pipeline: the model is a function of x and t.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,7 +21,6 @@ from minisd.samplers.sampler import Sampler, coefficients
 from minisd.samplers.schedule import Ladder, Level
 
 ABARS = schedule.alphas_cumprod(ScheduleConfig()).tolist()
-PREFIXES = {"epsilon": "eps", "v_prediction": "v"}
 
 # Class: its module, and what it is not by default but for the official models.
 CLASSES = {
@@ -48,16 +48,15 @@ def lifted(name: str) -> ModuleType:
     module.__package__ = "diffusers.schedulers"
     source = Path(spec.origin).read_text(encoding="utf-8").replace("float32", "float64")
     exec(compile(source, spec.origin, "exec"), module.__dict__)
-    if name == "lms_discrete":  # it asks scipy for integrals of polynomials
-        module.integrate = SimpleNamespace(quad=gauss)
+    module.integrate = SimpleNamespace(quad=quad)  # of LMS, which has it from SciPy
     return module
 
 
-def gauss(f: Callable[[float], float], start: float, end: float, **_) -> tuple[float, float]:
-    """The integral of a polynomial of degree 9 or less, exactly."""
-    places, weights = np.polynomial.legendre.leggauss(5)
-    middle, half = (start + end) / 2, (end - start) / 2
-    return half * sum(w * f(middle + half * x) for x, w in zip(places, weights)), 0.0
+def quad(function: Callable, start: Tensor, end: Tensor, epsrel: float) -> tuple[float]:
+    """Gauss's rule with 4 points, which is exact for polynomials up to degree 7."""
+    points, weights = np.polynomial.legendre.leggauss(4)
+    half, middle = (end - start) / 2, (start + end) / 2
+    return (sum(w * float(half * function(middle + half * p)) for p, w in zip(points, weights)),)
 
 
 @contextmanager
@@ -75,7 +74,8 @@ def official(name: str, steps: int, **config):
     module, own = CLASSES[name]
     config = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                   steps_offset=1) | own | config
-    with doubles():
+    with doubles(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # NumPy's, for its use of tensors
         scheduler = getattr(lifted(module), name).from_config(config)
         scheduler.set_timesteps(steps)
     return scheduler

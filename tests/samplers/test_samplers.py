@@ -1,281 +1,364 @@
-"""Every sampler equals diffusers', over all x of a call, when it is given diffusers' own levels.
+"""Every sampler equals diffusers' scheduler of that name, or the algorithm that it is of.
 
-The float32 casts of diffusers are lifted (official_samplers.py). The model is a nonlinear function
-of x and t, so that a slip at one call shows in all that follow.
+The scheduler's own levels are given to ours, for diffusers chooses some of them otherwise; its
+casts to float32 are lifted (see official_samplers.py). So all x on the way agree to 1e-10.
 """
 
 import math
 
 import pytest
 import torch
-from official_samplers import (
-    ABARS,
-    Ladder,
-    Level,
-    draws,
-    ladder_of,
-    official,
-    official_run,
-    run,
-    toy,
-    worst,
-)
-from small_models import randn
+from official_samplers import ABARS, ladder_of, official, official_run, run, toy, worst
+from small_models import error, randn
 
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
-from minisd.samplers import SAMPLERS, ddim, lms, named, schedule, web_ui_name
+from minisd.samplers import SAMPLERS, WEB_UI, named, schedule, web_ui_name
+from minisd.samplers.dpm2 import dpm2
 from minisd.samplers.sampler import coefficients
+from minisd.samplers.schedule import Ladder, Level
 
 X = randn(2, 4, 3, 3)
 STEPS = (1, 2, 3, 5, 10, 20, 50)
-BOUND = 1e-10
-KINDS = pytest.mark.parametrize("kind", PREDICTION_TYPES, ids=["eps", "v"])
-KARRAS, EXPONENTIAL = dict(use_karras_sigmas=True), dict(use_exponential_sigmas=True)
-# Our sampler, its eta, diffusers' scheduler with its settings, and the error allowed.
-PEERS = {
-    "ddim": ("ddim", 0.0, "DDIMScheduler", {}, BOUND),
-    "ddim, eta 0.5": ("ddim", 0.5, "DDIMScheduler", {}, BOUND),
-    "ddim, eta 1": ("ddim", 1.0, "DDIMScheduler", {}, BOUND),
-    "euler": ("euler", 0.0, "EulerDiscreteScheduler", {}, BOUND),
-    **{f"euler {spacing}": ("euler", 0.0, "EulerDiscreteScheduler", dict(timestep_spacing=spacing),
-                            BOUND) for spacing in ("leading", "trailing")},
-    "euler karras": ("euler", 0.0, "EulerDiscreteScheduler", KARRAS, BOUND),
-    "euler exponential": ("euler", 0.0, "EulerDiscreteScheduler", EXPONENTIAL, BOUND),
-    "euler_a": ("euler_a", 1.0, "EulerAncestralDiscreteScheduler", {}, BOUND),
-    "ddpm": ("ddpm", 1.0, "DDPMScheduler", {}, 4e-10),  # its variance is at least 1e-20
-    **{f"dpmpp_2m {spacing}": ("dpmpp_2m", 0.0, "DPMSolverMultistepScheduler",
-                               dict(timestep_spacing=spacing), BOUND)
-       for spacing in ("linspace", "leading", "trailing")},
-    "dpmpp_2m karras": ("dpmpp_2m", 0.0, "DPMSolverMultistepScheduler", KARRAS, BOUND),
-    "dpmpp_2m_sde": ("dpmpp_2m_sde", 1.0, "DPMSolverMultistepScheduler",
-                     dict(algorithm_type="sde-dpmsolver++"), BOUND),
-    "unipc": ("unipc", None, "UniPCMultistepScheduler", {}, BOUND),
-    "unipc karras": ("unipc", None, "UniPCMultistepScheduler", KARRAS, BOUND),
-    "heun": ("heun", None, "HeunDiscreteScheduler", {}, BOUND),
-    "heun karras": ("heun", None, "HeunDiscreteScheduler", KARRAS, BOUND),
-    "lms": ("lms", None, "LMSDiscreteScheduler", {}, BOUND),
-    "lms karras": ("lms", None, "LMSDiscreteScheduler", KARRAS, BOUND),
-    "plms": ("plms", None, "PNDMScheduler", {}, BOUND),
-    "lcm": ("lcm", None, "LCMScheduler", {}, 5e-6),  # its boundary weights are float32
-    "tcd": ("tcd", 0.3, "TCDScheduler", {}, BOUND),
+
+SPACINGS = {spacing: dict(timestep_spacing=spacing) for spacing in ("leading", "trailing")}
+SPACINGS |= {
+    "linspace": dict(timestep_spacing="linspace"),
+    "karras": dict(timestep_spacing="linspace", use_karras_sigmas=True),
+    "exponential": dict(timestep_spacing="linspace", use_exponential_sigmas=True),
+    "lcm": {},
 }
+SDE = dict(algorithm_type="sde-dpmsolver++")
+# Our sampler, its eta, diffusers' class and the spacings to compare at.
+CASES = [
+    ("ddim", 0.0, "DDIMScheduler", {}, "leading"),
+    ("ddim", 0.5, "DDIMScheduler", {}, "leading"),
+    ("ddim", 1.0, "DDIMScheduler", {}, "leading"),
+    ("euler", None, "EulerDiscreteScheduler", {}, "linspace leading trailing karras exponential"),
+    ("euler_a", None, "EulerAncestralDiscreteScheduler", {}, "linspace leading trailing"),
+    ("ddpm", None, "DDPMScheduler", {}, "leading"),
+    ("dpmpp_2m", None, "DPMSolverMultistepScheduler", {}, "linspace leading trailing karras"),
+    ("dpmpp_2m_sde", None, "DPMSolverMultistepScheduler", SDE, "linspace leading trailing karras"),
+    ("unipc", None, "UniPCMultistepScheduler", {}, "linspace leading trailing karras"),
+    ("heun", None, "HeunDiscreteScheduler", {}, "linspace karras"),
+    ("lms", None, "LMSDiscreteScheduler", {}, "linspace karras"),
+    ("dpm2", None, "KDPM2DiscreteScheduler", {}, "linspace karras"),
+    ("dpm2", 1.0, "KDPM2AncestralDiscreteScheduler", {}, "linspace karras"),
+    ("plms", None, "PNDMScheduler", {}, "leading"),
+    ("lcm", None, "LCMScheduler", {}, "lcm"),
+    ("tcd", 0.3, "TCDScheduler", {}, "lcm"),
+    ("tcd", 0.5, "TCDScheduler", {}, "lcm"),  # half of an odd t is rounded down
+    ("tcd", 1.0, "TCDScheduler", {}, "lcm"),
+]
+PARITY = [pytest.param(name, eta, theirs, config, spacing, kind,
+                       id="-".join([name, *([str(eta)] if eta is not None else []), spacing, kind]))
+          for name, eta, theirs, config, spacings in CASES for spacing in spacings.split()
+          for kind in PREDICTION_TYPES if (name, kind) != ("plms", "v_prediction")]
 
 
-@KINDS
-@pytest.mark.parametrize("peer", PEERS)
-def test_equal_to_diffusers(peer, kind):
-    name, eta, theirs, settings, bound = PEERS[peer]
+def options(name: str, eta: float | None) -> dict:
+    """What diffusers takes at each step, and not before."""
+    return dict(eta=eta) if name in ("ddim", "tcd") else {}
+
+
+@pytest.mark.parametrize(("name", "eta", "theirs", "config", "spacing", "kind"), PARITY)
+def test_every_x_is_diffusers(name, eta, theirs, config, spacing, kind):
+    # DDPM ends with noise of weight 1e-10 there, so that its variance has a logarithm.
+    bound = 4e-10 if name == "ddpm" else 1e-10
     for steps in STEPS:
-        if name == "plms" and (kind == "v_prediction" or steps == 1):
-            continue  # see the faults below
-        scheduler = official(theirs, steps, prediction_type=kind, **settings)
-        options = dict(eta=eta) if theirs in ("DDIMScheduler", "TCDScheduler") else {}
-        ladder = ladder_of(scheduler)
-        want = official_run(scheduler, X, **options)
-        got = run(SAMPLERS[name](ladder, eta), want[0], kind)
-        seen = got if len(got) == len(want) else [got[0], got[-1]]
-        assert worst(seen, want if len(got) == len(want) else [want[0], want[-1]]) <= bound, steps
+        scheduler = official(theirs, steps, prediction_type=kind, **config, **SPACINGS[spacing])
+        ours = run(SAMPLERS[name](ladder_of(scheduler), eta), X, kind)
+        assert worst(ours, official_run(scheduler, X, **options(name, eta))) <= bound
 
 
-@pytest.mark.parametrize("name", ["euler", "euler_a", "ddpm"])
-def test_euler_and_ddpm_are_ddim(name):
-    assert SAMPLERS[name].function is ddim.ddim
+@pytest.mark.parametrize("steps", STEPS)
+def test_plms_with_v_is_diffusers_with_the_same_eps(steps):
+    """diffusers averages v's (see below), so it is told the eps that they stand for."""
+    scheduler = official("PNDMScheduler", steps, timestep_spacing="leading")
+    # Its second call is asked as if at the level that it is at: t decides the level here.
+    eps = lambda x, t: schedule.predicted_x0_eps(x, toy(x, t), ABARS[t], "v_prediction")[1]
+    ours = run(SAMPLERS["plms"](ladder_of(scheduler)), X, "v_prediction")
+    assert worst(ours, official_run(scheduler, X, eps)) <= 1e-10
 
 
-@KINDS
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_step_is_linear_and_changes_nothing(name, kind):
-    """The matrix of each call, applied to random tensors, is the step."""
-    ladder = SAMPLERS[name].ladder(SAMPLERS[name].spacing, 5, ABARS)
-    sampler = SAMPLERS[name](ladder)
-    table = coefficients(sampler, kind)
-    assert table.shape == (sampler.calls, sampler.memory + 2, sampler.memory + 3)
-    tensors = [randn(3, 4, seed=seed) for seed in range(sampler.memory + 3)]
-    before = [tensor.clone() for tensor in tensors]
-    x, *past, prediction, noise = tensors
-    for i, level in enumerate(sampler.shown[:-1]):
-        x0, eps = schedule.predicted_x0_eps(x, prediction, level.abar, kind)
-        after, remembered = sampler.step(i, x, x0, eps, tuple(past), noise)
-        found = torch.einsum("rc,cij->rij", table[i], torch.stack(tensors))
-        want = torch.stack([after, *remembered, x0])
-        assert (found - want).abs().max() <= 1e-12 * want.abs().max()
-    assert all(map(torch.equal, tensors, before))
+def k_dpmpp_2s(ladder: Ladder, eta: float, kind: str) -> list[torch.Tensor]:
+    """DPM-Solver++(2S) with ancestral steps as k-diffusion has it, in y = x / alpha, by its sigma.
+    The noise is the same as in `run`."""
+    ratios = [level.ratio for level in ladder.levels]
+    generator = torch.Generator().manual_seed(1)
+    y, seen = X * math.hypot(1, ratios[0]), []
+
+    def denoised(y, ratio, t):
+        scale = math.hypot(1, ratio)
+        seen.append(y / scale)
+        m = toy(seen[-1], t)
+        return y - ratio * m if kind == "epsilon" else (y / scale - ratio * m) / scale
+
+    for level, now, after in zip(ladder.levels, ratios, ratios[1:]):
+        d = denoised(y, now, level.t)
+        if after == 0:
+            y = d
+            continue
+        up = min(after, eta * math.sqrt(after**2 * (now**2 - after**2) / now**2))
+        down = math.sqrt(after**2 - up**2)
+        h = math.log(now) - math.log(down)
+        middle = math.exp(math.log(now) - h / 2)
+        y_middle = middle / now * y - math.expm1(-h / 2) * d
+        d = denoised(y_middle, middle, ladder.at_ratio(middle).t)
+        y = down / now * y - math.expm1(-h) * d
+        if up > 0:
+            y = y + up * torch.randn(X.shape, generator=generator, dtype=torch.float64)
+    return [*seen, y]
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_zero_terminal_snr_is_sampled_or_cannot_be(name):
-    zero = ScheduleConfig(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    abars = schedule.alphas_cumprod(zero).tolist()
-    row, finite = SAMPLERS[name], False
-    try:
-        sampler = row(row.ladder("trailing", 4, abars))
-        finite = coefficients(sampler, "v_prediction").isfinite().all()
-    except ZeroDivisionError:
-        pass
-    assert finite == (name not in ("heun", "lms", "plms", "dpm2", "dpmpp_2s"))
-    # Between levels and at the end of a ladder noise alone counts as abar 2^-24.
-    assert coefficients(row(row.ladder("karras", 4, abars)), "v_prediction").isfinite().all()
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("spacing", ["linspace", "karras"])
+def test_dpmpp_2s_is_k_diffusions(spacing, eta, kind):
+    """diffusers has another 2S. There is no copy of k-diffusion's, but its algorithm once more."""
+    for steps in STEPS:
+        ladder = schedule.ladder(spacing, steps, ABARS)
+        ours = run(SAMPLERS["dpmpp_2s"](ladder, eta), X, kind)
+        assert worst(ours, k_dpmpp_2s(ladder, eta, kind)) <= 1e-10
 
 
-# --- ladders -------------------------------------------------------------------------------------
+def test_euler_euler_a_and_ddpm_are_ddim():
+    """One function with other ladders and eta; diffusers' four classes agree on one ladder too."""
+    ddim = SAMPLERS["ddim"].function
+    assert [name for name, row in SAMPLERS.items() if row.function is ddim] == [
+        "ddim", "euler", "euler_a", "ddpm"]
+    config = dict(timestep_spacing="leading")
+    for eta, others in ((0.0, ["EulerDiscreteScheduler"]),
+                        (1.0, ["EulerAncestralDiscreteScheduler", "DDPMScheduler"])):
+        scheduler = official("DDIMScheduler", 20, set_alpha_to_one=True, **config)
+        expected = official_run(scheduler, X, eta=eta)
+        assert worst(run(ddim(ladder_of(scheduler), eta), X, "epsilon"), expected) <= 1e-10
+        for other in others:
+            assert worst(official_run(official(other, 20, **config), X), expected) <= 4e-10
 
 
-def test_the_levels_of_karras():
-    """Computed by hand for 10 steps."""
-    levels = schedule.karras(10, ABARS)
-    assert [round(level.ratio, 4) for level in levels] == [
-        14.6146, 9.1029, 5.4784, 3.1686, 1.7494, 0.9141, 0.4469, 0.2014, 0.0819, 0.0292]
-    assert [round(level.t, 2) for level in levels] == [
-        999, 916.28, 815.04, 687.15, 523.2, 327.15, 145.94, 40.86, 6.73, 0]
+# --- the ladders ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spacing", schedule.SPACINGS)
-def test_ladders_go_down(spacing):
-    for steps in (1, 2, 7, 50):
-        ladder = SAMPLERS["euler"].ladder(spacing, steps, ABARS)
-        abars = [level.abar for level in ladder.levels]
-        assert ladder.steps == steps and abars == sorted(set(abars)) and abars[-1] == 1
-        assert ladder[steps].t is None
-        assert spacing == "leading" or ladder[0].t == pytest.approx(999, abs=1e-9)
+def test_karras_levels():
+    levels = SAMPLERS["dpmpp_2m"].ladder("karras", 10, ABARS).levels
+    assert [level.ratio for level in levels] == pytest.approx(
+        [14.6146, 9.1029, 5.4784, 3.1686, 1.7494, 0.9141, 0.4469, 0.2014, 0.0819, 0.0292, 0],
+        abs=5e-5)
+    assert [level.t for level in levels[:-1]] == pytest.approx(
+        [999, 916.28, 815.04, 687.15, 523.20, 327.15, 145.94, 40.86, 6.73, 0], abs=5e-3)
+    assert levels[-1] == Level(None, 1.0)
 
 
-def test_the_levels_of_lcm():
-    assert [level.t for level in schedule.lcm(4, ABARS)] == [999, 759, 499, 259]
-    assert len(schedule.lcm(50, ABARS)) == 50
-    with pytest.raises(ValueError, match="at most 50"):
-        schedule.lcm(51, ABARS)
+@pytest.mark.parametrize(("spacing", "steps", "expected"), [
+    ("lcm", 1, [999]), ("lcm", 4, [999, 759, 499, 259]), ("lcm", 50, list(range(999, 0, -20))),
+    ("linspace", 1, [999]), ("linspace", 2, [999, 0]), ("linspace", 4, [999, 666, 333, 0]),
+    ("linspace", 5, [999, 749.25, 499.5, 249.75, 0]),
+    ("karras", 1, [999]), ("exponential", 1, [999]),
+    ("leading", 1, [1]), ("leading", 3, [667, 334, 1]),
+    ("trailing", 1, [999]), ("trailing", 3, [999, 666, 332]),
+])
+def test_timesteps(spacing, steps, expected):
+    levels = schedule.SPACINGS[spacing](steps, ABARS)
+    assert [level.t for level in levels] == pytest.approx(expected, abs=1e-9)
+    for level in levels:  # both ways between timestep and ratio
+        assert schedule.at_timestep(level.t, ABARS).abar == pytest.approx(level.abar, rel=1e-12)
+        assert schedule.at_ratio(level.ratio, ABARS).t == pytest.approx(level.t, abs=1e-9)
+
+
+def test_lcm_has_50_timesteps():
+    with pytest.raises(ValueError, match="at most 50 with spacing 'lcm', not 51"):
+        schedule.ladder("lcm", 51, ABARS)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize(("theirs", "spacing", "bound"), [
+    ("EulerDiscreteScheduler", "leading", 1e-12), ("EulerDiscreteScheduler", "trailing", 1e-12),
+    ("LCMScheduler", "lcm", 0), ("TCDScheduler", "lcm", 0),
+    # Between two timesteps it interpolates the ratio, not its logarithm.
+    ("EulerDiscreteScheduler", "linspace", 1e-4), ("EulerDiscreteScheduler", "karras", 1e-12),
+    ("EulerDiscreteScheduler", "exponential", 1e-12),
+])
+def test_levels_are_diffusers(theirs, spacing, bound, steps):
+    if steps == 1 and "linspace" in SPACINGS[spacing].values():
+        return  # NumPy's linspace of 1 is its beginning: diffusers takes t = 0, almost no noise
+    expected = ladder_of(official(theirs, steps, **SPACINGS[spacing])).levels
+    levels = schedule.ladder(spacing, steps, ABARS).levels
+    assert [level.t for level in levels[:-1]] == pytest.approx(
+        [level.t for level in expected[:-1]], rel=1e-9, abs=1e-9)
+    assert [level.abar for level in levels] == pytest.approx(
+        [level.abar for level in expected], rel=bound)
 
 
 def test_only_ddim_and_plms_end_at_timestep_0():
-    ends = {name: row.ladder("leading", 4, ABARS)[4].abar for name, row in SAMPLERS.items()}
-    assert {name for name, abar in ends.items() if abar != 1} == {"ddim", "plms"}
-    assert ends["ddim"] == ends["plms"] == ABARS[0]
+    for name, row in SAMPLERS.items():
+        for spacing in schedule.SPACINGS:
+            end = row.ladder(spacing, 4, ABARS)[-1]
+            noisy = name in ("ddim", "plms") and spacing == "leading"
+            assert end == Level(None, ABARS[0] if noisy else 1.0)
+
+
+def test_what_each_sampler_uses_by_default():
+    assert {name: (row.spacing, row.eta) for name, row in SAMPLERS.items()} == {
+        "ddim": ("leading", 0), "euler": ("linspace", 0), "euler_a": ("linspace", 1),
+        "ddpm": ("leading", 1), "dpmpp_2m": ("karras", 0), "dpmpp_2m_sde": ("karras", 1),
+        "dpmpp_2s": ("karras", 0), "unipc": ("linspace", None), "heun": ("linspace", None),
+        "lms": ("linspace", None), "plms": ("leading", None), "dpm2": ("linspace", 0),
+        "lcm": ("lcm", None), "tcd": ("lcm", 0.3)}
 
 
 def test_names_of_the_web_ui():
-    assert named("DPM++ 2M Karras") == ("dpmpp_2m", "karras", None) == named("dpm++ 2m karras")
-    assert named("Euler a") == ("euler_a", "linspace", None) and named("ddim").spacing == "leading"
-    assert named("DPM++ 2S a") == ("dpmpp_2s", "linspace", 1.0) and named("DPM++") is None
-    assert web_ui_name("dpmpp_2m", "karras", 0.0) == "DPM++ 2M Karras"
-    assert web_ui_name("dpm2", "karras", 1.0) == "DPM2 a Karras"
-    assert web_ui_name("euler", "trailing", 0.0) is None
+    for name, row in WEB_UI.items():
+        own = SAMPLERS[row.sampler].eta
+        eta = own if row.eta is None else row.eta
+        assert named(name) == named(name.upper()) == row
+        assert web_ui_name(row.sampler, row.spacing, eta) == name
+    assert named("DPM++ 2M Karras") == ("dpmpp_2m", "karras", None)
+    assert named("DPM2 a") == ("dpm2", "linspace", 1.0)
+    assert named("dpm++ 2s a exponential") == ("dpmpp_2s", "exponential", 1.0)
+    assert named("ddpm") == ("ddpm", "leading", None) and named("DPM fast") is None
+    assert web_ui_name("dpmpp_2s", "karras", 0.0) is web_ui_name("euler", "leading", 0.0) is None
 
 
-# --- what diffusers does wrong -------------------------------------------------------------------
+# --- what holds for every sampler ----------------------------------------------------------------
 
 
-def test_pndm_averages_v(kind="v_prediction"):
-    """diffusers' PNDM averages the last v, and splits the mean by the newest level: of first order.
-    The slopes of eps, averaged, are of higher order."""
-    fine = run(SAMPLERS["plms"](SAMPLERS["plms"].ladder("leading", 1000, ABARS)), X, kind)[-1]
-    ours, theirs = [], []
-    for steps in (20, 40):
-        ladder = SAMPLERS["plms"].ladder("leading", steps, ABARS)
-        ours.append(worst([run(SAMPLERS["plms"](ladder), X, kind)[-1]], [fine]))
-        scheduler = official("PNDMScheduler", steps, prediction_type=kind)
-        theirs.append(worst([official_run(scheduler, X)[-1]], [fine]))
-    assert theirs[1] > 3 * ours[1]
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_coefficients_are_the_steps(name, kind):
+    """The matrix times the tensors is the step, which leaves its inputs as they were."""
+    row = SAMPLERS[name]
+    for eta in (None,) if row.eta is None else (0.0, 0.4, 1.0):
+        sampler = row(row.ladder(row.spacing, 6, ABARS), eta)
+        table = coefficients(sampler, kind)
+        assert table.shape == (sampler.calls, sampler.memory + 2, sampler.memory + 3)
+        for i, level in enumerate(sampler.shown[:-1]):
+            inputs = randn(sampler.memory + 3, 2, 4, 3, 3, seed=i)
+            before = inputs.clone()
+            x, *past, m, noise = inputs
+            x0, eps = schedule.predicted_x0_eps(x, m, level.abar, kind)
+            after, remembered = sampler.step(i, x, x0, eps, tuple(past), noise)
+            assert torch.equal(inputs, before)
+            again, _ = sampler.step(i, x, x0, eps, tuple(past), noise)
+            assert torch.equal(after, again)
+            expected = torch.stack([after, *remembered, x0])
+            assert error(torch.einsum("rc,c...->r...", table[i], inputs), expected) <= 1e-11
 
 
-def test_ddim_with_gaps():
-    """diffusers steps to t - 1000 // S, which is the next timestep only where S divides 1000."""
-    errors = {}
-    for steps in (48, 50):
-        scheduler = official("DDIMScheduler", steps, timestep_spacing="trailing",
-                             set_alpha_to_one=True)
-        sampler = SAMPLERS["ddim"](ladder_of(scheduler))
-        errors[steps] = worst(run(sampler, X, "epsilon"), official_run(scheduler, X))
-    assert errors[50] <= BOUND and errors[48] > 1e-3
-
-
-def test_lms_begun_late():
-    """diffusers takes order min(index + 1, 4) with one slope, where image to image begins."""
-    scheduler = official("LMSDiscreteScheduler", 20)
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize(("name", "eta", "theirs", "config", "spacing", "index"), [
+    ("ddim", 0.0, "DDIMScheduler", {}, "leading", 8),
+    ("ddim", 1.0, "DDIMScheduler", {}, "leading", 8),
+    ("euler", None, "EulerDiscreteScheduler", {}, "linspace", 8),
+    ("euler_a", None, "EulerAncestralDiscreteScheduler", {}, "linspace", 8),
+    ("heun", None, "HeunDiscreteScheduler", {}, "linspace", 16),
+    ("dpmpp_2m", None, "DPMSolverMultistepScheduler", {}, "karras", 8),
+    ("dpmpp_2m_sde", None, "DPMSolverMultistepScheduler", SDE, "karras", 8),
+    ("unipc", None, "UniPCMultistepScheduler", {}, "linspace", 8),
+    ("dpm2", 0.0, "KDPM2DiscreteScheduler", {}, "linspace", 16),
+    ("dpm2", 1.0, "KDPM2AncestralDiscreteScheduler", {}, "linspace", 16),
+])
+def test_image_to_image_is_the_tail_of_the_ladder(name, eta, theirs, config, spacing, index, kind):
+    """diffusers' run that begins at the 8th of 20 levels; ``index`` is its place in their list."""
+    scheduler = official(theirs, 20, prediction_type=kind, **config, **SPACINGS[spacing])
     ladder = ladder_of(scheduler)
-    late = Ladder(ladder.levels[3:], ladder.alphas_cumprod)
-    theirs = official_run(scheduler, X, start=3)
-    ours = run(lms.lms(late), theirs[0], "epsilon")
-    euler = run(ddim.ddim(late), theirs[0], "epsilon")
-    assert worst(ours[:2], euler[:2]) <= BOUND and worst(theirs[:2], euler[:2]) > 1e-3
+    sampler = SAMPLERS[name](Ladder(ladder.levels[-13:], ladder.alphas_cumprod), eta)
+    expected = official_run(scheduler, X, start=index, **options(name, eta))
+    assert worst(run(sampler, X, kind), expected) <= 1e-10
 
 
-@pytest.mark.parametrize("name, theirs", [
-    ("ddim", "DDIMScheduler"), ("euler", "EulerDiscreteScheduler"),
-    ("heun", "HeunDiscreteScheduler"), ("dpmpp_2m", "DPMSolverMultistepScheduler"),
-    ("unipc", "UniPCMultistepScheduler")])
-def test_begun_at_a_later_level(name, theirs):
-    """As image to image begins: the sampler of the last levels of a ladder."""
-    scheduler, start = official(theirs, 20), 8
+# --- zero terminal SNR: noise alone at the first level -------------------------------------------
+
+ZERO = schedule.alphas_cumprod(ScheduleConfig(
+    prediction_type="v_prediction", rescale_betas_zero_snr=True)).tolist()
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler_a", "ddpm", "dpmpp_2m", "dpmpp_2m_sde",
+                                  "unipc", "lcm", "tcd"])
+def test_zero_terminal_snr(name, steps):
+    ladder = SAMPLERS[name].ladder("trailing", steps, ZERO)
+    assert ladder[0] == Level(999, 0.0) and ladder[0].ratio == math.inf
+    sampler = SAMPLERS[name](ladder)
+    assert coefficients(sampler, "v_prediction").isfinite().all()
+    assert all(x.isfinite().all() for x in run(sampler, X, "v_prediction"))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", ["heun", "lms", "plms", "dpm2", "dpmpp_2s"])
+def test_samplers_in_x_over_alpha_cannot_begin_at_noise_alone(name):
+    row = SAMPLERS[name]
+    try:
+        table = coefficients(row(row.ladder("trailing", 4, ZERO)), "v_prediction")
+    except ZeroDivisionError:
+        return
+    assert not table.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_karras_begins_at_a_little_signal(name):
+    """The ratio of noise alone is infinite; the ladders by ratio have 4096 there, as diffusers."""
+    ladder = SAMPLERS[name].ladder("karras", 10, ZERO)
+    assert ladder[0].ratio == pytest.approx(4096, rel=1e-6) and ladder[0].t == 999
+    scheduler = official("EulerDiscreteScheduler", 10, rescale_betas_zero_snr=True,
+                         **SPACINGS["karras"])
+    assert [level.ratio for level in ladder.levels] == pytest.approx(scheduler.sigmas.tolist(),
+                                                                     rel=1e-6)
+    assert coefficients(SAMPLERS[name](ladder), "v_prediction").isfinite().all()
+
+
+# --- where diffusers is not followed -------------------------------------------------------------
+
+
+def test_diffusers_ddim_leaves_gaps_in_trailing_timesteps():
+    """It steps to t - 1000 // steps, which is not the next timestep unless steps divides 1000."""
+    config = dict(timestep_spacing="trailing", set_alpha_to_one=True)
+    for steps, gaps in ((50, 0), (20, 0), (48, 39), (30, 10)):
+        scheduler = official("DDIMScheduler", steps, **config)
+        t = scheduler.timesteps.tolist()
+        assert sum(now - 1000 // steps != after for now, after in zip(t, t[1:])) == gaps
+        ours = run(SAMPLERS["ddim"](ladder_of(scheduler)), X, "epsilon")
+        difference = worst(ours, official_run(scheduler, X))
+        assert difference <= 1e-10 if gaps == 0 else difference >= 0.02  # 0.11 and 0.026
+
+
+def test_diffusers_plms_tells_image_to_image_a_wrong_t():
+    """It slices a list with one timestep twice: a start at the 8th of 20 levels is at the 7th, has
+    a call more, and from the third call on t is a level less than x has."""
+    scheduler = official("PNDMScheduler", 20, timestep_spacing="leading")
     ladder = ladder_of(scheduler)
-    late = Ladder(ladder.levels[start:], ladder.alphas_cumprod)
-    want = official_run(scheduler, X, start=2 * start if name == "heun" else start)
-    assert worst(run(SAMPLERS[name](late), want[0], "epsilon"), want) <= BOUND
+    told = scheduler.timesteps[8:].tolist()
+    assert told[:4] == [601, 551, 501, 451] and len(told) == 13
+    ours = SAMPLERS["plms"](Ladder(ladder.levels[8:], ladder.alphas_cumprod))
+    assert [level.t for level in ours.shown[:4]] == [551, 501, 501, 451]
+    # Without any eps x is alpha x_0, so that it shows its level.
+    x0 = torch.ones_like(X)
+    seen = official_run(scheduler, ABARS[601] ** 0.5 * x0, lambda x, t: 0 * x, start=8)
+    assert error(seen[1], ABARS[551] ** 0.5 * x0) <= 1e-12
+    assert error(seen[2], ABARS[551] ** 0.5 * x0) <= 1e-12  # and it was told 501
+    assert error(seen[-1], x0) >= 0.01
+    seen = run(ours, ABARS[551] ** 0.5 * x0, "epsilon", lambda x, t: 0 * x)
+    assert all(error(x, level.alpha * x0) <= 1e-12 for x, level in zip(seen, ours.shown))
 
 
-def on_ode(name: str, steps: int) -> torch.Tensor:
-    """Down the levels of Karras et al., without the last jump to no noise."""
-    sampler = SAMPLERS[name](Ladder(schedule.karras(steps + 1, ABARS), ABARS), 0.0)
-    return run(sampler, X, "epsilon")[-1]
+def test_diffusers_lms_begins_image_to_image_with_too_long_a_step():
+    """Its order follows the place in the whole ladder, before there are as many slopes."""
+    eps = torch.ones_like(X)
+    lengths = []
+    for start in (0, 1, 3, 8):
+        scheduler = official("LMSDiscreteScheduler", 20, timestep_spacing="linspace")
+        now, after = scheduler.sigmas[start : start + 2].tolist()
+        seen = official_run(scheduler, 0 * X, lambda x, t: eps, start=start)
+        lengths.append(seen[1].mean().item() * math.hypot(1, after) / (after - now))
+        ladder = ladder_of(scheduler)
+        sampler = SAMPLERS["lms"](Ladder(ladder.levels[start:], ladder.alphas_cumprod))
+        ours = run(sampler, 0 * X, "epsilon", lambda x, t: eps)
+        assert error(ours[1] * math.hypot(1, after), (after - now) * eps) <= 1e-12
+    assert lengths == pytest.approx([1, 1.34, 1.72, 1.85], abs=5e-3)
 
 
-# The order of convergence that each must have at least, measured from 20 to 40 steps.
-ORDERS = {"euler": 0.8, "dpmpp_2m": 1.8, "heun": 1.8, "dpm2": 1.8, "dpmpp_2s": 1.8, "unipc": 2.0,
-          "lms": 1.8, "plms": 1.8}
-
-
-@pytest.mark.parametrize("name", ORDERS)
-def test_order_of_convergence(name):
-    fine = on_ode("unipc", 1000)
-    errors = [(on_ode(name, steps) - fine).abs().max().log2() for steps in (20, 40)]
-    order = (errors[0] - errors[1]).item()
-    assert ORDERS[name] <= order <= (1.3 if name == "euler" else 5), order
-
-
-def test_level():
-    level = Level(5, 0.36)
-    assert (level.alpha, level.sigma) == pytest.approx((0.6, 0.8))
-    assert level.ratio == pytest.approx(4 / 3) and level.lam == pytest.approx(-0.28768207245)
-    assert Level(0, 1.0).lam == float("inf") and Level(9, 0.0).lam == float("-inf")
-
-
-# --- samplers that diffusers does not have, by k-diffusion's formulas in y = x / alpha -----------
-
-
-def in_y(name: str, ladder: Ladder, eta: float) -> torch.Tensor:
-    """DPM2 and DPM++ 2S, ancestral or not, written apart: sigma is our ratio, y its state."""
-    noises, y = draws(X), X / ladder[0].alpha
-    for now, after in zip(ladder.levels, ladder.levels[1:]):
-        s, s_next = now.ratio, after.ratio
-        up = min(s_next, eta * (s_next**2 * (s**2 - s_next**2) / s**2) ** 0.5)
-        down = (s_next**2 - up**2) ** 0.5
-
-        def denoised(y, level):
-            x = y * level.alpha
-            return (x - level.sigma * toy(x, level.t)) / level.alpha
-
-        d = denoised(y, now)
-        if s_next == 0:
-            return d
-        if name == "dpm2":
-            middle = ladder.at_ratio(math.exp((math.log(s) + math.log(down)) / 2))
-            y2 = y + (y - d) / s * (middle.ratio - s)
-            y = y + (y2 - denoised(y2, middle)) / middle.ratio * (down - s)
-        else:
-            t, t_next = -math.log(s), -math.log(down)
-            h = t_next - t
-            middle = ladder.at_ratio(math.exp(-(t + h / 2)))
-            y2 = middle.ratio / s * y - math.expm1(-h / 2) * d
-            y = down / s * y - math.expm1(-h) * denoised(y2, middle)
-        if up > 0:
-            y = y + up * next(noises)
-    raise AssertionError("the last level has no noise")
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("spacing", ["linspace", "karras"])
-@pytest.mark.parametrize("name", ["dpm2", "dpmpp_2s"])
-def test_two_calls_a_step(name, spacing, eta):
-    for steps in STEPS:
-        ladder = SAMPLERS[name].ladder(spacing, steps, ABARS)
-        ours = run(SAMPLERS[name](ladder, eta), X, "epsilon")
-        assert worst(ours[-1:], [in_y(name, ladder, eta)]) <= BOUND, steps
+def test_midpoints_are_in_the_middle_of_lambda():
+    ladder = SAMPLERS["dpm2"].ladder("karras", 5, ABARS)
+    shown = dpm2(ladder).shown
+    assert len(shown) == 10 and shown[::2] == ladder.levels[:-1]
+    for i in range(1, 8, 2):
+        assert shown[i].lam == pytest.approx((shown[i - 1].lam + shown[i + 1].lam) / 2, abs=1e-12)
