@@ -60,9 +60,9 @@ def quad(function: Callable, start: Tensor, end: Tensor, epsrel: float) -> tuple
 
 
 @contextmanager
-def doubles() -> Iterator[None]:
-    """float64 is the dtype of an integer tensor times a float, too."""
-    torch.set_default_dtype(torch.float64)
+def default(dtype: torch.dtype) -> Iterator[None]:
+    """The dtype of an integer tensor times a float, too."""
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
@@ -74,7 +74,7 @@ def official(name: str, steps: int, **config):
     module, own = CLASSES[name]
     config = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                   steps_offset=1) | own | config
-    with doubles(), warnings.catch_warnings():
+    with default(torch.float64), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # NumPy's, for its use of tensors
         scheduler = getattr(lifted(module), name).from_config(config)
         scheduler.set_timesteps(steps)
@@ -108,7 +108,7 @@ def toy(x: Tensor, t: float) -> Tensor:
 def draws(like: Tensor) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(1)
     while True:
-        yield torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        yield torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
 
 
 def official_run(scheduler, x: Tensor, model: Model = toy, start: int = 0, **options):
@@ -122,7 +122,7 @@ def official_run(scheduler, x: Tensor, model: Model = toy, start: int = 0, **opt
         if not type(scheduler).__name__.startswith(("DPMSolver", "UniPC")):
             x = x * (1 + scheduler.sigmas[start] ** 2) ** 0.5
     seen = []
-    with doubles():
+    with default(x.dtype):
         type(scheduler).step.__globals__["randn_tensor"] = lambda shape, **_: next(noises)
         for t in timesteps:
             seen.append(scheduler.scale_model_input(x, t))

@@ -6,9 +6,10 @@ casts to float32 are lifted (see official_samplers.py). So all x on the way agre
 
 import math
 
+import diffusers
 import pytest
 import torch
-from official_samplers import ABARS, ladder_of, official, official_run, run, toy, worst
+from official_samplers import ABARS, CLASSES, ladder_of, official, official_run, run, toy, worst
 from small_models import error, randn
 
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
@@ -68,6 +69,18 @@ def test_every_x_is_diffusers(name, eta, theirs, config, spacing, kind):
         scheduler = official(theirs, steps, prediction_type=kind, **config, **SPACINGS[spacing])
         ours = run(SAMPLERS[name](ladder_of(scheduler), eta), X, kind)
         assert worst(ours, official_run(scheduler, X, **options(name, eta))) <= bound
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "LMSDiscreteScheduler"])
+def test_the_lifted_schedulers_are_diffusers(name, monkeypatch):
+    """As they are installed they agree to float32's precision. That of LMS would need SciPy."""
+    ours = official(name, 20)
+    theirs = getattr(diffusers, name).from_config(ours.config)
+    theirs.set_timesteps(20)
+    names = type(theirs).step.__globals__
+    monkeypatch.setitem(names, "randn_tensor", names.get("randn_tensor"))  # put back afterwards
+    assert worst(official_run(ours, X), official_run(theirs, X.float())) <= 5e-5
 
 
 @pytest.mark.parametrize("steps", STEPS)
