@@ -137,7 +137,9 @@ def info(argv: list[str]) -> None:
     _print(f"version     {checkpoint.config.name}")
     _print(f"dtype       {', '.join(counts)}")
     _print(f"prediction  {schedule.prediction_type}{zero} ({checkpoint.prediction_source})")
-    _print(f"sampler     {schedule.sampler}, {schedule.timestep_spacing} timesteps")
+    config = checkpoint.config
+    _print(f"sampler     {schedule.sampler}, {schedule.timestep_spacing} timesteps, steps "
+           f"{config.num_inference_steps}, guidance {config.guidance_scale:g}")
 
 
 def download(argv: list[str]) -> None:

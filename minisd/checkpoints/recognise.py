@@ -21,7 +21,8 @@ from minisd.errors import WeightError
 OFFICIAL = (SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT)
 
 # What a call of a model of few steps uses that does not say: those told the guidance scale by one
-# more tensor (Luo et al. 2023), and those published with Euler and trailing timesteps (SD-Turbo).
+# more tensor (Luo et al. 2023), and SD-Turbo, of Stable Diffusion 2's sizes with this schedule.
+TURBO = ScheduleConfig(sampler="euler", timestep_spacing="trailing")
 FEW_STEPS: dict[str, dict] = {
     "latent consistency": dict(num_inference_steps=4, guidance_scale=8.5),
     "SD-Turbo": dict(num_inference_steps=1, guidance_scale=1.0),
@@ -106,12 +107,11 @@ def resolve(config: Config, schedule: ScheduleConfig) -> Config:
     the guidance that it is made for."""
     if config == SD2 and schedule.prediction_type == "v_prediction":
         return replace(SD2_V, schedule=schedule)
-    trailing_euler = (schedule.sampler, schedule.timestep_spacing) == ("euler", "trailing")
     told = config.unet.time_cond_proj_dim is not None
     if told:
         config = replace(config, **FEW_STEPS["latent consistency"])
-    elif trailing_euler and schedule.prediction_type == "epsilon":
-        config = replace(config, **FEW_STEPS["SD-Turbo"])
+    elif schedule == TURBO and (config.text, config.unet) == (SD2.text, SD2.unet):
+        config = replace(config, name="SD-Turbo", **FEW_STEPS["SD-Turbo"])
     sizes = (config.text, replace(config.unet, time_cond_proj_dim=None), config.vae)
     same = [known for known in OFFICIAL if (known.text, known.unet, known.vae) == sizes]
     same.sort(key=lambda known: known.schedule.prediction_type != schedule.prediction_type)

@@ -88,7 +88,8 @@ def schedule_fields(schedule: ScheduleConfig) -> dict:
         "num_train_timesteps": schedule.num_train_timesteps,
         "prediction_type": schedule.prediction_type,
         "rescale_betas_zero_snr": schedule.rescale_betas_zero_snr,
-        "timestep_spacing": spacing if spacing in SPACINGS else CLASSES[name][1],
+        "timestep_spacing": next(each for each in (spacing, CLASSES[name][1], "leading")
+                                 if each in SPACINGS),
         **sigmas,
         "clip_sample": False,
         # The noise that is left at the end: that of timestep 0, or none after trailing timesteps.

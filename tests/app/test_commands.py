@@ -39,7 +39,7 @@ def test_info_of_a_checkpoint_is_five_lines(capsys, monkeypatch):
         "version     Stable Diffusion 2 v",
         "dtype       F16 (1,200 tensors), F32 (1 tensors)",
         "prediction  v_prediction (its scheduler_config.json)",
-        "sampler     ddim, leading timesteps",
+        "sampler     ddim, leading timesteps, steps 50, guidance 7.5",
     ]
 
 

@@ -1,6 +1,7 @@
 """Models of few steps: latent consistency models, and those made like SD-Turbo; and the call as a
 generator of its steps. Equality with diffusers in float64."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,9 @@ from reference_models import (
 import minisd
 from minisd.backends import Backend
 from minisd.checkpoints.checkpoint import open_checkpoint
+from minisd.checkpoints.recognise import resolve
+from minisd.checkpoints.scheduler_config import CLASSES
+from minisd.config import SD1, SD2
 from minisd.models.ops import TORCH
 from minisd.pipeline import StableDiffusion
 
@@ -121,10 +125,45 @@ def test_turbo(steps):
 
 
 def test_turbo_by_its_scheduler(tmp_path):
+    """It has the sizes of Stable Diffusion 2; another model with that scheduler is none."""
+    turbo = resolve(SD2, TURBO.schedule)
+    assert (turbo.name, turbo.num_inference_steps, turbo.guidance_scale) == ("SD-Turbo", 1, 1.0)
     small_model(TURBO).save(tmp_path / "model")
     config = open_checkpoint(tmp_path / "model").config
-    assert (config.num_inference_steps, config.guidance_scale) == (1, 1.0)
-    assert config.schedule == TURBO.schedule
+    assert config.schedule == TURBO.schedule and config.num_inference_steps == 50
+    assert resolve(SD1, TURBO.schedule).num_inference_steps == 50
+
+
+SAVED = {"ddim": "leading", "plms": "leading", "euler": "linspace", "euler_a": "trailing",
+         "dpmpp_2m": "karras", "dpmpp_2m_sde": "exponential", "unipc": "karras", "heun": "linspace",
+         "lms": "karras", "dpm2": "linspace", "ddpm": "leading", "lcm": "lcm", "tcd": "lcm"}
+
+
+@pytest.mark.parametrize("sampler", SAVED)
+def test_the_sampler_of_a_saved_folder(sampler, tmp_path):
+    """Read again here, and by diffusers under the class of that sampler."""
+    config = replace(SMALL, schedule=replace(
+        SMALL.schedule, sampler=sampler, timestep_spacing=SAVED[sampler]))
+    small_model(config).save(tmp_path / "model")
+    again = open_checkpoint(tmp_path / "model").config.schedule
+    assert again == config.schedule
+    if sampler == "lms":  # which needs scipy there
+        return
+    theirs = StableDiffusionPipeline.from_pretrained(
+        tmp_path / "model", requires_safety_checker=False).scheduler
+    assert CLASSES[type(theirs).__name__][0] == sampler.removesuffix("_sde")
+    theirs.set_timesteps(4)
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"_class_name": "ScoreSdeVeScheduler"}, "a sampler that minisd does not have; it takes ddim"),
+    ({"_class_name": ["DDIMScheduler"]}, "a sampler that minisd does not have; it takes ddim")])
+def test_a_sampler_that_minisd_does_not_have(fields, words, tmp_path):
+    small_model(SMALL).save(tmp_path / "model")
+    path = tmp_path / "model/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.warns(UserWarning, match=words):
+        assert open_checkpoint(tmp_path / "model").config.schedule.sampler == "ddim"
 
 
 # --- guidance rescale ----------------------------------------------------------------------------
