@@ -144,6 +144,9 @@ def test_the_levels_of_lcm():
     assert len(schedule.lcm(50, ABARS)) == 50
     with pytest.raises(ValueError, match="at most 50"):
         schedule.lcm(51, ABARS)
+    assert [level.t for level in schedule.lcm(3, ABARS[:20])] == [19, 13, 6]  # of few timesteps
+    with pytest.raises(ValueError, match="at most 20"):
+        schedule.lcm(21, ABARS[:20])
 
 
 def test_only_ddim_and_plms_end_at_timestep_0():
