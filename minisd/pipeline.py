@@ -2,7 +2,7 @@
 
     prompt --tokenizer--> ids --text_encoder--> context --.
                                                           v
-    seed --> noise x_T --> [ unet + guidance + DDIM step ] x S --> latent x_0 --vae--> image
+    seed --> noise x_T --> [ unet + guidance + step ] x S --> latent x_0 --vae--> image
 
 This is latent diffusion (Rombach et al. 2022, https://arxiv.org/abs/2112.10752): the UNet denoises
 a latent, officially of 1/8 of the image's height and width; the VAE turns it into pixels.

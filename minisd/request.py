@@ -123,6 +123,8 @@ class Request:
         if guidance_scale < 1.0:
             found.append(f"with guidance {guidance_scale:g} the image follows the prompt less than "
                          "without guidance, which is 1")
+        if self.guidance_rescale and (told or guidance_scale == 1.0):
+            found.append("guidance_rescale has no effect where the UNet is asked only once")
         negative = self.negative_prompt_embeds is not None or self.negative_prompt and any(
             self.negative_prompt)
         if negative and told:

@@ -81,9 +81,12 @@ def draw(argv: list[str]) -> None:
     if not plan:
         return
     if args.preview is not None:
-        png.check_writable(args.preview, args.overwrite)
-        if Path(args.preview).resolve() in (path.resolve() for path, _ in plan):
-            raise ValueError(f"--preview and --output are both {args.preview}")
+        png.check_writable(args.preview, args.overwrite or _is_preview(args.preview))
+        taken = [("--output", path) for path, _ in plan]
+        taken += [("--image", args.image), ("--mask", args.mask)]
+        for option, path in taken:
+            if path is not None and Path(args.preview).resolve() == Path(path).resolve():
+                raise ValueError(f"--preview and {option} are both {args.preview}")
     if args.image is not None:
         call["image"] = images.open_image(args.image)
     if args.mask is not None:
@@ -111,10 +114,19 @@ def draw(argv: list[str]) -> None:
 def _previewed(steps: Iterator[Any], path: str) -> Any:
     """The result of the steps; on the way the image so far is written there."""
     for step in steps:
-        if (step.i + 1) % PREVIEW_EVERY == 0:
+        if step.i % PREVIEW_EVERY == 0:
             (so_far,) = step.output().images
             png.save(so_far, path, {}, overwrite=True)
     return step.output()
+
+
+def _is_preview(path: str) -> bool:
+    """Whether it is an earlier preview, as an interrupted run leaves it: an image of no settings.
+    """
+    try:
+        return png.read_settings(path) == {}
+    except (OSError, ValueError):
+        return False
 
 
 def info(argv: list[str]) -> None:
@@ -230,6 +242,9 @@ def _is_made(path: Path, seed: int, args: argparse.Namespace, record: dict) -> b
     # What was asked for may have been the default before, but what was asked before is no default.
     asked, before = wanted.pop("asked"), made.pop("asked", None) or {}
     wanted |= {key: value for key, value in asked.items() if value != before.get(key)}
+    # A PNG has the sampler by our name, and one of the web UI's says the spacing and eta too.
+    if before.get("sampler") not in (None, asked.get("sampler")):
+        return False
     return before.keys() <= asked.keys() and all(made.get(k) == v for k, v in wanted.items())
 
 

@@ -83,7 +83,7 @@ def recognise(path: Path, tensors: Tensors) -> Config:
         width = config.unet.block_out_channels[0]
         inputs, context = config.unet.in_channels, config.unet.cross_attention_dim
         if tuple(shapes.values()) == ((width, inputs, 3, 3), (width, context)):
-            return _told_the_guidance(config, tensors)
+            return _told_the_guidance(path, config, tensors)
     found = " and ".join(
         f"no {name}" if shape is None else f"{name} {list(shape)}" for name, shape in shapes.items()
     )
@@ -93,11 +93,14 @@ def recognise(path: Path, tensors: Tensors) -> Config:
     )
 
 
-def _told_the_guidance(config: Config, tensors: Tensors) -> Config:
+def _told_the_guidance(path: Path, config: Config, tensors: Tensors) -> Config:
     """The config of a latent consistency model, if the file has one more tensor than others."""
-    if COND_PROJ not in tensors or len(tensors[COND_PROJ].shape) != 2:
+    if COND_PROJ not in tensors:
         return config
-    unet = replace(config.unet, time_cond_proj_dim=tensors[COND_PROJ].shape[1])
+    shape = tensors[COND_PROJ].shape
+    if len(shape) != 2 or shape[1] < 4 or shape[1] % 2:
+        raise WeightError(f"{path} has {COND_PROJ} {list(shape)}, not (width, even number)")
+    unet = replace(config.unet, time_cond_proj_dim=shape[1])
     schedule = replace(config.schedule, sampler="lcm", timestep_spacing="lcm")
     return replace(config, name="", unet=unet, schedule=schedule)
 

@@ -115,9 +115,9 @@ def _sampling(file: JsonFields) -> dict[str, str]:
         raise file.fault("timestep_spacing", " or ".join(map(repr, SPACINGS)))
     if usual == "lcm":  # the field means nothing there
         spacing = usual
-    elif file.fields.get("use_karras_sigmas") is True:
+    elif file.choice("use_karras_sigmas", False, (False, True, None)):
         spacing = "karras"
-    elif file.fields.get("use_exponential_sigmas") is True:
+    elif file.choice("use_exponential_sigmas", False, (False, True, None)):
         spacing = "exponential"
     elif spacing not in SPACINGS:
         warnings.warn(f"{file.path}: timestep_spacing is {spacing[:80]!r}, which minisd does not "

@@ -94,7 +94,7 @@ WEB_UI |= {f"{name} {spacing.capitalize()}": named._replace(spacing=spacing)
 
 
 def named(name: str) -> Named | None:
-    """A sampler by its name here or in the web UI, in capitals or not; None if there is none."""
+    """A sampler by its name here, or by the web UI's in any capitals; None if there is none."""
     if name in SAMPLERS:
         return Named(name, SAMPLERS[name].spacing)
     return next((row for known, row in WEB_UI.items() if known.lower() == name.lower()), None)

@@ -14,12 +14,11 @@ def heun(ladder: Ladder) -> Sampler:
     shown = [first, *(level for level in inner for _ in range(2)), last]
 
     def step(i, x, x0, eps, past, noise):
+        now, after = ladder[i // 2], ladder[i // 2 + 1]
         if i % 2 == 0:
-            now, after = ladder[i // 2], ladder[i // 2 + 1]
             # Euler's step to where the second call is, and half of it for the result.
             half = x / now.alpha + (after.ratio - now.ratio) / 2 * eps
             return after.alpha * x0 + after.sigma * eps, (after.alpha * half,)
-        now, after = ladder[i // 2], ladder[i // 2 + 1]
         return past[0] + after.alpha * (after.ratio - now.ratio) / 2 * eps, past
 
     return Sampler(shown, step, memory=1)

@@ -53,16 +53,14 @@ def plms(ladder: Ladder) -> Sampler:
     shown = [first, *rest[:1], *rest] if ladder.steps > 1 else ladder.levels
 
     def step(i, x, x0, eps, past, noise):
+        now, after = ladder[max(i - 1, 0)], ladder[max(i, 1)]
         if i == 0:  # Euler's step, and half of it for the result of the second call
-            now, after = ladder[0], ladder[1]
             half = x / now.alpha + (after.ratio - now.ratio) / 2 * eps
             return after.alpha * x0 + after.sigma * eps, (eps, half, 0 * eps)
         if i == 1:
-            now, after = ladder[0], ladder[1]
             y = past[1] + (after.ratio - now.ratio) / 2 * eps
             return after.alpha * y, (past[0], 0 * eps, 0 * eps)
-        now, after, slopes = ladder[i - 1], ladder[i], (eps, *past)
-        y = x / now.alpha
+        y, slopes = x / now.alpha, (eps, *past)
         for weight, slope in zip(ADAMS_BASHFORTH[min(i, 4) - 1], slopes):
             y = y + (after.ratio - now.ratio) * weight * slope
         return after.alpha * y, slopes[:3]

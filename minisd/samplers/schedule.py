@@ -132,12 +132,13 @@ LCM_STEPS = 50
 def lcm(steps: int, abars: Sequence[float]) -> list[Level]:
     """Some of the 50 timesteps 19, 39 .. 999 of a latent consistency model's training (Luo et al.
     2023, https://arxiv.org/abs/2310.04378): 4 steps are 999, 759, 499 and 259."""
-    if steps > LCM_STEPS:
-        raise ValueError(f"num_inference_steps must be at most {LCM_STEPS} with spacing 'lcm', "
+    most = min(LCM_STEPS, len(abars))
+    if steps > most:
+        raise ValueError(f"num_inference_steps must be at most {most} with spacing 'lcm', "
                          f"not {steps}")
-    stride = len(abars) // LCM_STEPS
-    trained = [i * stride - 1 for i in range(LCM_STEPS, 0, -1)]
-    visited = (trained[k * LCM_STEPS // steps] for k in range(steps))
+    stride = len(abars) // most
+    trained = [i * stride - 1 for i in range(most, 0, -1)]
+    visited = (trained[k * most // steps] for k in range(steps))
     return [Level(t, abars[t]) for t in visited]
 
 

@@ -64,6 +64,24 @@ def test_a_prompt_of_5000_words_is_cut_and_a_warning_quotes_the_rest(tmp_path, c
     assert read_settings(tmp_path / "a.png")["prompt"] == prompt
 
 
+@pytest.mark.parametrize("first, then", [("DPM++ 2M", "dpmpp_2m"), ("DPM2 a", "dpm2")])
+def test_an_image_of_another_spacing_or_eta_is_not_kept(tmp_path, first, then):
+    line = ["a red heart", "--steps", "2", "--seed", "1", "--quiet", "-o", f"{tmp_path}/a.png"]
+    assert main([*line, "--sampler", first]) == 0
+    assert main([*line, "--sampler", then]) == 5
+
+
+def test_previews_replace_each_other_and_nothing_else(tmp_path, capsys):
+    a, b, preview = (str(tmp_path / name) for name in ("a.png", "b.png", "p.png"))
+    line = ["a red heart", "--steps", "2", "--seed", "1", "--quiet"]
+    assert main([*line, "-o", a, "--preview", preview]) == 0 and read_settings(preview) == {}
+    assert main([*line, "-o", b, "--preview", preview]) == 0
+    assert main([*line, "-o", f"{tmp_path}/c.png", "--preview", a]) == 5
+    assert main([*line, "-o", b, "--preview", a, "--image", a, "--overwrite"]) == 2
+    assert f"--preview and --image are both {a}" in capsys.readouterr().err
+    assert read_settings(a)["seed"] == 1
+
+
 def run(*line):
     root = str(Path(minisd.__file__).parents[1])
     return subprocess.run([sys.executable, *line], capture_output=True, text=True,

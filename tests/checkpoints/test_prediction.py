@@ -250,6 +250,14 @@ def test_timesteps_that_are_no_word_are_an_error(value, tmp_path):
         open_checkpoint(tmp_path / "model")
 
 
+@pytest.mark.parametrize("name", ["use_karras_sigmas", "use_exponential_sigmas"])
+def test_sigmas_that_are_no_truth_value(name, tmp_path):
+    small_model(SMALL).save(tmp_path / "model")
+    scheduler(tmp_path / "model", **{name: "yes"})
+    with pytest.raises(WeightError, match=f"{name} is 'yes'"):
+        open_checkpoint(tmp_path / "model")
+
+
 @pytest.mark.parametrize("value", [1.5, "true", [], [True], {}])
 def test_zero_snr_that_is_no_truth_value_is_an_error(value, tmp_path):
     small_model(SMALL).save(tmp_path / "model")

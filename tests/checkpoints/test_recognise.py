@@ -8,7 +8,9 @@ import torch
 from files import all_shapes, header, official_modules, write
 
 from minisd.checkpoints.checkpoint import check, open_checkpoint
+from minisd.checkpoints.recognise import COND_PROJ
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V
+from minisd.errors import WeightError
 
 TELLTALE = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
@@ -38,6 +40,13 @@ def test_official_models_are_recognised_and_complete(config, official):
         parts = official_modules(config)
     for part, module in parts.items():
         check(found, part, module)
+
+
+@pytest.mark.parametrize("shape", [(320, 7), (320, 2), (320,)])
+def test_an_embedding_of_the_guidance_scale_that_cannot_be(shape, tmp_path):
+    path = write(tmp_path / "a.safetensors", header({**all_shapes(SD1), COND_PROJ: shape}))
+    with pytest.raises(WeightError, match="cond_proj.weight .* even number"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize(("bias", "config"), [(0.08, SD2), (0.1, SD2_V)])

@@ -240,6 +240,12 @@ def test_noise_alone_has_its_samplers():
     assert sd("a", sampler="unipc", **call).settings[0]["spacing"] == "trailing"
 
 
+def test_guidance_rescale_where_it_has_no_effect():
+    with pytest.warns(UserWarning, match="guidance_rescale has no effect"):
+        small_model(SMALL)("a", guidance_scale=1.0, guidance_rescale=0.7, num_inference_steps=2,
+                           seed=0, **SIZE)
+
+
 def test_eta_where_it_has_no_effect():
     with pytest.warns(UserWarning, match="eta has no effect with the sampler heun"):
         small_model(SMALL)("a", sampler="heun", eta=1.0, num_inference_steps=2, seed=0, **SIZE)

@@ -8,7 +8,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from official_samplers import doubles, official
+from official_samplers import default, official
 from reference_models import SMALL, SMALL_V, draw_noise_in_float32, error, official_pipeline
 from small_models import small_model
 from test_parity import HEIGHT, INPAINT, WIDTH, image, mask
@@ -57,7 +57,7 @@ def test_whole_calls(name, config, task, monkeypatch):
     type(theirs).step.__globals__["randn_tensor"] = drawn
     pipeline.scheduler = theirs
     try:
-        with doubles():
+        with default(torch.float64):
             want = pipeline(generator=torch.Generator().manual_seed(7), **CALL | call, **size)
     finally:
         pipeline.scheduler = before

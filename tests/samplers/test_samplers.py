@@ -181,6 +181,9 @@ def test_timesteps(spacing, steps, expected):
 def test_lcm_has_50_timesteps():
     with pytest.raises(ValueError, match="at most 50 with spacing 'lcm', not 51"):
         schedule.ladder("lcm", 51, ABARS)
+    assert [level.t for level in schedule.lcm(3, ABARS[:20])] == [19, 13, 6]  # of few timesteps
+    with pytest.raises(ValueError, match="at most 20"):
+        schedule.lcm(21, ABARS[:20])
 
 
 @pytest.mark.parametrize("steps", STEPS)
