@@ -8,17 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from minisd import checks
-from minisd.config import Config, ScheduleConfig
+from minisd.config import Config
 from minisd.images import open_image, open_mask
-from minisd.samplers import SAMPLERS, Named, named, schedule
-from minisd.samplers.sampler import Sampler, coefficients
-from minisd.samplers.schedule import SPACINGS, Ladder
+from minisd.samplers import SAMPLERS, Named, schedule
+from minisd.samplers.sampler import Sampler
+from minisd.samplers.schedule import Ladder
+from minisd.sampling import choose, sampler_on
 from minisd.seeds import generators_of, known_seeds
 from minisd.text.tokenizer import check_texts
 
@@ -78,7 +78,7 @@ class Request:
         guidance_scale = checks.real(
             "guidance_scale", _or(self.guidance_scale, config.guidance_scale))
         rescale = checks.real("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
-        chosen = _sampler(self.sampler, self.spacing, self.eta, config.schedule)
+        chosen = choose(self.sampler, self.spacing, self.eta, config.schedule)
         row = SAMPLERS[chosen.sampler]
         ladder = row.ladder(
             chosen.spacing, steps, schedule.alphas_cumprod(config.schedule).tolist())
@@ -101,7 +101,7 @@ class Request:
             num_images_per_prompt=copies, height=height, width=width, num_inference_steps=steps,
             guided=guidance_scale != 1.0 and config.unet.time_cond_proj_dim is None,
             guidance_scale=guidance_scale, guidance_rescale=rescale, chosen=chosen, ladder=ladder,
-            sampler=_on(ladder, chosen, config), strength=strength, image=image,
+            sampler=sampler_on(ladder, chosen, config), strength=strength, image=image,
             mask_image=mask_image, generators=generators,
             seeds=known_seeds(generators) if self.latents is None else [None] * len(generators),
             latents=None if self.latents is None else _check_latents(self.latents, shape),
@@ -186,48 +186,6 @@ class Plan:
 
 def _or(value: object, default: object) -> object:
     return default if value is None else value
-
-
-def _sampler(sampler: object, spacing: object, eta: object, own: ScheduleConfig) -> Named:
-    """The sampler, spacing and eta that are asked for, else the model's own."""
-    chosen = Named(own.sampler, own.timestep_spacing)
-    if sampler is not None:
-        asked = named(sampler) if isinstance(sampler, str) else None
-        if asked is None:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, or like "
-                             f"'DPM++ 2M Karras', not {checks.shown(sampler)}")
-        # A model of few steps, or of zero terminal SNR, is made for its own timesteps.
-        keeps = sampler in SAMPLERS and (
-            sampler == own.sampler or own.timestep_spacing == "trailing")
-        chosen = asked._replace(spacing=own.timestep_spacing) if keeps else asked
-    if spacing is not None:
-        if not isinstance(spacing, str) or spacing not in SPACINGS:
-            raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, "
-                             f"not {checks.shown(spacing)}")
-        chosen = chosen._replace(spacing=spacing)
-    usual = SAMPLERS[chosen.sampler].eta if chosen.eta is None else chosen.eta
-    if eta is not None:
-        given = checks.real("eta", eta, 0.0, 1.0)
-        usual = None if usual is None else given
-    return chosen._replace(eta=usual)
-
-
-def _on(ladder: Ladder, chosen: Named, config: Config) -> Sampler:
-    """The sampler on its ladder; ValueError where it cannot begin at noise alone."""
-    sampler = SAMPLERS[chosen.sampler](ladder, chosen.eta)
-    if ladder[0].abar > 0:
-        return sampler
-    try:
-        with np.errstate(all="ignore"):
-            finite = coefficients(
-                sampler, config.schedule.prediction_type).isfinite().all().item()
-    except ZeroDivisionError:
-        finite = False
-    if not finite:
-        raise ValueError(
-            f"sampler {chosen.sampler} cannot begin at noise alone, as this model of zero terminal "
-            "SNR does with these timesteps: take ddim, euler, dpmpp_2m or unipc, or spacing karras")
-    return sampler
 
 
 def _strength(value: object, steps: int, image: object, mask: object) -> tuple[float | None, int]:
