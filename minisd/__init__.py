@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from minisd.errors import HubError, ImageError, MinisdError, WeightError
     from minisd.loading import load
     from minisd.models.ops import Ops
-    from minisd.pipeline import Output, StableDiffusion
+    from minisd.output import Output
+    from minisd.pipeline import StableDiffusion
 
 __version__ = "0.2.0"
 _HOMES = {
     "Config": "config", "HubError": "errors", "ImageError": "errors", "MinisdError": "errors",
-    "Ops": "models.ops", "Output": "pipeline", "StableDiffusion": "pipeline",
+    "Ops": "models.ops", "Output": "output", "StableDiffusion": "pipeline",
     "WeightError": "errors", "download": "checkpoints.hub", "load": "loading",
 }
 __all__ = ["Config", "HubError", "ImageError", "MinisdError", "Ops", "Output", "StableDiffusion",

@@ -129,6 +129,14 @@ SD2_V = replace(
     sample_size=768,
 )
 
+SD_TURBO = replace(
+    SD2,
+    name="SD-Turbo",
+    schedule=ScheduleConfig(sampler="euler", timestep_spacing="trailing"),
+    num_inference_steps=1,
+    guidance_scale=1.0,
+)
+
 SD1_INPAINT = replace(
     SD1, name="Stable Diffusion 1 inpainting", unet=replace(SD1.unet, in_channels=9)
 )

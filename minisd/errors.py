@@ -1,9 +1,15 @@
-"""The errors that minisd defines; all of them are a `MinisdError`.
+"""The errors that minisd defines; all of them are a `MinisdError`. And warnings of a call.
 
 Python's own errors stay what they are: TypeError for an argument of a wrong type, ValueError for
 one of a wrong value, FileNotFoundError, MemoryError, and ArithmeticError where values are not
 finite.
 """
+
+import sys
+import warnings
+
+# Whose frames may lie between a caller's line and the line that warns.
+BETWEEN = ("minisd", "torch", "contextlib")
 
 
 class MinisdError(Exception):
@@ -20,3 +26,11 @@ class ImageError(MinisdError, ValueError):
 
 class HubError(MinisdError, RuntimeError):
     """A download that did not happen, and why, in one sentence."""
+
+
+def warn(sentence: str) -> None:
+    """A warning at the caller's own line, whatever calls and decorators are between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, stacklevel=level)

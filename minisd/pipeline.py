@@ -13,21 +13,16 @@ B images, H W height and width in pixels, h w of the latent, D width of the cont
 
 import copy
 import os
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minisd import backends, checks, images, memory, request
 from minisd.backends import Backend, Call, Repacked, coverage
@@ -35,51 +30,16 @@ from minisd.checkpoints.save import save_model
 from minisd.conditioning import start
 from minisd.conditioning.start import Given, Keep, Noise
 from minisd.config import Config
+from minisd.errors import warn
 from minisd.models.clip import TextEncoder
 from minisd.models.ops import REFERENCE, TORCH
 from minisd.models.unet import UNet, guidance_embedding
 from minisd.models.vae import VAE
+from minisd.output import Output, Step
+from minisd.progress import counted
 from minisd.request import Callback, Picture, Plan, Prompts, Request
 from minisd.steps import Steps, first_state
 from minisd.text.tokenizer import Tokenizer
-
-
-class Bar(tqdm):
-    """tqdm without what its first bar leaves in the process: a thread, which looks after bars that
-    skip steps, and a lock between processes, which settles the start method of multiprocessing.
-    """
-
-    monitor_interval = 0
-
-
-Bar.set_lock(threading.RLock())
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a call made: the images, and for each its seed and the settings that made it.
-
-    A seed is None where it does not make the image again: with ``latents``, or with a ``generator``
-    that is not freshly seeded or not the CPU's.
-
-    ``images`` is a list of PIL images or, by ``output_type``, a (B, 3, H, W) tensor ("pt") or a
-    (B, H, W, 3) array ("np") in [0, 1], or a (B, 4, h, w) tensor of scaled latents ("latent").
-    """
-
-    images: list[Image] | Tensor | np.ndarray
-    seeds: list[int | None]
-    settings: list[dict]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A call after its i-th step, as `StableDiffusion.stream` gives it."""
-
-    i: int
-    t: float         # what the UNet was told
-    latents: Tensor  # (B, 4, h, w): x now
-    x0: Tensor       # (B, 4, h, w): what the UNet takes x_0 to be, from the x before
-    output: Callable[[], Output]  # what the call gives: now, of x_0 so far; after the last step
 
 
 class StableDiffusion:
@@ -141,8 +101,7 @@ class StableDiffusion:
         any work; ArithmeticError if a part gives values that are not finite; MemoryError.
         """
         asked = Request(**{name: value for name, value in locals().items() if name != "self"})
-        r = self._plan(asked, stacklevel=3)
-        for step in self._stream(r):
+        for step in self._stream(self._plan(asked)):
             pass
         return step.output()
 
@@ -153,13 +112,13 @@ class StableDiffusion:
         that x_0 is so far and, after the last step, what the call returns. Who leaves the loop
         stops the call, and nothing of it is kept. Arguments are checked at once.
         """
-        return self._stream(self._plan(Request(prompt=prompt, **arguments), stacklevel=3))
+        return self._stream(self._plan(Request(prompt=prompt, **arguments)))
 
-    def _plan(self, asked: Request, stacklevel: int) -> Plan:
-        """What a request means for this model, which it fits; warnings are its caller's."""
+    def _plan(self, asked: Request) -> Plan:
+        """What a request means for this model, which it fits."""
         r = asked.plan(self.config)
         for sentence in r.warnings:
-            warnings.warn(sentence, stacklevel=stacklevel)
+            warn(sentence)
         memory.check(r, self.dtype, self.device, self.vae, encodes=r.image is not None,
                      decodes=r.output_type != "latent",
                      stores_scores=self.backend.ops.attention is REFERENCE.attention)
@@ -168,56 +127,51 @@ class StableDiffusion:
     @torch.no_grad()
     def _stream(self, r: Plan) -> Iterator[Step]:
         with memory.explained():
-            # Half-precision models still add up their steps in float32.
-            dtype = torch.promote_types(self.dtype, torch.float32)
-            like = torch.empty(1, *r.shape[1:], dtype=dtype, device=self.device)
-            pixels = mask = None
-            if r.image is not None:
-                pixels = images.to_tensor(r.image, r.width, r.height).to(like)   # (1, 3, H, W)
-            if r.mask_image is not None:
-                mask = images.mask_to_tensor(r.mask_image, r.width, r.height).to(like)
+            yield from self._denoise(r)
 
-            context = self._context(r.prompts, r.prompt_embeds)              # (prompts, 77, D)
-            context = context.repeat_interleave(r.num_images_per_prompt, dim=0)  # (B, 77, D)
-            if r.guided:  # classifier-free guidance needs both, see steps.py
-                uncond = self._context(r.negative_prompts, r.negative_prompt_embeds)
-                uncond = uncond.repeat_interleave(r.num_images_per_prompt, dim=0)
-                context = torch.cat([uncond, context])                       # (2B, 77, D)
-            _finite(context, "the text encoder")
-            noise = Noise(r.generators, like)
-            x, extra, keep = start(Given(r, pixels, mask, noise, self._encode))
-            readable = Steps(self.unet, context, extra, r.sampler,
-                             self.config.schedule.prediction_type,
-                             r.guidance_scale if r.guided else 1.0, r.guidance_rescale,
-                             self._told(r))
-            draws = readable.coefficients[:, 0, -1].bool().tolist()
-            steps: Callable[..., Tensor] = readable
-            if fused := self._fused():
-                steps = fused.steps(readable)
+    def _denoise(self, r: Plan) -> Iterator[Step]:
+        """From noise to a latent, a call of the UNet after the other: Stable Diffusion is this."""
+        # Half-precision models still add up their steps in float32.
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        like = torch.empty(1, *r.shape[1:], dtype=dtype, device=self.device)
+        pixels = mask = None
+        if r.image is not None:
+            pixels = images.to_tensor(r.image, r.width, r.height).to(like)   # (1, 3, H, W)
+        if r.mask_image is not None:
+            mask = images.mask_to_tensor(r.mask_image, r.width, r.height).to(like)
 
-            # Stable Diffusion is this loop.
-            state, shown = first_state(r.sampler, x), r.sampler.shown
-            for i in self._counted(r):
-                state = steps(state, i, noise.draw() if draws[i] else None)
-                last = i + 1 == r.sampler.calls
-                if keep is not None:
-                    state[0] = keep.latent(state[0], 1.0 if last else shown[i + 1].abar)
-                if r.callback_on_step_end is not None:
-                    changes = r.callback_on_step_end(self, i, shown[i].t, {"latents": state[0]})
-                    state[0] = request.changed_latents(changes, state[0])
-                if last:
-                    _finite(state[0], "the UNet")
-                x, x0 = state[0], state[-1]
-                yield Step(i, shown[i].t, x, x0,
-                           partial(self._output, r, x if last else x0, keep))
+        context = self._context(r.prompts, r.prompt_embeds)                  # (prompts, 77, D)
+        context = context.repeat_interleave(r.num_images_per_prompt, dim=0)  # (B, 77, D)
+        if r.guided:  # classifier-free guidance needs both, see steps.py
+            uncond = self._context(r.negative_prompts, r.negative_prompt_embeds)
+            uncond = uncond.repeat_interleave(r.num_images_per_prompt, dim=0)
+            context = torch.cat([uncond, context])                           # (2B, 77, D)
+        _finite(context, "the text encoder")
+        noise = Noise(r.generators, like)
+        x, extra, keep = start(Given(r, pixels, mask, noise, self._encode))
+        readable = Steps(
+            self.unet, context, extra, r.sampler, self.config.schedule.prediction_type,
+            r.guidance_scale if r.guided else 1.0, r.guidance_rescale, self._told(r))
+        steps: Callable[..., Tensor] = readable
+        if fused := self._fused():
+            steps = fused.steps(readable)
+
+        draws, shown = readable.draws, r.sampler.shown
+        state = first_state(r.sampler, x)                                    # (K + 1, B, 4, h, w)
+        for i in counted(range(r.sampler.calls), r.progress):
+            state = steps(state, i, noise.draw() if draws[i] else None)
+            last = i + 1 == r.sampler.calls
+            if keep is not None:
+                state[0] = keep.latent(state[0], 1.0 if last else shown[i + 1].abar)
+            if r.callback_on_step_end is not None:
+                changes = r.callback_on_step_end(self, i, shown[i].t, {"latents": state[0]})
+                state[0] = request.changed_latents(changes, state[0])
+            x, x0 = state[0], state[-1]
+            best = _finite(x, "the UNet") if last else x0
+            yield Step(i, shown[i].t, x, x0, partial(self._output, r, best, keep))
 
     def _output(self, r: Plan, x: Tensor, keep: Keep | None) -> Output:
         return Output(self._images(x, keep, r.output_type), r.seeds, r.settings())
-
-    def _counted(self, r: Plan) -> Iterable[int]:
-        """The calls of the UNet, with a bar if one is to be drawn."""
-        calls = range(r.sampler.calls)
-        return Bar(calls, miniters=1) if _shows(sys.stderr, r.progress) else calls
 
     def _told(self, r: Plan) -> dict[str, Tensor]:
         """What the UNet is told besides x, t and the context."""
@@ -364,13 +318,6 @@ class StableDiffusion:
         # Some published VAEs exceed float16 on some images.
         again = copy.deepcopy(self.vae).to(inputs[0].dtype)
         return _finite(run(again, *inputs), "the VAE")
-
-
-def _shows(stream: TextIO | None, progress: bool | None) -> bool:
-    """Whether to draw a bar there: None, where it is a terminal; never where there is no stream."""
-    if stream is None or getattr(stream, "closed", False):
-        return False
-    return getattr(stream, "isatty", bool)() if progress is None else progress
 
 
 def _finite(x: Tensor, stage: str) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minisd.samplers import schedule
-from minisd.samplers.sampler import Sampler, coefficients
+from minisd.samplers.sampler import Sampler, coefficients, draws
 
 
 def first_state(sampler: Sampler, x: Tensor) -> Tensor:
@@ -42,6 +42,11 @@ class Steps:
         """Every call as a matrix, see samplers/sampler.py."""
         return coefficients(self.sampler, self.prediction_type)
 
+    @property
+    def draws(self) -> list[bool]:
+        """Whether each call draws noise."""
+        return draws(self.coefficients)
+
     def __call__(self, state: Tensor, i: int, noise: Tensor | None = None) -> Tensor:
         """The state (K + 1, B, 4, h, w) at the i-th call -> the next; ``noise`` where it draws."""
         x, *past, _ = state
@@ -64,16 +69,16 @@ class Steps:
         prediction = self.unet(inputs.to(self.context), times, self.context, **self.told).to(x)
         if len(prediction) == len(x):
             return prediction
-        return guided(prediction, self.guidance_scale, self.guidance_rescale)
+        return guided(prediction, self.guidance_scale, self.guidance_rescale or None)
 
 
-def guided(predictions: Tensor, scale: float | Tensor, rescale: float | Tensor) -> Tensor:
+def guided(predictions: Tensor, scale: float | Tensor, rescale: float | Tensor | None) -> Tensor:
     """Predictions (2B, 4, h, w) without and with the prompts -> (B, 4, h, w)."""
     # Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6,
     # where s = 1 + w):  eps = eps_uncond + s (eps_cond - eps_uncond)
     uncond, cond = predictions.chunk(2)                                      # (B, 4, h, w)
     both = uncond + scale * (cond - uncond)
-    if isinstance(rescale, float) and rescale == 0.0:
+    if rescale is None:
         return both
     # A large scale makes the prediction vary more than those it was trained on. Lin et al. 2023,
     # https://arxiv.org/abs/2305.08891, eq. 15 and 16, give a share of it cond's deviation again.

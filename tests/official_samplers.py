@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.samplers import model as toy
 from minisd.config import ScheduleConfig
 from minisd.samplers import schedule
 from minisd.samplers.sampler import Sampler, coefficients
@@ -37,6 +38,16 @@ CLASSES = {
     "PNDMScheduler": ("pndm", dict(skip_prk_steps=True, set_alpha_to_one=False)),
     "LCMScheduler": ("lcm", {}),
     "TCDScheduler": ("tcd", {}),
+}
+
+STEPS = (1, 2, 3, 5, 10, 20, 50)
+
+SPACINGS = {spacing: dict(timestep_spacing=spacing) for spacing in ("leading", "trailing")}
+SPACINGS |= {
+    "linspace": dict(timestep_spacing="linspace"),
+    "karras": dict(timestep_spacing="linspace", use_karras_sigmas=True),
+    "exponential": dict(timestep_spacing="linspace", use_exponential_sigmas=True),
+    "lcm": {},
 }
 
 
@@ -99,10 +110,6 @@ def ladder_of(scheduler) -> Ladder:
 
 
 Model = Callable[[Tensor, float], Tensor]
-
-
-def toy(x: Tensor, t: float) -> Tensor:
-    return torch.tanh(0.3 * x + t / 1000)
 
 
 def draws(like: Tensor) -> Iterator[Tensor]:

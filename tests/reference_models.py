@@ -15,6 +15,7 @@ from small_models import (  # noqa: F401 - for the tests
     DENOISER,
     SMALL,
     SMALL_V,
+    SMALL_ZERO,
     TEXT,
     error,
     randn,
@@ -127,8 +128,9 @@ def errors_by_module(ours: nn.Module, official: nn.Module, *args) -> dict[str, f
     return {name: error(a[name], b[name]) for name in a if name in b}
 
 
-def draw_noise_in_float32(monkeypatch) -> None:
-    """Make diffusers draw noise in float32, as minisd does, not in the model's dtype."""
+def draw_noise_in_float32(monkeypatch, *more: dict) -> None:
+    """Make diffusers draw noise in float32, as minisd does, not in the model's dtype; also where
+    ``more`` namespaces name its function."""
     def drawn(shape, generator=None, device=None, dtype=None, layout=None):
         return randn_tensor(shape, generator, device, torch.float32, layout).to(dtype)
 
@@ -136,3 +138,5 @@ def draw_noise_in_float32(monkeypatch) -> None:
     for module in (folder, f"{folder}_img2img", f"{folder}_inpaint",
                    "diffusers.models.autoencoders.vae", "diffusers.schedulers.scheduling_ddim"):
         monkeypatch.setattr(f"{module}.randn_tensor", drawn)
+    for names in more:
+        monkeypatch.setitem(names, "randn_tensor", drawn)

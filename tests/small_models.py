@@ -36,6 +36,9 @@ SMALL_V = replace(
     unet=replace(DENOISER, use_linear_projection=True, num_heads=(4, 6, 10)),
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
+# Zero terminal SNR, with the spacing that it needs.
+SMALL_ZERO = replace(SMALL_V, schedule=replace(
+    SMALL_V.schedule, rescale_betas_zero_snr=True, timestep_spacing="trailing"))
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

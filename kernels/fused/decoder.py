@@ -108,4 +108,4 @@ class Fused:
         return fused_step.Steps(
             self.unet, readable.context, [level.t for level in readable.sampler.shown[:-1]],
             fused_step.weights(coefficients, 1.0 if guidance else scale), readable.extra,
-            fused_step.draws(coefficients), guidance, None if cond is None else cond[:1])
+            any(readable.draws), guidance, None if cond is None else cond[:1])

@@ -20,6 +20,7 @@ from minisd_kernels.fused import graph as graphs
 from minisd_kernels.fused.unet import FusedUNet
 from torch import Tensor
 
+from minisd.samplers.sampler import draws
 from minisd.steps import guided
 
 
@@ -30,12 +31,7 @@ def weights(coefficients: Tensor, guidance_scale: float) -> Tensor:
     kept, prediction, noise = coefficients.split([coefficients.shape[1] - 1, 1, 1], dim=2)
     halves = [1.0] if guidance_scale == 1.0 else [1.0 - guidance_scale, guidance_scale]
     predictions = [prediction * half for half in halves]
-    return torch.cat([kept, *predictions, *[noise] * draws(coefficients)], dim=2)
-
-
-def draws(coefficients: Tensor) -> bool:
-    """Whether a call of the sampler draws noise."""
-    return bool(coefficients[..., -1].any())
+    return torch.cat([kept, *predictions, *[noise] * any(draws(coefficients))], dim=2)
 
 
 def advance(unet: FusedUNet, state: Tensor, times: Tensor, weights: Tensor, noise: Tensor | None,

@@ -258,10 +258,7 @@ class FusedUNet:
 
         ``timestep_cond`` (1 or S, n) as the readable UNet's."""
         emb = timestep_embedding(t, self.config.block_out_channels[0])       # (S, 320)
-        if timestep_cond is not None:
-            timestep_cond = timestep_cond.to(self.time_weight)
-        time = self.time_embedding(emb.to(self.time_weight), timestep_cond)  # (S, 1280)
-        time = F.silu(time)
+        time = F.silu(self.time_embedding(emb.to(self.time_weight), timestep_cond))  # (S, 1280)
         return F.linear(time, self.time_weight, self.time_bias)              # (S, all widths)
 
     @torch.no_grad()

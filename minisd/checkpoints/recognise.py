@@ -14,19 +14,20 @@ from minisd.checkpoints.found import Found, Group, tokenizer_of, unwrapped
 from minisd.checkpoints.prediction import find_schedule
 from minisd.checkpoints.safetensors_file import StoredTensor, read_header_and_metadata
 from minisd.checkpoints.scheduler_config import check_zero_snr
-from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V, Config, ScheduleConfig
+from minisd.config import (
+    SD1,
+    SD1_INPAINT,
+    SD2,
+    SD2_INPAINT,
+    SD2_V,
+    SD_TURBO,
+    Config,
+    ScheduleConfig,
+)
 from minisd.errors import WeightError
 
 # A row for each official model. A file is the first one whose sizes it has.
 OFFICIAL = (SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT)
-
-# What a call of a model of few steps uses that does not say: those told the guidance scale by one
-# more tensor (Luo et al. 2023), and SD-Turbo, of Stable Diffusion 2's sizes with this schedule.
-TURBO = ScheduleConfig(sampler="euler", timestep_spacing="trailing")
-FEW_STEPS: dict[str, dict] = {
-    "latent consistency": dict(num_inference_steps=4, guidance_scale=8.5),
-    "SD-Turbo": dict(num_inference_steps=1, guidance_scale=1.0),
-}
 
 UNET = "model.diffusion_model."
 CONV_IN = UNET + "input_blocks.0.0.weight"  # (width, input channels, 3, 3)
@@ -112,9 +113,11 @@ def resolve(config: Config, schedule: ScheduleConfig) -> Config:
         return replace(SD2_V, schedule=schedule)
     told = config.unet.time_cond_proj_dim is not None
     if told:
-        config = replace(config, **FEW_STEPS["latent consistency"])
-    elif schedule == TURBO and (config.text, config.unet) == (SD2.text, SD2.unet):
-        config = replace(config, name="SD-Turbo", **FEW_STEPS["SD-Turbo"])
+        config = replace(config, num_inference_steps=4, guidance_scale=8.5)  # as in diffusers
+    turbo = (SD_TURBO.text, SD_TURBO.unet, SD_TURBO.schedule)
+    if (config.text, config.unet, schedule) == turbo:
+        config = replace(config, name=SD_TURBO.name, guidance_scale=SD_TURBO.guidance_scale,
+                         num_inference_steps=SD_TURBO.num_inference_steps)
     sizes = (config.text, replace(config.unet, time_cond_proj_dim=None), config.vae)
     same = [known for known in OFFICIAL if (known.text, known.unet, known.vae) == sizes]
     same.sort(key=lambda known: known.schedule.prediction_type != schedule.prediction_type)

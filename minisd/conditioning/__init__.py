@@ -4,10 +4,9 @@ start.py    noise, image to image; the shape that all of these functions have
 inpaint.py  inpainting, with a model trained for it and with any other
 """
 
-import warnings
-
 from minisd.conditioning import inpaint
 from minisd.conditioning.start import Given, Start, image_to_image, text_to_image
+from minisd.errors import warn
 
 # How a kind of model (config.KINDS) inpaints.
 INPAINTS = {"text to image": inpaint.by_blending, "inpainting": inpaint.by_channels}
@@ -22,8 +21,7 @@ def start(given: Given) -> Start:
     cells = inpaint.in_cells(given.mask, given.noise.like)                   # (1, 1, h, w)
     if not cells.any():
         h, w = cells.shape[-2:]
-        warnings.warn(
+        warn(
             f"the mask repaints nothing: reduced to the latent's {w}x{h} cells, of "
-            f"{given.mask.shape[-1] // w} pixels a side, it is dark or transparent in all of them",
-            stacklevel=5)  # who called the model, past _stream, its decorator and __call__
+            f"{given.mask.shape[-1] // w} pixels a side, it is dark or transparent in all of them")
     return INPAINTS[given.plan.config.kind](given, given.image, given.mask)

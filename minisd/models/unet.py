@@ -81,7 +81,7 @@ class TimestepMLP(nn.Module):
 
     def forward(self, embedding: Tensor, cond: Tensor | None = None) -> Tensor:
         if self.cond_proj is not None and cond is not None:
-            embedding = embedding + self.cond_proj(cond)                     # (B, 320)
+            embedding = embedding + self.cond_proj(cond.to(embedding))       # (B, 320)
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
@@ -241,8 +241,7 @@ class UNet(nn.Module):
         own = self.conv_in.weight
         t = torch.as_tensor(t, device=own.device).expand(len(latent))        # (B,)
         embedding = timestep_embedding(t, self.config.block_out_channels[0])  # (B, 320)
-        cond = None if timestep_cond is None else timestep_cond.to(own)
-        time = self.time_embedding(embedding.to(own), cond)                  # (B, 1280)
+        time = self.time_embedding(embedding.to(own), timestep_cond)         # (B, 1280)
         context = context.to(own)
         x = self.conv_in(latent.to(own))                                     # (B, 320, h, w)
         skips = [x]

@@ -48,3 +48,8 @@ def coefficients(sampler: Sampler, prediction_type: str) -> Tensor:
         after, remembered = sampler.step(i, x, x0, eps, tuple(past), noise)
         calls.append(torch.stack([after, *remembered, x0]))
     return torch.stack(calls)
+
+
+def draws(coefficients: Tensor) -> list[bool]:
+    """Whether each call draws noise: where it has a weight."""
+    return coefficients[..., -1].any(dim=1).tolist()

@@ -107,23 +107,20 @@ def trailing(steps: int, abars: Sequence[float]) -> list[Level]:
 
 def linspace(steps: int, abars: Sequence[float]) -> list[Level]:
     """Evenly from 999 to 0, fractions included, as in k-diffusion; 1 step is at 999."""
-    last = len(abars) - 1
-    return [at_timestep(last - k * last / max(steps - 1, 1), abars) for k in range(steps)]
+    return [at_timestep(t, abars) for t in _evenly(len(abars) - 1, 0, steps)]
 
 
 def karras(steps: int, abars: Sequence[float]) -> list[Level]:
     """Karras et al., eq. 5, with rho = 7: evenly in ratio^(1/7), between the noisiest level of
     training and the quietest."""
     low, high = (math.exp(log / 7) for log in _log_ratios(abars)[[0, -1]].tolist())
-    shares = (k / max(steps - 1, 1) for k in range(steps))
-    return [at_ratio((high + share * (low - high)) ** 7, abars) for share in shares]
+    return [at_ratio(root**7, abars) for root in _evenly(high, low, steps)]
 
 
 def exponential(steps: int, abars: Sequence[float]) -> list[Level]:
     """Evenly in the logarithm of the ratio."""
     low, high = _log_ratios(abars)[[0, -1]].tolist()
-    shares = (k / max(steps - 1, 1) for k in range(steps))
-    return [at_ratio(math.exp(high + share * (low - high)), abars) for share in shares]
+    return [at_ratio(math.exp(log), abars) for log in _evenly(high, low, steps)]
 
 
 LCM_STEPS = 50
@@ -190,6 +187,11 @@ def at_ratio(ratio: float, abars: Sequence[float]) -> Level:
     """The level of a ratio sigma / alpha; its timestep as in `at_timestep`, within training's."""
     t = np.interp(math.log(ratio), _log_ratios(abars), np.arange(len(abars)))
     return Level(float(t), 1 / (1 + ratio**2))
+
+
+def _evenly(high: float, low: float, steps: int) -> list[float]:
+    """Numbers from high to low, both included; one is high."""
+    return [high - k * (high - low) / max(steps - 1, 1) for k in range(steps)]
 
 
 def _log_ratios(abars: Sequence[float]) -> np.ndarray:

@@ -122,7 +122,7 @@ MUTANTS = [
     ("image_files", "masks", "min(scale * key, 255)", "key"),
     ("image_files", "pictures", "(None if copy == data else copy)", "copy"),
     ("image_files", "pictures", '        image.info["exif"] = exif', "        pass"),
-    ("conditioning/__init__", "masks", "stacklevel=5", "stacklevel=4"),
+    ("errors", "masks requests_without_effect", "sys._getframe(1), 2", "sys._getframe(1), 1"),
     ("images", "image save", ".mul(255).round().byte()", ".mul(255).byte()"),
     ("images", "image", ">= 0.5).float()", ">= 0.49).float()"),
     ("files", "save", "if os.path.lexists(path) and not overwrite:",

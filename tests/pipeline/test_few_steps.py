@@ -15,6 +15,7 @@ from diffusers import (
 from reference_models import (
     SMALL,
     SMALL_V,
+    SMALL_ZERO,
     draw_noise_in_float32,
     error,
     official_pipeline,
@@ -42,16 +43,8 @@ BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 @pytest.fixture(autouse=True)
 def _noise(monkeypatch):
-    draw_noise_in_float32(monkeypatch)
-    import diffusers.pipelines.latent_consistency_models.pipeline_latent_consistency_text2img as lcm
-    import diffusers.schedulers.scheduling_lcm as scheduler
-    from diffusers.utils.torch_utils import randn_tensor
-
-    def drawn(shape, generator=None, device=None, dtype=None, layout=None):
-        return randn_tensor(shape, generator, device, torch.float32, layout).to(dtype)
-
-    for module in (lcm, scheduler):
-        monkeypatch.setattr(module, "randn_tensor", drawn)
+    draw_noise_in_float32(monkeypatch, LCMScheduler.step.__globals__,
+                          LatentConsistencyModelPipeline.prepare_latents.__globals__)
 
 
 def fused(sd: StableDiffusion) -> StableDiffusion:
@@ -226,12 +219,9 @@ def test_what_is_rejected(call, words):
         small_model(SMALL)("a", **call)
 
 
-ZERO = replace(SMALL_V, schedule=replace(
-    SMALL_V.schedule, rescale_betas_zero_snr=True, timestep_spacing="trailing"))
-
-
 def test_noise_alone_has_its_samplers():
-    sd, call = small_model(ZERO), dict(num_inference_steps=3, seed=0, output_type="latent", **SIZE)
+    sd = small_model(SMALL_ZERO)
+    call = dict(num_inference_steps=3, seed=0, output_type="latent", **SIZE)
     for name in ("heun", "lms", "plms", "dpm2", "dpmpp_2s"):
         with pytest.raises(ValueError, match="cannot begin at noise alone"):
             sd("a", sampler=name, **call)

@@ -17,6 +17,7 @@ from PIL import Image
 from reference_models import (
     SMALL,
     SMALL_V,
+    SMALL_ZERO,
     draw_noise_in_float32,
     error,
     official_pipeline,
@@ -28,9 +29,6 @@ from minisd.models.ops import REFERENCE, TORCH
 
 INPAINT = replace(SMALL, unet=replace(SMALL.unet, in_channels=9))
 INPAINT_V = replace(SMALL_V, unet=replace(SMALL_V.unet, in_channels=9))
-# Zero terminal SNR, with the spacing that it needs.
-SMALL_ZERO = replace(SMALL_V, schedule=replace(
-    SMALL_V.schedule, rescale_betas_zero_snr=True, timestep_spacing="trailing"))
 MODELS = pytest.mark.parametrize(
     "config", [SMALL, SMALL_V, SMALL_ZERO], ids=["eps", "v", "zero SNR"])
 WIDTH, HEIGHT = 56, 40

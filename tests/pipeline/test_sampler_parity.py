@@ -40,7 +40,6 @@ CASES = [pytest.param(config, task, id=f"{kind} {task}")
 @pytest.mark.parametrize("config, task", CASES)
 @pytest.mark.parametrize("name", PEERS)
 def test_whole_calls(name, config, task, monkeypatch):
-    draw_noise_in_float32(monkeypatch)
     spacing, scheduler = PEERS[name]
     kind, call = KINDS[task]
     sd = small_model(config)
@@ -49,12 +48,7 @@ def test_whole_calls(name, config, task, monkeypatch):
     pipeline = official_pipeline(kind, sd)
     before, theirs = pipeline.scheduler, official(
         scheduler, 10, timestep_spacing=spacing, prediction_type=config.schedule.prediction_type)
-
-    def drawn(shape, generator=None, dtype=None, **_):
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-        return noise.double()
-
-    type(theirs).step.__globals__["randn_tensor"] = drawn
+    draw_noise_in_float32(monkeypatch, type(theirs).step.__globals__)
     pipeline.scheduler = theirs
     try:
         with default(torch.float64):
