@@ -1,6 +1,6 @@
 """Runs the blocks of minisd/WALKTHROUGH.md, fills in its numbers and draws its images.
 
-    python tests/house/walkthrough.py    # writes the page's tables and the images beside it
+    python -m tests.house.walkthrough    # writes the page's tables and the images beside it
 """
 
 import re
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from models.traps import TRAPS
 from PIL import Image
 from torch import Tensor
 
 from minisd.models.ops import split_heads
 from minisd.samplers import schedule
+from tests.models.traps import TRAPS
 
 PAGE = Path(__file__).parents[2] / "minisd" / "WALKTHROUGH.md"
 IMAGES = PAGE.with_name("walkthrough")
