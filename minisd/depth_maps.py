@@ -23,9 +23,9 @@ def prepared(image: Image.Image) -> Tensor:
     """A PIL image in RGB -> (1, 3, h, w) float32 in [-1, 1], for models.dpt.DepthEstimator.
 
     The aspect stays, nearly: both sides are scaled by the factor nearer to 1 of the two that make
-    one of them 384, then rounded to multiples of 32. So does MiDaS in Stable Diffusion's scripts,
-    by OpenCV's bicubic filter; here it is Pillow's, which loses no pixel where it shrinks. diffusers
-    makes a square of 384 of every image.
+    one of them 384, then rounded to multiples of 32. So do MiDaS and Stable Diffusion's scripts,
+    by OpenCV's bicubic filter; Pillow's, which is used here, skips no pixel where it shrinks.
+    diffusers makes a square of 384 of every image.
     """
     scale = min((SIDE / image.height, SIDE / image.width), key=lambda scale: abs(1 - scale))
     # At least one multiple: an image of 8192x64 would have no height left.

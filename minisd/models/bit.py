@@ -31,10 +31,10 @@ def pad(x: Tensor, kernel: int, stride: int) -> Tensor:
 
 
 class StandardizedConv(nn.Conv2d):
-    """A convolution without bias, whose weights are standardised: (w - mean) / sqrt(var + eps).
+    """A convolution without bias, with weight standardization: (w - mean) / sqrt(var + eps).
 
-    Mean and variance are those of one output channel. Qiao et al. 2019,
-    https://arxiv.org/abs/1903.10520, eq. 9 to 11. Padded as in TensorFlow, from which BiT comes.
+    Mean and variance are those of the weights of one output channel. Qiao et al. 2019,
+    https://arxiv.org/abs/1903.10520. The padding is TensorFlow's, from which BiT comes.
     """
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1):
@@ -55,8 +55,8 @@ class Stem(nn.Module):
         self.convolution = StandardizedConv(3, config.embedding_size, 7, stride=2)
         self.norm = nn.GroupNorm(config.norm_num_groups, config.embedding_size, NORM_EPS)
 
-    def forward(self, image: Tensor) -> Tensor:
-        h = F.relu(self.ops.norm(self.norm, self.convolution(image)))        # (B, 64, H/2, W/2)
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.ops.norm(self.norm, self.convolution(x)))            # (B, 64, H/2, W/2)
         # Padding with zeros is that with minus infinity, because after ReLU nothing is below 0.
         return F.max_pool2d(pad(h, 3, 2), 3, 2)                              # (B, 64, H/4, W/4)
 

@@ -1,8 +1,8 @@
 """The depth network once more, as a function of a single file's tensors, under MiDaS's names.
 
-Written from the code of MiDaS 3.0 and of timm's vit_base_resnet50_384, whose modules are not
-installed with the tests. It shares no line with minisd/models, and proves what transformers' class
-cannot: that each name of a single file is taken to its place, and that an image need not be square.
+MiDaS 3.0 and timm's vit_base_resnet50_384 are not installed with the tests. This shares no line
+with minisd/models, and says what transformers' class cannot: where each tensor of a single file
+belongs, since many have the same shape, and what becomes of an image that is no square.
 """
 
 import torch
@@ -17,7 +17,8 @@ Tensors = dict[str, Tensor]
 def same_conv(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """Weight standardisation, and TensorFlow's padding computed for each side."""
     rows = weight.flatten(1)
-    rows = (rows - rows.mean(1, keepdim=True)) / (rows.var(1, keepdim=True, correction=0) + 1e-8)**.5
+    var, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
+    rows = (rows - mean) / (var + 1e-8) ** 0.5
     return F.conv2d(same_pad(x, weight.shape[-1], stride), rows.view_as(weight), stride=stride)
 
 
