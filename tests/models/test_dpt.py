@@ -72,8 +72,9 @@ def test_the_official_size():
     with torch.device("meta"):
         ours, official = DepthEstimator(DPTConfig(), TORCH), official_dpt(DPTConfig())
         assert ours(torch.zeros(1, 3, 384, 576)).shape == (1, 384, 576)
-    shapes = [{name: p.shape for name, p in model.state_dict().items()} for model in (ours, official)]
-    assert shapes[0] == shapes[1]
+    shapes, theirs = ({name: p.shape for name, p in model.state_dict().items()}
+                      for model in (ours, official))
+    assert shapes == theirs
     assert sum(p.numel() for p in ours.parameters()) == 122_377_985
 
 
