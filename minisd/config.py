@@ -73,6 +73,26 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
+class DPTConfig:
+    """The depth estimator, MiDaS 3.0's dpt_hybrid (models/dpt.py)."""
+
+    # The ResNet: the stem's channels, then one entry per stage.
+    embedding_size: int = 64
+    hidden_sizes: tuple[int, int, int] = (256, 512, 1024)
+    depths: tuple[int, int, int] = (3, 4, 9)
+    norm_num_groups: int = 32
+    # The ViT.
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    out_indices: tuple[int, int] = (8, 11)  # the layers, from 0, whose outputs are read
+    image_size: int = 384                   # of training: the positions are a square of this side
+    # What the four maps are joined with.
+    fusion_hidden_size: int = 256
+
+
+@dataclass(frozen=True)
 class ScheduleConfig:
     """How noise was added in training, what the UNet was trained to predict, and how a call samples
     that does not say."""

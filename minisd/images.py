@@ -4,7 +4,9 @@ An image is read once; one that cannot be read is rejected with one sentence.
 """
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Source = str | os.PathLike | Image.Image
+T = TypeVar("T")
 # The EXIF orientations from 2 on, and what turns them upright.
 TURNS: dict[object, Image.Transpose] = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
@@ -30,25 +33,33 @@ def open_image(source: Source) -> Image.Image:
     Raises ImageError for what is no image, is damaged, or has too many pixels (Pillow's limit,
     ``PIL.Image.MAX_IMAGE_PIXELS``); FileNotFoundError for no file; TypeError for anything else.
     """
-    return _open(source, "the image", "white")
+    return _open(source, "the image", partial(_to_rgb, backdrop="white"))
 
 
 def open_mask(source: Source) -> Image.Image:
     """The same over black: light is painted, and what is transparent is not, whatever its colour.
     """
-    return _open(source, "the mask", "black")
+    return _open(source, "the mask", partial(_to_rgb, backdrop="black"))
 
 
-def _open(source: Source, what: str, backdrop: str) -> Image.Image:
+def open_grey(source: Source, what: str) -> np.ndarray:
+    """The same in grey, (H, W), with the numbers that it holds: of 8 or 16 bits, integer or float.
+
+    Raises ImageError for colours too.
+    """
+    return _open(source, what, _grey)
+
+
+def _open(source: Source, what: str, use: Callable[[Image.Image, str | os.PathLike], T]) -> T:
     if isinstance(source, Image.Image):
         with decoding(what):
-            return _to_rgb(given(source), what, backdrop)
+            return use(given(source), what)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"an image is a path or a PIL image, not {type(source).__name__}")
     if is_address(source):
         raise ImageError(f"{str(source)[:80]} is an address: download the image, pass its path")
     with open(source, "rb") as file, decoding(source):
-        return _to_rgb(read(file, decoded), source, backdrop)
+        return use(read(file, decoded), source)
 
 
 def _to_rgb(image: Image.Image, name: str | os.PathLike, backdrop: str) -> Image.Image:
@@ -70,6 +81,16 @@ def _to_rgb(image: Image.Image, name: str | os.PathLike, backdrop: str) -> Image
         raise ImageError(f"{name} has mode {image.mode}, which does not turn into RGB ({error}): "
                          "convert it first") from error
     return image if turn is None else image.transpose(turn)
+
+
+def _grey(image: Image.Image, name: str | os.PathLike) -> np.ndarray:
+    if image.mode.startswith(("I", "F")) and 0 not in image.size:
+        turn = _turn(image)
+        return np.asarray(image if turn is None else image.transpose(turn))
+    levels = np.asarray(_to_rgb(image, name, "black"))
+    if (levels != levels[:, :, :1]).any():
+        raise ImageError(f"{name} has colours: turn it grey first")
+    return levels[:, :, 0]
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

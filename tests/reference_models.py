@@ -6,6 +6,7 @@ Modules have the same names on both sides, so that they can be compared one by o
 import gzip
 from functools import cache
 from importlib import resources
+from unittest.mock import patch
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -13,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from small_models import (  # noqa: F401 - for the tests
     AUTOENCODER,
     DENOISER,
+    DEPTH,
     SMALL,
     SMALL_V,
     SMALL_ZERO,
@@ -24,7 +26,12 @@ from small_models import (  # noqa: F401 - for the tests
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import (
+    BitConfig,
+    CLIPTokenizer,
+    DPTConfig as OfficialDPTConfig,
+    DPTForDepthEstimation,
+)
 
 from bench.models import (
     official_scheduler as published_scheduler,
@@ -32,7 +39,7 @@ from bench.models import (
     official_unet,
     official_vae,
 )
-from minisd.config import ScheduleConfig
+from minisd.config import DPTConfig, ScheduleConfig
 from minisd.pipeline import StableDiffusion
 from minisd.samplers import schedule
 from minisd.samplers.ddim import ddim
@@ -44,6 +51,36 @@ def with_weights(official: nn.Module, ours: nn.Module) -> nn.Module:
     official = official.to(next(ours.parameters()).dtype)  # first: else the copy rounds
     official.load_state_dict(ours.state_dict(), strict=True)
     return official.eval().requires_grad_(False)
+
+
+def official_dpt(config: DPTConfig, **settings) -> DPTForDepthEstimation:
+    """transformers' DPT-hybrid as in depth_estimator/config.json, with the eps of MiDaS."""
+    bit = BitConfig(
+        embedding_size=config.embedding_size, hidden_sizes=list(config.hidden_sizes),
+        depths=list(config.depths), num_groups=config.norm_num_groups, layer_type="bottleneck",
+        global_padding="SAME", embedding_dynamic_padding=True,
+        out_features=["stage1", "stage2", "stage3"])
+    width, side = config.hidden_size, config.image_size // 16
+    return DPTForDepthEstimation(OfficialDPTConfig(**dict(
+        is_hybrid=True, backbone_config=bit, hidden_size=width,
+        intermediate_size=config.intermediate_size, image_size=config.image_size,
+        num_hidden_layers=config.num_hidden_layers, layer_norm_eps=1e-6,
+        num_attention_heads=config.num_attention_heads, reassemble_factors=[1, 1, 1, 0.5],
+        backbone_out_indices=[0, 1, *config.out_indices],
+        neck_hidden_sizes=[*config.hidden_sizes[:2], width, width],
+        fusion_hidden_size=config.fusion_hidden_size,
+        backbone_featmap_shape=[1, config.hidden_sizes[-1], side, side],
+    ) | settings))
+
+
+def official_depth(official: DPTForDepthEstimation, image: Tensor) -> Tensor:
+    """Its depth (B, H, W), also of an image that is no square of its own size, which it refuses."""
+    height, width = image.shape[2:]
+    stage = official.neck.reassemble_stage
+    with patch.object(official.dpt.embeddings, "image_size", (height, width)), patch.object(
+            stage, "forward", lambda maps, *_: type(stage).forward(
+                stage, maps, height // 16, width // 16)):
+        return official(image).predicted_depth
 
 
 def official_scheduler(config: ScheduleConfig) -> DDIMScheduler:

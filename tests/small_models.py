@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minisd.backends import Backend
-from minisd.config import Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from minisd.config import Config, DPTConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from minisd.models.clip import TextEncoder
 from minisd.models.ops import TORCH, Ops
 from minisd.models.unet import UNet
@@ -29,6 +29,11 @@ DENOISER = UNetConfig(
     cross_attention_dim=20, norm_num_groups=4,
 )
 AUTOENCODER = VAEConfig(block_out_channels=(16, 24, 40), norm_num_groups=4)
+DEPTH = DPTConfig(
+    embedding_size=12, hidden_sizes=(32, 64, 96), depths=(1, 2, 2), norm_num_groups=4,
+    hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+    out_indices=(0, 2), image_size=64, fusion_hidden_size=10,
+)
 SMALL = Config("small", TEXT, DENOISER, AUTOENCODER, sample_size=64)
 SMALL_V = replace(
     SMALL,

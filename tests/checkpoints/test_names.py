@@ -1,5 +1,7 @@
 """Official tensors and parameters map one to one."""
 
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +13,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from files import (
     as_single_file,
+    manifest,
     official_modules,
     official_shapes,
     random_modules,
@@ -18,9 +21,10 @@ from files import (
 )
 from reference_models import SMALL, SMALL_V
 
-from minisd.checkpoints import names
-from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT
+from minisd.checkpoints import names, names_depth
+from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, DPTConfig
 from minisd.models.clip import TextEncoder
+from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import TORCH
 from minisd.models.unet import UNet
 from minisd.models.vae import VAE
@@ -69,6 +73,24 @@ def test_single_file_is_a_bijection_onto_the_official_models(config):
                     shape = shape[:2]  # a 1x1 convolution there, a linear layer here
                 found[parameter] = (shape[0] // stacked, *shape[1:])
         assert found == shapes(modules[part])
+
+
+def test_the_depth_estimator_is_a_bijection_too():
+    """But for timm's classifier. That each name means its tensor: tests/models/test_dpt.py."""
+    with torch.device("meta"):
+        module = DepthEstimator(DPTConfig(), TORCH)
+    rows, found, dropped = names_depth.depth(DPTConfig()), {}, 0
+    official = {f"depth_model.model.{name}": shape for name, shape in manifest("depth").items()}
+    for name, shape in official.items():
+        if re.fullmatch(names_depth.DROPPED, name):
+            assert name not in rows
+            dropped += math.prod(shape)
+            continue
+        for parameter in rows[name]:
+            assert parameter not in found
+            found[parameter] = (shape[0] // len(rows[name]), *shape[1:])
+    assert found == shapes(module)
+    assert (len(official), len(found), dropped) == (368, 414, 769_000)
 
 
 @OFFICIAL

@@ -36,6 +36,7 @@ ARROWS = {
     "models": {"config"},
     "samplers": {"config"},
     "text": set(),
+    "depth_maps": {"images"},
     "images": {"errors", "files", "image_files"},
     "image_files": {"errors"},
     "files": set(),

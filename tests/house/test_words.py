@@ -22,6 +22,8 @@ WORDS = {
     "byte pair encoding": "text/tokenizer",
     "causal self-attention": "models/clip",
     "group normalization": "models/ops",
+    "relative inverse depth": "models/dpt",
+    "weight standardization": "models/bit",
 }
 PAPERS = sorted({*WORDS.values(), "samplers/ddim"})
 

@@ -8,12 +8,15 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from operator import attrgetter
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import midas
 import numpy as np
 import official_samplers
 import torch
 from diffusers import (
+    StableDiffusionDepth2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -23,9 +26,12 @@ from PIL import Image
 from reference_models import (
     AUTOENCODER,
     DENOISER,
+    DEPTH,
     SMALL,
     TEXT,
     error,
+    official_depth,
+    official_dpt,
     official_pipeline,
     official_scheduler,
     official_text_encoder,
@@ -38,10 +44,16 @@ from reference_models import (
     small_model,
     with_weights,
 )
+from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 
 from minisd import conditioning, pipeline, request as request_file
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
-from minisd.models import clip as clip_file, unet as unet_file, vae as vae_file
+from minisd.models import (
+    clip as clip_file,
+    dpt as dpt_file,
+    unet as unet_file,
+    vae as vae_file,
+)
 from minisd.models.ops import TORCH
 from minisd.samplers import ddim as ddim_file, schedule as schedule_file
 
@@ -122,6 +134,65 @@ def vae(module):
     for logvar in (-1000.0, 1000.0):  # far past where it is clamped
         ours.quant_conv.bias[4:] = logvar
         errors.append(error(ours.moments(image)[1], torch.full_like(noise, logvar).clamp(-30, 20)))
+    return max(errors)
+
+
+@cache
+def dpt_case():
+    """Small tokens, for which eps counts; and depths of which some are below 0 before the ReLU."""
+    ours = randomise(dpt_file.DepthEstimator(DEPTH, TORCH))
+    parts = ours.dpt.embeddings
+    for p in (*parts.projection.parameters(), parts.position_embeddings, parts.cls_token):
+        p.mul_(0.01)
+    official, image = with_weights(official_dpt(DEPTH), ours), randn(2, 3, 64, 96).tanh()
+    ours.head["head"][4].bias -= ours(image).median()
+    official.load_state_dict(ours.state_dict())
+    return official, image
+
+
+def dpt(module):
+    official, image = dpt_case()
+    ours = module.DepthEstimator(DEPTH, TORCH).double()
+    ours.load_state_dict(official.state_dict())
+    return error(ours(image), official_depth(official, image))
+
+
+def bit(module):
+    with patch.object(dpt_file, "ResNet", module.ResNet):
+        return dpt(dpt_file)
+
+
+def names_depth(module):
+    """The depth of a single file, by MiDaS, and of what its names make of it."""
+    official, image = dpt_case()
+    tensors = dict(official.state_dict())
+    stacked = {name: torch.cat([tensors[p] for p in parameters])
+               for name, parameters in module.depth(DEPTH).items() if parameters[0] in tensors}
+    return error(midas.depth(stacked, image, DEPTH), official_depth(official, image))
+
+
+def depth_config(module):
+    ours = module.DPTConfig()
+    return (ours.num_attention_heads, ours.norm_num_groups, ours.out_indices) != (12, 32, (8, 11))
+
+
+def depth(module):
+    maps = torch.stack([randn(9, 14), 1e3 + 5 * randn(9, 14, seed=1)])
+    theirs = StableDiffusionDepth2ImgPipeline.prepare_depth_map(
+        SimpleNamespace(vae_scale_factor=8), randn(1, 3, 48, 40), maps, 2, False, maps.dtype, "cpu")
+    return error(module.normalised(maps, (6, 5)), theirs)
+
+
+def depth_maps(module):
+    """transformers' preprocessing, told to keep the aspect as MiDaS does."""
+    official = DPTImageProcessorPil(
+        size={"height": 384, "width": 384}, keep_aspect_ratio=True, ensure_multiple_of=32,
+        resample=Image.Resampling.BICUBIC, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    errors = []
+    for size in ((640, 480), (65, 200), (1000, 300), (256, 768), (400, 384)):
+        image = DRAWING.resize(size)
+        ours, theirs = module.prepared(image), official(image, return_tensors="pt").pixel_values
+        errors.append(error(ours, theirs) if ours.shape == theirs.shape else 1.0)
     return max(errors)
 
 

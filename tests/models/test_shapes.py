@@ -20,8 +20,11 @@ from PIL import Image
 from reference_models import SMALL, randn, small_model
 
 import minisd
-from minisd.config import SD1, SD2
+from minisd.conditioning.depth import normalised
+from minisd.config import SD1, SD2, DPTConfig
+from minisd.depth_maps import open_depth_map, prepared
 from minisd.models.clip import TextEncoder
+from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import REFERENCE, TORCH
 from minisd.models.unet import UNet, guidance_embedding
 from minisd.models.vae import VAE
@@ -29,9 +32,11 @@ from minisd.models.vae import VAE
 MINISD = Path(minisd.__file__).parent
 # The files; and the letters for height and width of an argument x, where nothing binds them later.
 MODELS = {MINISD / f"models/{name}.py": letters for name, letters in {
-    "ops": "", "clip": "", "transformer": "hw", "unet": "hw", "vae": "HW"}.items()}
+    "ops": "", "clip": "", "transformer": "hw", "unet": "hw", "vae": "HW", "bit": "HW",
+    "dpt": ""}.items()}
 LOOP = {MINISD / f"{name}.py": "" for name in (
-    "pipeline", "steps", "conditioning/start", "conditioning/inpaint", "text/tokenizer")}
+    "pipeline", "steps", "conditioning/start", "conditioning/inpaint", "text/tokenizer",
+    "depth_maps", "conditioning/depth")}
 
 
 class Line(NamedTuple):
@@ -142,6 +147,7 @@ def test_the_models():
         unet = UNet(replace(SD1.unet, time_cond_proj_dim=256), TORCH)
         context = torch.zeros(2, 77, SD1.text.hidden_size)
         calls.append((unet, x, ids[:, 0], context, torch.zeros(2, 256)))
+        calls.append((DepthEstimator(DPTConfig(), TORCH), torch.zeros(2, 3, 384, 512)))
     calls.append((guidance_embedding, 7.5, 256))
     image = torch.zeros(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
     calls.append((TORCH.group_norm_silu, image, torch.ones(8), torch.zeros(8), 4, 1e-5, True))
@@ -167,6 +173,9 @@ def test_the_loop():
         model(["a heart", "a boat"], output_type="np", guidance_scale=1.0, **call)
         with pytest.raises(ArithmeticError):
             broken("a heart", **call)
+        prepared(grey["image"])
+        open_depth_map(grey["mask_image"])
+        normalised(open_depth_map(randn(2, 1, 5, 7)), (3, 4))
 
     assert trace(LOOP, run) == []
 
