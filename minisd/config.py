@@ -8,14 +8,26 @@ same models in diffusers layout, whose field names these are.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
-# The kinds of model: the channels that the UNet reads after those of x, of a latent's n channels.
-KINDS: dict[str, Callable[[int], int]] = {
-    "text to image": lambda n: 0,
-    "inpainting": lambda n: 1 + n,  # the mask, and the latent of the masked image
+
+class Kind(NamedTuple):
+    """What the UNet of a kind of model is told beside x, t and the prompt."""
+
+    extra: Callable[[int], int]  # the channels that it reads after those of x, a latent's n
+    classes: str = ""            # the field of UNetConfig that says what a class is, if it has any
+
+
+KINDS = {
+    "text to image": Kind(lambda n: 0),
+    "inpainting": Kind(lambda n: 1 + n),  # the mask, and the latent of the masked image
+    "depth": Kind(lambda n: 1),
+    # The small image in colours, and how much noise was added to it.
+    "upscaling": Kind(lambda n: 3, "num_class_embeds"),
 }
+CLASSES = ("num_class_embeds", "projection_class_embeddings_input_dim")
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,8 @@ class VAEConfig:
     norm_num_groups: int = 32
     # Makes the latents of the training set have about unit variance (v1-inference.yaml).
     scaling_factor: float = 0.18215
+    # Whether its decoder overflows in float16.
+    force_float32: bool = False
 
     @property
     def downscale(self) -> int:
@@ -119,13 +133,18 @@ class Config:
     # What a call uses that does not say; diffusers has the same for all of these models.
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    # The noise that is added to what an upscaler is shown: how, and how much of it at most.
+    low_res_schedule: ScheduleConfig | None = None
+    noise_level: int = 0
+    max_noise_level: int = 0
 
     @property
     def kind(self) -> str:
-        """Which of KINDS it is, by the channels that its UNet reads; "" if it is none."""
+        """Which of KINDS it is, by what its UNet is told; "" if it is none."""
         n = self.vae.latent_channels
-        reads = self.unet.in_channels - n
-        return next((kind for kind, extra in KINDS.items() if extra(n) == reads), "")
+        classes = next((name for name in CLASSES if getattr(self.unet, name) is not None), "")
+        told = (self.unet.in_channels - n, classes)
+        return next((kind for kind, row in KINDS.items() if (row.extra(n), row[1]) == told), "")
 
 
 SD1 = Config("Stable Diffusion 1")
@@ -167,4 +186,27 @@ SD1_INPAINT = replace(
 )
 SD2_INPAINT = replace(
     SD2, name="Stable Diffusion 2 inpainting", unet=replace(SD2.unet, in_channels=9)
+)
+
+SD2_DEPTH = replace(SD2, name="Stable Diffusion 2 depth", unet=replace(SD2.unet, in_channels=5))
+
+# Stability-AI/stablediffusion, x4-upscaling.yaml. Its latents are a quarter of the image's side.
+X4_SCHEDULE = ScheduleConfig(beta_start=0.0001, beta_end=0.02, prediction_type="v_prediction")
+X4_UPSCALER = Config(
+    "Stable Diffusion x4 upscaler",
+    text=SD2.text,
+    unet=UNetConfig(
+        in_channels=7, block_out_channels=(256, 512, 512, 1024),
+        has_attention=(False, True, True, True), cross_attention_dim=1024,
+        use_linear_projection=True, only_cross_attention=(True, True, True, False),
+        num_class_embeds=1000,
+    ),
+    vae=VAEConfig(
+        block_out_channels=(128, 256, 512), scaling_factor=0.08333, force_float32=True),
+    schedule=X4_SCHEDULE,
+    low_res_schedule=X4_SCHEDULE,
+    noise_level=20,
+    max_noise_level=350,
+    num_inference_steps=75,
+    guidance_scale=9.0,
 )

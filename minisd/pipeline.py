@@ -37,7 +37,7 @@ from minisd.models.unet import UNet, guidance_embedding
 from minisd.models.vae import VAE
 from minisd.output import Output, Step
 from minisd.progress import counted
-from minisd.request import Callback, Picture, Plan, Prompts, Request
+from minisd.request import Callback, Maps, Picture, Plan, Prompts, Request
 from minisd.steps import Steps, first_state
 from minisd.text.tokenizer import Tokenizer
 
@@ -66,6 +66,7 @@ class StableDiffusion:
         latents: Tensor | None = None, prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         image: Picture = None, mask_image: Picture = None, strength: float | None = None,
+        depth_map: Maps = None, noise_level: int | None = None,
         output_type: str = "pil", callback_on_step_end: Callback | None = None,
         progress: bool | None = None,
     ) -> Output:
@@ -95,6 +96,11 @@ class StableDiffusion:
         (strength 1); an inpainting model decodes the rest anew too. Both are resized to height and
         width. A mask that repaints nothing, as it is thinner than a latent's cell, is warned of.
 
+        ``depth_map``, for a depth model: how near what is drawn is, larger is nearer, in any range
+        and size: a path, an image in grey, or an array or a tensor of one map or of one for each
+        image; alone, or with an ``image`` to start from. An upscaling model makes ``image`` 4 times
+        as wide and high; ``noise_level``, 0 to 350, is how much of its detail may be redrawn (20).
+
         ``callback_on_step_end(sd, step, t, {"latents": x})`` may return {"latents": another x}.
         ``progress``: whether to draw a bar; None draws one on a terminal only.
         Raises TypeError or ValueError for a bad argument and ImageError for a bad image, before
@@ -119,7 +125,7 @@ class StableDiffusion:
         r = asked.plan(self.config)
         for sentence in r.warnings:
             warn(sentence)
-        memory.check(r, self.dtype, self.device, self.vae, encodes=r.image is not None,
+        memory.check(r, self.dtype, self.device, self.vae, encodes=r.strength is not None,
                      decodes=r.output_type != "latent",
                      stores_scores=self.backend.ops.attention is REFERENCE.attention)
         return r
@@ -134,12 +140,6 @@ class StableDiffusion:
         # Half-precision models still add up their steps in float32.
         dtype = torch.promote_types(self.dtype, torch.float32)
         like = torch.empty(1, *r.shape[1:], dtype=dtype, device=self.device)
-        pixels = mask = None
-        if r.image is not None:
-            pixels = images.to_tensor(r.image, r.width, r.height).to(like)   # (1, 3, H, W)
-        if r.mask_image is not None:
-            mask = images.mask_to_tensor(r.mask_image, r.width, r.height).to(like)
-
         context = self._context(r.prompts, r.prompt_embeds)                  # (prompts, 77, D)
         context = context.repeat_interleave(r.num_images_per_prompt, dim=0)  # (B, 77, D)
         if r.guided:  # classifier-free guidance needs both, see steps.py
@@ -148,10 +148,11 @@ class StableDiffusion:
             context = torch.cat([uncond, context])                           # (2B, 77, D)
         _finite(context, "the text encoder")
         noise = Noise(r.generators, like)
-        x, extra, keep = start(Given(r, pixels, mask, noise, self._encode))
+        x, extra, keep, class_vector = start(Given(r, noise, self._encode))
         readable = Steps(
             self.unet, context, extra, r.sampler, self.config.schedule.prediction_type,
-            r.guidance_scale if r.guided else 1.0, r.guidance_rescale, self._told(r))
+            r.guidance_scale if r.guided else 1.0, r.guidance_rescale,
+            self._told(r, class_vector))
         steps: Callable[..., Tensor] = readable
         if fused := self._fused():
             steps = fused.steps(readable)
@@ -173,12 +174,12 @@ class StableDiffusion:
     def _output(self, r: Plan, x: Tensor, keep: Keep | None) -> Output:
         return Output(self._images(x, keep, r.output_type), r.seeds, r.settings())
 
-    def _told(self, r: Plan) -> dict[str, Tensor]:
+    def _told(self, r: Plan, class_vector: Tensor | None) -> dict[str, Tensor]:
         """What the UNet is told besides x, t and the context."""
-        width = self.config.unet.time_cond_proj_dim
-        if width is None:
-            return {}
-        return {"timestep_cond": guidance_embedding(r.guidance_scale, width).to(self.device)}
+        told = {} if class_vector is None else {"class_vector": class_vector}
+        if (width := self.config.unet.time_cond_proj_dim) is not None:
+            told["timestep_cond"] = guidance_embedding(r.guidance_scale, width).to(self.device)
+        return told
 
     @property
     def parts(self) -> dict[str, nn.Module]:

@@ -3,17 +3,18 @@
 checks.py has the checks of single values.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from minisd import checks
+from minisd import checks, tasks
 from minisd.config import Config
+from minisd.depth_maps import open_depth_map
 from minisd.images import open_image, open_mask
 from minisd.samplers import SAMPLERS, Named, schedule
 from minisd.samplers.sampler import Sampler
@@ -23,16 +24,9 @@ from minisd.seeds import generators_of, known_seeds
 from minisd.text.tokenizer import check_texts
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
-# How much of the way is walked again unless said: without a mask, and with one.
-DEFAULT_STRENGTH = (0.8, 1.0)
-# What a kind of model (config.KINDS) cannot do without.
-NEEDS = {"inpainting": ("image", "mask_image")}
-OPTIONS = {"image": "--image", "mask_image": "--mask"}  # what the command line calls them
-# Without a size an image keeps its own, up to the area of this many times the side that the model
-# was trained on; a larger one is scaled down, because a model draws nothing sensible far from that.
-LARGEST_UNASKED = 2.5
 Prompts = str | list[str] | None
 Picture = Image | str | PathLike | None
+Maps = Picture | np.ndarray | Tensor
 # (sd, index of the step, timestep, {"latents": x}) -> None, or {"latents": another x}.
 Callback = Callable[..., dict[str, Tensor] | None]
 
@@ -64,6 +58,8 @@ class Request:
     image: Picture = None
     mask_image: Picture = None
     strength: float | None = None
+    depth_map: Maps = None
+    noise_level: int | None = None
     output_type: str = "pil"
     callback_on_step_end: Callback | None = None
     progress: bool | None = None
@@ -82,10 +78,16 @@ class Request:
         row = SAMPLERS[chosen.sampler]
         ladder = row.ladder(
             chosen.spacing, steps, schedule.alphas_cumprod(config.schedule).tolist())
+        tasks.check(config, {name for name in tasks.OPTIONS if getattr(self, name) is not None})
+        noise_level = tasks.noise_level(self.noise_level, config)
         image = None if self.image is None else open_image(self.image)
-        height, width = _size(self.height, self.width, config, image)
-        strength, left = _strength(self.strength, steps, image, self.mask_image)
-        _task(config, image, self.mask_image, self.latents, strength)
+        depth_map = _depth_maps(self.depth_map, count, count * copies)
+        maps = None if depth_map is None else tasks.Sides(*depth_map.shape[1:])
+        height, width = tasks.size(self.height, self.width, config, image or maps)
+        begins = image is not None and "strength" in tasks.takes(config).arguments
+        strength, left = tasks.strength(
+            self.strength, steps, begins, self.mask_image is not None)
+        _start(self.latents, begins, self.mask_image is not None, strength)
         mask_image = None if self.mask_image is None else open_mask(self.mask_image)
         ladder = replace(ladder, levels=ladder.levels[-left - 1 :])
         generators = generators_of(count * copies, self.seed, self.generator)
@@ -102,7 +104,8 @@ class Request:
             guided=guidance_scale != 1.0 and config.unet.time_cond_proj_dim is None,
             guidance_scale=guidance_scale, guidance_rescale=rescale, chosen=chosen, ladder=ladder,
             sampler=sampler_on(ladder, chosen, config), strength=strength, image=image,
-            mask_image=mask_image, generators=generators,
+            mask_image=mask_image, depth_map=depth_map, noise_level=noise_level,
+            generators=generators,
             seeds=known_seeds(generators) if self.latents is None else [None] * len(generators),
             latents=None if self.latents is None else _check_latents(self.latents, shape),
             prompt_embeds=self.prompt_embeds, negative_prompt_embeds=self.negative_prompt_embeds,
@@ -155,6 +158,8 @@ class Plan:
     strength: float | None
     image: Image | None
     mask_image: Image | None
+    depth_map: Tensor | None     # (1 or B, H, W)
+    noise_level: int | None
     generators: list[torch.Generator]
     seeds: list[int | None]      # None where a seed alone does not make the image again
     latents: Tensor | None
@@ -173,7 +178,7 @@ class Plan:
             "width": self.width, "height": self.height,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale, "guidance_rescale": self.guidance_rescale,
-            **self.chosen._asdict(), "strength": self.strength,
+            **self.chosen._asdict(), "strength": self.strength, "noise_level": self.noise_level,
             "model": self.config.name, "prediction_type": self.config.schedule.prediction_type,
         }
         return [
@@ -188,65 +193,21 @@ def _or(value: object, default: object) -> object:
     return default if value is None else value
 
 
-def _strength(value: object, steps: int, image: object, mask: object) -> tuple[float | None, int]:
-    """The strength in (0, 1], or None without an image; and how many steps are to be done."""
-    if image is None:
-        if value is not None:
-            raise ValueError("strength needs the image that it is about")
-        return None, steps
-    share = checks.real("strength", _or(value, DEFAULT_STRENGTH[mask is not None]), 0, 1)
-    left = int(share * steps)  # truncated, as the official scripts do: 0.75 of 50 is 37
-    if left == 0:
-        raise ValueError(f"strength {share:g} of {steps} steps leaves none to do: "
-                         "strength times steps must be at least 1")
-    return share, left
-
-
-def _task(
-    config: Config, image: object, mask: object, latents: object, strength: float | None
-) -> None:
-    """Reject images, masks and latents that do not go together, or not with the model."""
-    if mask is not None and image is None:
-        raise ValueError("mask_image needs the image that it is the mask of")
-    needs = NEEDS.get(config.kind, ())
-    if ("image" in needs and image is None) or ("mask_image" in needs and mask is None):
-        options = ", ".join(OPTIONS[name] for name in needs)
-        raise ValueError(f"this is an {config.kind} model: give it {' and '.join(needs)} "
-                         f"({options})")
-    if latents is not None and image is not None and (mask is None or strength != 1):
-        raise ValueError("give either image or latents to start from, not both")
-
-
-def _size(height: object, width: object, config: Config, image: Image | None) -> tuple[int, int]:
-    """Height and width in pixels; what is not given keeps the proportions of the image."""
-    f, usual = config.vae.downscale, config.sample_size
-    if image is None or (height is not None and width is not None):
-        return checks.side("height", height, f, usual), checks.side("width", width, f, usual)
-    if height is not None:
-        scale = checks.side("height", height, f, usual) / image.height
-    elif width is not None:
-        scale = checks.side("width", width, f, usual) / image.width
-    else:
-        scale = min(1.0, LARGEST_UNASKED * usual / math.sqrt(image.height * image.width))
-
-    def scaled(name: str, pixels: int) -> int:
-        return checks.side(name, max(round(scale * pixels / f), 1) * f, f, usual)
-
-    return scaled("height", image.height), scaled("width", image.width)
-
-
 def _prompts(r: Request, config: Config) -> tuple[int, list[str] | None, list[str] | None]:
     """How many prompts there are, and their texts: None where embeddings are given instead."""
     shape = (config.text.max_position_embeddings, config.text.hidden_size)
     count = _embeddings("prompt_embeds", r.prompt_embeds, shape)
     there = _embeddings("negative_prompt_embeds", r.negative_prompt_embeds, shape)
-    if (r.prompt is None) == (count is None):
+    texts = r.prompt
+    if texts is None and count is None and not tasks.takes(config).prompt:
+        texts = ""
+    if (texts is None) == (count is None):
         raise ValueError("give either prompt or prompt_embeds")
     if there is not None and r.negative_prompt:
         raise ValueError("give either negative_prompt or negative_prompt_embeds")
     prompts = negative_prompts = None
     if count is None:
-        prompts = check_texts("prompt", r.prompt)
+        prompts = check_texts("prompt", texts)
         count = len(prompts)
     if there is None:
         negative_prompts = check_texts("negative_prompt", _or(r.negative_prompt, ""))
@@ -270,6 +231,21 @@ def _embeddings(name: str, value: object, shape: tuple[int, int]) -> int | None:
     if not value.isfinite().all():
         raise ValueError(f"{name} holds values that are not finite")
     return len(value)
+
+
+def _start(latents: object, has_image: bool, has_mask: bool, strength: float | None) -> None:
+    if latents is not None and has_image and (not has_mask or strength != 1):
+        raise ValueError("give either image or latents to start from, not both")
+
+
+def _depth_maps(value: object, count: int, images: int) -> Tensor | None:
+    """Depth maps (1 or B, H, W), for B images of so many prompts."""
+    if value is None:
+        return None
+    maps = open_depth_map(value)  # type: ignore[arg-type]
+    if len(maps) not in (1, count, images):
+        raise ValueError(f"there are {images} images but {len(maps)} depth maps")
+    return maps if len(maps) == 1 else maps.repeat_interleave(images // len(maps), dim=0)
 
 
 def _check_latents(value: object, shape: tuple[int, ...]) -> Tensor:

@@ -172,7 +172,7 @@ def _groups(file: JsonFile, widths: tuple[int, ...]) -> int:
 
 def _check_fit(folder: Path, text: TextConfig, unet: UNetConfig, vae: VAEConfig) -> None:
     latent = vae.latent_channels
-    inputs = [latent + extra(latent) for extra in KINDS.values()]
+    inputs = sorted({latent + kind.extra(latent) for kind in KINDS.values()})
     if unet.cross_attention_dim != text.hidden_size:
         widths = f"{unet.cross_attention_dim} wide, but the text encoder's are {text.hidden_size}"
         fault = f"reads contexts {widths}"

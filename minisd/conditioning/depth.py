@@ -6,6 +6,17 @@ B maps, H W height and width of a map, h w of the latent
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd.conditioning.start import Given, Start, image_to_image, text_to_image
+
+
+def start(given: Given) -> Start:
+    """From noise, or from an image, with the depth of each cell beside."""
+    plan, (_, _, h, w) = given.plan, given.plan.shape
+    assert plan.depth_map is not None
+    begun = text_to_image(given) if plan.image is None else image_to_image(given)
+    cells = normalised(plan.depth_map, (h, w)).to(begun.x)           # (1 or B, 1, h, w)
+    return begun._replace(extra=cells.expand(len(begun.x), -1, -1, -1))
+
 
 def normalised(depth: Tensor, size: tuple[int, int]) -> Tensor:
     """Relative inverse depth (B, H, W), in any range -> (B, 1, h, w) in [-1, 1], size being (h, w).

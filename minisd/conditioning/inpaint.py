@@ -45,8 +45,9 @@ class MaskBlending:
         return (1 - self.mask) * self.image + self.mask * image
 
 
-def by_blending(given: Given, image: Tensor, mask: Tensor) -> Start:
+def by_blending(given: Given) -> Start:
     """With a model that knows no masks."""
+    image, mask = given.image, given.mask
     x0 = given.encode(image, given.noise.draw())                             # (B, 4, h, w)
     eps = given.x_T()                                                        # (B, 4, h, w)
     x = eps if given.plan.strength == 1.0 else noised(given, x0, eps)
@@ -54,8 +55,9 @@ def by_blending(given: Given, image: Tensor, mask: Tensor) -> Start:
     return Start(x, keep=MaskBlending(image, mask, x0, eps))
 
 
-def by_channels(given: Given, image: Tensor, mask: Tensor) -> Start:
+def by_channels(given: Given) -> Start:
     """With a model trained for it: the UNet also reads the mask and the masked image's latent."""
+    image, mask = given.image, given.mask
     if given.plan.strength == 1.0:
         x = given.x_T()                                                      # (B, 4, h, w)
     else:

@@ -8,11 +8,13 @@ B images, H W height and width in pixels, h w of the latent
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from minisd import images
 from minisd.request import Plan
 from minisd.samplers import schedule
 
@@ -28,22 +30,34 @@ class Noise:
     generators: list[torch.Generator]
     like: Tensor  # (1, 4, h, w): the size, device and dtype wanted
 
-    def draw(self) -> Tensor:
-        """Standard normal numbers (B, 4, h, w)."""
-        shape = self.like.shape[1:]
-        drawn = [torch.randn(shape, generator=g, device=g.device, dtype=torch.float32)
-                 for g in self.generators]
+    def draw(self, *shape: int) -> Tensor:
+        """Standard normal numbers (B, 4, h, w), or (B, *shape)."""
+        drawn = [torch.randn(shape or self.like.shape[1:], generator=g, device=g.device,
+                             dtype=torch.float32) for g in self.generators]
         return torch.stack([noise.to(self.like) for noise in drawn])         # (B, 4, h, w)
 
 
-class Given(NamedTuple):
+@dataclass(frozen=True)
+class Given:
     """What a start is made of."""
 
     plan: Plan
-    image: Tensor | None                          # (1, 3, H, W) in [-1, 1]
-    mask: Tensor | None                           # (1, 1, H, W): 1, repaint; 0, keep
     noise: Noise
-    encode: Callable[[Tensor, Tensor], Tensor]    # (image, noise) -> latents (B, 4, h, w)
+    encode: Callable[[Tensor, Tensor], Tensor]  # (image, noise) -> latents (B, 4, h, w)
+
+    @cached_property
+    def image(self) -> Tensor:
+        """The image at the size of the call, (1, 3, H, W) in [-1, 1]."""
+        assert self.plan.image is not None
+        return images.to_tensor(
+            self.plan.image, self.plan.width, self.plan.height).to(self.noise.like)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """The mask at that size, (1, 1, H, W): 1, repaint; 0, keep."""
+        assert self.plan.mask_image is not None
+        return images.mask_to_tensor(
+            self.plan.mask_image, self.plan.width, self.plan.height).to(self.noise.like)
 
     def x_T(self) -> Tensor:
         """Pure noise (B, 4, h, w): drawn, or the caller's own."""
@@ -67,6 +81,7 @@ class Start(NamedTuple):
     x: Tensor                      # (B, 4, h, w)
     extra: Tensor | None = None    # (B, C, h, w), channels that the UNet reads after those of x
     keep: Keep | None = None
+    class_vector: Tensor | None = None  # (M, ...), M = 2B with guidance
 
 
 # The order of the draws is that of diffusers, so that a seed means the same image.
@@ -77,10 +92,10 @@ def text_to_image(given: Given) -> Start:
     return Start(given.x_T())
 
 
-def image_to_image(given: Given, image: Tensor) -> Start:
+def image_to_image(given: Given) -> Start:
     """SDEdit (Meng et al. 2021, https://arxiv.org/abs/2108.01073): add noise to the image's latent,
     up to the first timestep that is visited, and denoise from there."""
-    x0 = given.encode(image, given.noise.draw())                             # (B, 4, h, w)
+    x0 = given.encode(given.image, given.noise.draw())                       # (B, 4, h, w)
     return Start(noised(given, x0, given.x_T()))
 
 

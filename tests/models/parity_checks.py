@@ -388,7 +388,7 @@ def loop(task):
                 for name, kind in INPAINTS.items():
                     if hasattr(module, name):
                         patched.enter_context(
-                            patch.dict(conditioning.INPAINTS, {kind: getattr(module, name)}))
+                            patch.dict(conditioning.STARTS, {kind: getattr(module, name)}))
                 ours = sd(PROMPTS, seed=0, **CALL, **TASKS[task][2]).images
             errors.append(error(ours, official_latents(task, model)))
         return max(errors)
