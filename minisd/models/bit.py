@@ -4,7 +4,7 @@ A ResNet-50 without its last stage, in the version of "Big Transfer": GroupNorm 
 norm, and standardised weights. Its last output becomes the tokens of the transformer in dpt.py.
 
 Source: Kolesnikov et al. 2019, https://arxiv.org/abs/1912.11370 (BiT); timm's
-vit_base_resnet50_384, in which MiDaS was trained. Parameters have the names of transformers.
+vit_base_resnet50_384, on which MiDaS is built. Parameters have the names of transformers.
 
 B batch, H W height and width of the image
 """
@@ -77,7 +77,7 @@ class Shortcut(nn.Module):
 class Bottleneck(nn.Module):
     """A residual block: 1x1 to a quarter of the channels, 3x3 with the stride, 1x1 back.
 
-    The norms follow the convolutions, and the last ReLU the sum, though BiT itself has them before.
+    Each norm follows its convolution, and a ReLU ends the block: not as in BiT, where they precede.
     """
 
     def __init__(self, c_in: int, c_out: int, stride: int, groups: int, ops: Ops):

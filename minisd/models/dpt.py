@@ -181,9 +181,9 @@ class Fuse(nn.Module):
         self.upsample = upsample()
         self.projection = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, map: Tensor | None = None) -> Tensor:
-        # The smallest map comes as x: its residual_layer1 is in the official files, but never used.
-        x = x if map is None else x + self.residual_layer1(map)
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        # The smallest map is x itself: its residual_layer1 is in the official files, and not used.
+        x = x if skip is None else x + self.residual_layer1(skip)
         return self.projection(self.upsample(self.residual_layer2(x)))
 
 
@@ -197,8 +197,8 @@ class FusionStage(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         *larger, smallest = maps
         x = self.layers[0](smallest)
-        for layer, map in zip(self.layers[1:], reversed(larger)):
-            x = layer(x, map)
+        for layer, skip in zip(self.layers[1:], reversed(larger)):
+            x = layer(x, skip)
         return x
 
 
@@ -217,11 +217,14 @@ class Neck(nn.Module):
 
     def forward(self, early: list[Tensor], late: list[Tensor], h: int, w: int) -> Tensor:
         maps = early + [self.reassemble_stage(2 + i, x, h, w) for i, x in enumerate(late)]
-        return self.fusion_stage([conv(map) for conv, map in zip(self.convs, maps)])
+        return self.fusion_stage([conv(x) for conv, x in zip(self.convs, maps)])
 
 
 class DepthEstimator(nn.Module):
-    """The whole network. It takes any float dtype and device, works in its own, and gives back."""
+    """The whole network.
+
+    It takes any float dtype and any device, works in its own, and answers in the given.
+    """
 
     def __init__(self, config: DPTConfig, ops: Ops):
         super().__init__()
@@ -237,7 +240,7 @@ class DepthEstimator(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Relative inverse depth (B, H, W), 0 or more, of an image (B, 3, H, W) in [-1, 1].
 
-        ValueError where a side is not a multiple of 32: the smallest map has one cell of 32 pixels.
+        ValueError where a side is not a multiple of 32, a cell's side in the smallest map.
         """
         height, width = image.shape[2:]
         if height % (2 * PATCH) or width % (2 * PATCH):

@@ -249,7 +249,7 @@ TRAPS = [
     Trap("models.dpt", "x + self.convolution2(F.relu(self.convolution1(F.relu(x))))",
          "F.relu(x) + self.convolution2(F.relu(self.convolution1(F.relu(x))))",
          "x itself is added: an in-place ReLU before the convolution would change it"),
-    Trap("models.dpt", "= x if map is None else", "= self.residual_layer1(x) if map is None else",
+    Trap("models.dpt", "x = x if skip", "x = self.residual_layer1(x) if skip",
          "the smallest map skips the first unit, whose weights are in the file"),
     Trap("models.dpt", "nn.Conv2d(HEAD_WIDTH, 1, 1), nn.ReLU(),", "nn.Conv2d(HEAD_WIDTH, 1, 1),",
          "no depth is below 0"),
