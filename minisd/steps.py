@@ -62,7 +62,7 @@ class Steps:
         inputs = x if self.extra is None else torch.cat([x, self.extra], dim=1)
         # Guidance compares what the UNet says with the prompt and with the negative prompt, which
         # may be empty. Both go through it side by side, so the batch is twice as large.
-        inputs = inputs.repeat(len(self.context) // len(x), 1, 1, 1)         # (M, 4 or 9, h, w)
+        inputs = inputs.repeat(len(self.context) // len(x), 1, 1, 1)         # (M, ..., h, w)
         # A fraction of a timestep needs its digits; Apple's GPUs have no float64.
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         times = torch.full((len(inputs),), t, dtype=wide, device=x.device)

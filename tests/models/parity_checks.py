@@ -302,15 +302,14 @@ def timesteps(levels):
     return torch.tensor([level.t for level in levels])
 
 
-def request(module):
+def tasks(module):
     official = official_pipeline(StableDiffusionImg2ImgPipeline, small_model(SMALL))
     errors = []
     for steps, strength in itertools.product((10, 30, 50), (0.1, 0.25, 0.55, 0.75, 0.85, 1.0)):
-        ours = module.Request(prompt="", image=DRAWING, num_inference_steps=steps,
-                              strength=strength).plan(SMALL)
+        _, ours = module.strength(strength, steps, True, False)
         official.scheduler.set_timesteps(steps)
         theirs, _ = official.get_timesteps(steps, strength, "cpu")
-        errors.append(abs(ours.ladder.steps - len(theirs)))
+        errors.append(abs(ours - len(theirs)))
     return max(errors)
 
 

@@ -21,7 +21,7 @@ from reference_models import SMALL, randn, small_model
 
 import minisd
 from minisd.conditioning.depth import normalised
-from minisd.config import SD1, SD2, DPTConfig
+from minisd.config import SD1, SD2, X4_SCHEDULE, DPTConfig
 from minisd.depth_maps import open_depth_map, prepared
 from minisd.models.clip import TextEncoder
 from minisd.models.dpt import DepthEstimator
@@ -36,7 +36,8 @@ MODELS = {MINISD / f"models/{name}.py": letters for name, letters in {
     "dpt": ""}.items()}
 LOOP = {MINISD / f"{name}.py": "" for name in (
     "pipeline", "steps", "conditioning/start", "conditioning/inpaint", "text/tokenizer",
-    "depth_maps", "conditioning/depth")}
+    "depth_maps", "conditioning/depth",
+    "conditioning/upscale")}
 
 
 class Line(NamedTuple):
@@ -144,9 +145,9 @@ def test_the_models():
             calls += [(encoder, ids), (unet, x, ids[:, 0], context),
                       (vae.encode, torch.zeros(2, 3, 512, 384)), (vae.decode, x),
                       (vae.moments, torch.zeros(2, 3, 512, 384))]
-        unet = UNet(replace(SD1.unet, time_cond_proj_dim=256), TORCH)
+        unet = UNet(replace(SD1.unet, time_cond_proj_dim=256, num_class_embeds=9), TORCH)
         context = torch.zeros(2, 77, SD1.text.hidden_size)
-        calls.append((unet, x, ids[:, 0], context, torch.zeros(2, 256)))
+        calls.append((unet, x, ids[:, 0], context, ids[:, 0], torch.zeros(2, 256)))
         calls.append((DepthEstimator(DPTConfig(), TORCH), torch.zeros(2, 3, 384, 512)))
     calls.append((guidance_embedding, 7.5, 256))
     image = torch.zeros(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
@@ -155,8 +156,12 @@ def test_the_models():
 
 
 def test_the_loop():
-    model, inpaint = (small_model(replace(SMALL, unet=replace(SMALL.unet, in_channels=channels)))
-                      for channels in (4, 9))
+    model, inpaint, depth = (
+        small_model(replace(SMALL, unet=replace(SMALL.unet, in_channels=channels)))
+        for channels in (4, 9, 5))
+    upscaler = small_model(replace(
+        SMALL, unet=replace(SMALL.unet, in_channels=7, num_class_embeds=9),
+        low_res_schedule=X4_SCHEDULE, max_noise_level=8))
     call = dict(num_images_per_prompt=2, num_inference_steps=2, width=24, height=16, seed=0)
     grey = dict(image=Image.new("RGB", (24, 16)), mask_image=Image.new("L", (24, 16), 255))
     broken = copy.deepcopy(model)
@@ -173,6 +178,8 @@ def test_the_loop():
         model(["a heart", "a boat"], output_type="np", guidance_scale=1.0, **call)
         with pytest.raises(ArithmeticError):
             broken("a heart", **call)
+        depth("a heart", depth_map=randn(5, 7), **call)
+        upscaler(image=grey["image"], num_inference_steps=2)
         prepared(grey["image"])
         open_depth_map(grey["mask_image"])
         normalised(open_depth_map(randn(2, 1, 5, 7)), (3, 4))
