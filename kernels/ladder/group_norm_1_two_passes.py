@@ -51,7 +51,7 @@ def _kernel(
             x = _load(x_ptr, c, offs_l, n_pixels)
             centred = tl.where(offs_l < n_pixels, x - mean, 0.0)
             m2 += tl.sum(centred * centred, 0)
-    rstd = 1.0 / tl.sqrt(m2 / (CG * n_pixels) + eps)
+    rstd = 1.0 / tl.sqrt_rn(m2 / (CG * n_pixels) + eps)
     for c in range(CG):
         weight = tl.load(weight_ptr + off_g * CG + c).to(tl.float32)
         bias = tl.load(bias_ptr + off_g * CG + c).to(tl.float32)
@@ -73,7 +73,8 @@ def group_norm_silu(
 
     Raises ValueError for what is not taken (`check_group_norm`)."""
     check_group_norm(_kernel, x, groups, weight, bias)
-    out, (batch, channels), pixels = torch.empty_like(x), x.shape[:2], x[0, 0].numel()
+    (batch, channels), pixels = x.shape[:2], x[0, 0].numel()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     args = (x, weight, bias, out, pixels, eps)
     constants = dict(CG=channels // groups, BLOCK_L=block(pixels), SILU=silu)
     launch.run([launch.Call(_kernel, (groups, batch), args, constants, num_warps=8)])

@@ -64,7 +64,7 @@ def _kernel(
             m2 += m2_tile + delta * delta * (n * n_tile / (n + n_tile))
             n += n_tile
             mean += delta * (n_tile / n)
-    rstd = 1.0 / tl.sqrt(m2 / (CG * n_pixels) + eps)
+    rstd = 1.0 / tl.sqrt_rn(m2 / (CG * n_pixels) + eps)
     for c in range(CG):
         weight = tl.load(weight_ptr + off_g * CG + c).to(tl.float32)
         bias = tl.load(bias_ptr + off_g * CG + c).to(tl.float32)
@@ -87,7 +87,8 @@ def group_norm_silu(
 
     Raises ValueError for what is not taken (`check_group_norm`)."""
     check_group_norm(_kernel, x, groups, weight, bias, shift, residual)
-    out, (batch, channels), pixels = torch.empty_like(x), x.shape[:2], x[0, 0].numel()
+    (batch, channels), pixels = x.shape[:2], x[0, 0].numel()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     front = dict(HAS_SHIFT=shift is not None, HAS_RESIDUAL=residual is not None)
     shift, residual = weight if shift is None else shift, x if residual is None else residual
     stride_shift_b = shift.stride(0) if shift.dim() == 2 else 0
@@ -104,10 +105,11 @@ def block(pixels: int) -> int:
 
 def cost(batch: int, channels: int, pixels: int, itemsize: int, silu: bool = True,
          shift: bool = False, residual: bool = False) -> Cost:
-    """x, the residual and the shift are read twice, weight and bias once for each item. A pixel
-    takes 4 operations in the first pass and 4 in the last, SiLU another 4, an addend 1 a pass."""
-    elements, rows = batch * channels * pixels, (2 + 2 * shift) * batch * channels
-    padded = batch * channels * triton.cdiv(pixels, block(pixels)) * block(pixels)
-    loaded = (2 + 2 * residual) * elements + rows
-    return Cost(1, (8 + 4 * silu + 2 * shift + 2 * residual) * padded, loaded * itemsize,
-                elements * itemsize)
+    """x and the residual are read twice, the shift twice a block, weight and bias once for each
+    item. A pixel takes 4 operations in the first pass and 4 in the last, SiLU another 4, and an
+    addend one in each pass."""
+    elements, rows = batch * channels * pixels, 2 * batch * channels
+    blocks = batch * channels * triton.cdiv(pixels, block(pixels))
+    flops = (8 + 4 * silu + 2 * shift + 2 * residual) * blocks * block(pixels)
+    loaded = (2 + 2 * residual) * elements + rows + 2 * shift * blocks
+    return Cost(1, flops, loaded * itemsize, elements * itemsize)
