@@ -46,7 +46,7 @@ SIZES = [  # B, Lq, Lk, heads, d, layout: why. A tile has 64 rows, in float32 16
     (1, 2, 131, 2, 64, "alone"),  # a width of two equal pieces; three tiles of keys
     (1, 3, 70, 1, 80, "pair"),  # 64 + 16, both whole
     (1, 2, 65, 1, 160, "gaps"),  # 128 + 32
-    (1, 1, 5, 1, 256, "alone"),  # the widest
+    (1, 9, 20, 1, 256, "alone"),  # the widest
 ]
 
 
