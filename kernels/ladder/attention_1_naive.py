@@ -4,11 +4,12 @@
     p = softmax(scores)           _softmax_kernel: a program overwrites one row
     out = p v                     _values_kernel: a program computes one query's row of the output
 
-A program is one run of the function below; program_id says which one it is. It knows one query, so
-it reads all keys for it alone. Products are sums of 32-bit multiplications: the matrix units idle.
+A program is one run of a function below; program_id says which one it is. It has one query, so it
+reads all keys for that query alone. Products are sums of multiplications: matrix units are idle.
 
 Takes q (B, Lq, H*d), k and v (B, Lk, H*d), any strides of item and row, in fp16, bf16 or fp32; d up
-to 256; any Lq, Lk >= 1. B batch, L rows (queries or keys), H heads, d channels a head.
+to 256; Lk up to 2^20, as a row of scores is one block. B batch, L rows (queries or keys), H heads,
+d channels a head.
 """
 
 import torch
@@ -72,6 +73,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     Raises ValueError for what is not taken (`check_attention`)."""
     check_attention(_scores_kernel, q, k, v, heads)
     (batch, seqlen_q, _), seqlen_k, d = q.shape, k.shape[1], q.shape[2] // heads
+    if seqlen_k > 2**20:
+        raise ValueError(f"{seqlen_k} keys: a block has at most 2^20 elements")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # In float32: q k^T may exceed 65504, the largest number of float16.
     scores = torch.empty(batch, heads, seqlen_q, seqlen_k, dtype=torch.float32, device=q.device)

@@ -4,9 +4,9 @@
     var = sum((x - mean)^2) / n                          and again, because the mean must be known
     y = (x - mean) / sqrt(var + eps) * weight + bias     and again; then y sigmoid(y), if silu
 
-A program computes one group of one item, a block of BLOCK_L pixels of one channel at a time. The
-arithmetic takes no time beside the reading and writing: x is read three times and written once.
-E[x^2] - E[x]^2 would need one pass, but loses every digit when the mean is large.
+A program computes one group of one item, a block of BLOCK_L pixels of one channel at a time. x is
+read three times and the result written once; there are about 12 operations a pixel. E[x^2] - E[x]^2
+would need one pass, but loses every digit when the mean is large.
 
 Takes x (B, C, H, W), contiguous, in fp16, bf16 or fp32; weight and bias (C,).
 B batch, C channels, CG channels of a group, L pixels

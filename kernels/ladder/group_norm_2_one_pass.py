@@ -4,10 +4,10 @@
     n, mean, m2                                              of all blocks so far; var = m2 / n
 
 What changed from rung 1: the first two passes are one, so x is read twice instead of three times.
-It is as exact: squares are of differences from the mean of a block, and what the mean of a block
-differs by from the others' is added by the formula. Blocks may be joined in any order, so many
-programs could share a group: ../ops/group_norm.py does that with large groups, and reads small ones
-once, into the registers of one program.
+It is as exact, because what is squared are differences: of x from the mean of its block, and of
+that mean from the mean so far. Blocks may be joined in any order, so many programs could share a
+group: ../ops/group_norm.py does that with large groups, and reads small ones once, into the
+registers of one program.
 
 Takes x (B, C, H, W), contiguous, in fp16, bf16 or fp32; weight and bias (C,).
 B batch, C channels, CG channels of a group, L pixels

@@ -76,11 +76,11 @@ def check_group_norm(
     rows = {"weight": weight, "bias": bias} | ({} if shift is None else {"shift": shift})
     for name, image in images.items():
         if image.shape != x.shape or image.dtype != x.dtype or not image.is_contiguous():
-            raise ValueError(f"{name} is not contiguous, {(*x.shape,)} and {x.dtype}")
+            raise ValueError(f"{name} must be contiguous, {(*x.shape,)} and {x.dtype}")
     for name, row in rows.items():
-        shapes = [x.shape[1:2]] + [x.shape[:2]] * (name == "shift")
-        if row.shape not in shapes or row.stride(-1) != 1:
-            raise ValueError(f"{name} is {(*row.shape,)}, not {(x.shape[1],)} in a row")
+        shapes = [(x.shape[1],)] + [(*x.shape[:2],)] * (name == "shift")
+        if tuple(row.shape) not in shapes or row.stride(-1) != 1:
+            raise ValueError(f"{name} is {(*row.shape,)}, not {' or '.join(map(str, shapes))}")
     if x[0].numel() > launch.MAX_OFFSET:
         raise ValueError("one item passes 2^31 elements")
     if why := launch.refusal(kernel, **images, **rows):

@@ -32,7 +32,7 @@ from minisd_kernels.ladder.shared import Cost
 from minisd_kernels.ops import attention as final, launch
 from triton.runtime.interpreter import ReduceOps
 
-LADDER = Path(shared.__file__).parent
+README = Path(shared.__file__).with_name("README.md")
 ATTENTION = [attention_1_naive, attention_2_tiled, attention_3_online, attention_4_split]
 GROUP_NORM = [group_norm_1_two_passes, group_norm_2_one_pass, group_norm_3_fused]
 name_of = lambda rung: rung.__name__.rpartition(".")[2]
@@ -98,7 +98,7 @@ def test_attention(rung, batch, lq, lk, heads, d, layout, dtype):
 def test_a_maximum_that_rises_and_falls(rung):
     """The scores of the first tile of keys are about 100, of the second 103, of the last 0. Without
     the largest of all, exp(103) is infinite in float32."""
-    q, k, v = torch.ones(1, 2, 8), torch.randn(1, 40, 8), torch.randn(1, 40, 8)
+    q, k, v = torch.ones(1, 2, 8), *torch.randn(2, 1, 40, 8)
     k[:, :16] += 100 * 8**-0.5
     k[:, 16:32] += 103 * 8**-0.5
     check_attention(rung, q, k, v, 1)
@@ -106,7 +106,7 @@ def test_a_maximum_that_rises_and_falls(rung):
 
 @each_attention
 def test_logits_past_the_end_of_float16(rung):
-    q, k, v = torch.randn(1, 2, 40), torch.randn(1, 70, 40), torch.randn(1, 70, 40)
+    q, k, v = (torch.randn(1, n, 40) for n in (2, 70, 70))
     q[..., 0], k[..., 0], k[:, ::2, 0] = 500, -800, 800
     check_attention(rung, q.half(), k.half(), v.half(), 1)
 
@@ -120,7 +120,6 @@ LONG = torch.empty_strided((1, 3, 8), (1, 2**30, 1), device="meta")
     ("q is (B, Lq, H*d), k and v are (B, Lk, H*d)", X[0], X[0], X[0], 2),
     ("q is (B, Lq, H*d), k and v are (B, Lk, H*d)", X, X, X[:, 1:], 2),
     ("q is (B, Lq, H*d), k and v are (B, Lk, H*d)", X, X[:, :0], X[:, :0], 2),
-    ("shapes do not fit", X[:1], X, X, 2),
     ("shapes do not fit", X, X, X, 3),
     ("a head is at most 256 wide, not 257", *[torch.zeros(1, 1, 257)] * 3, 1),
     ("dtypes differ", X, X.half(), X.half(), 2),
@@ -162,11 +161,6 @@ def test_group_norm(rung, shape, groups, dtype):
 
 
 @each_group_norm
-def test_without_silu(rung):
-    check_group_norm(rung, *inputs((1, 12, 5, 7), torch.float16), 3, 0.1, False)
-
-
-@each_group_norm
 @pytest.mark.parametrize("mean, deviation", [(1000, 1), (-1e-4, 1e-6)])
 def test_far_from_one(rung, mean, deviation):
     """Where E[x^2] - E[x]^2 is wrong in the first digit. The bound is two roundings of x in
@@ -193,10 +187,10 @@ P, ROW = torch.zeros(2, 8, 6, 4), torch.zeros(8)
 @pytest.mark.parametrize("said, x, weight, bias, groups, options", [
     ("is not (B, C, H, W) with 2 groups", P[0, 0], ROW, ROW, 2, {}),
     ("is not (B, C, H, W) with 3 groups", P, ROW, ROW, 3, {}),
-    ("x is not contiguous", P.contiguous(memory_format=torch.channels_last), ROW, ROW, 2, {}),
-    ("residual is not contiguous", P, ROW, ROW, 2, dict(residual=P[:1])),
+    ("x must be contiguous", P.contiguous(memory_format=torch.channels_last), ROW, ROW, 2, {}),
+    ("residual must be contiguous", P, ROW, ROW, 2, dict(residual=P[:1])),
     ("weight is (7,), not (8,)", P, ROW[1:], ROW, 2, {}),
-    ("shift is (3, 8), not (8,)", P, ROW, ROW, 2, dict(shift=ROW.expand(3, 8))),
+    ("shift is (3, 8), not (8,) or (2, 8)", P, ROW, ROW, 2, dict(shift=ROW.expand(3, 8))),
     ("not float16, bfloat16 or float32", P.double(), ROW, ROW, 2, {}),
     ("one item passes 2^31", torch.empty(1, 8, 2**14, 2**14, device="meta"), ROW, ROW, 2, {}),
 ])
@@ -301,6 +295,5 @@ def test_the_tables_of_the_readme():
              "x + shift by torch, then 2": Cost(*map(sum, zip(add, one))),
              "3 fused, with the shift": group_norm_3_fused.cost(*size, shift=True)}
     tables += ["\n".join([HEAD, *map(line, costs, costs.values()), ""])]
-    page = (LADDER / "README.md").read_text()
     for lines in tables:
-        assert lines in page, f"kernels/ladder/README.md should have{lines}"
+        assert lines in README.read_text(), f"kernels/ladder/README.md should have{lines}"
