@@ -81,7 +81,7 @@ _worst: dict[tuple[str, str], float] = {}
 
 
 def compare(kernel: str, out: Tensor, torchs: Tensor, exact: Tensor, times: int = 2) -> None:
-    """The error is at most ``times`` torch's own in this dtype, plus a rounding of the largest value.
+    """The error is at most ``times`` torch's in this dtype, plus one rounding of the largest value.
 
     Twice, because another order of sums has another error of the same size; the rounding, because
     torch may be exact by luck (with one key, the result is that value itself).
