@@ -47,6 +47,7 @@ ARROWS = {
 KERNEL_ARROWS = {
     "ops": (set(), set()),
     "fused": (set(), {"models", "samplers", "steps"}),
+    "ladder": ({"ops"}, set()),  # of ops, launch alone
     "proof": ({"ops"}, set()),
 }
 # Everything else that minisd may import: what pyproject.toml declares, by import name.
@@ -149,6 +150,8 @@ def test_arrows_of_the_kernels(path):
     kernels, minisd = KERNEL_ARROWS[room(path)]
     assert rooms(names, "minisd_kernels") <= kernels | {room(path)}
     assert rooms(names, "minisd") <= minisd
+    if room(path) == "ladder":
+        assert not [name for name in names if ".ops." in name and not name.endswith(".ops.launch")]
 
 
 def test_nothing_imports_what_is_not_installed():
