@@ -17,7 +17,15 @@ from typing import Any, TextIO
 import minisd
 from minisd import files, images
 from minisd.app import png, streams
-from minisd.app.options import CONFIG_HELP, LAST_SEED, Parser, parse
+from minisd.app.options import (
+    CONFIG_HELP,
+    LAST_SEED,
+    Parser,
+    again,
+    call_arguments,
+    explaining_parser,
+    parse,
+)
 
 # By class name and most specific class first, so that a usage error need not import torch.
 EXIT_CODES = {
@@ -68,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 def draw(argv: list[str]) -> None:
     """Make images one at a time, so that an interruption keeps those that are finished."""
     args = parse(argv)
-    call = _call_arguments(args)
+    call = call_arguments(args)
     record = _record(args, call)
     plan, names = [], _names(args)
     files.remove_leftovers(names[0][0].parent)
@@ -95,7 +103,7 @@ def draw(argv: list[str]) -> None:
     from minisd.checkpoints import checkpoint
     from minisd.request import Request
 
-    weights = {"config": args.config, "vae": args.vae, "prediction_type": args.prediction_type}
+    weights = _weights(args)
     config = checkpoint.open_checkpoint(args.model, **weights).config
     Request(prompt=args.prompt, **call).plan(config)  # a bad argument, before any weight is read
     sd = minisd.load(args.model, device=args.device, dtype=args.dtype, ops=args.ops,
@@ -171,27 +179,41 @@ def words(argv: list[str]) -> None:
     _print(known.read_text(encoding="utf-8").rstrip())
 
 
+def explain(argv: list[str]) -> None:
+    """Draw an image, and write a page that explains how."""
+    args = explaining_parser().parse_args(argv)
+    ((path, seed),) = _names(args, ".html")
+    if path.suffix.lower() != ".html":
+        raise ValueError(f"{path}: the page is HTML, so its name must end in .html")
+    files.check_writable(path, args.overwrite)
+    from minisd.app import explain_page
+    from minisd.app.explain import WordMaps, watched
+    from minisd.checkpoints import checkpoint
+    from minisd.request import Request
+
+    weights = _weights(args)
+    config = checkpoint.open_checkpoint(args.model, **weights).config
+    if config.kind != "text to image":
+        raise ValueError(f"this is an {config.kind} model, and explain is for text to image")
+    call = call_arguments(args) | {"seed": seed, "progress": False if args.quiet else None}
+    plan = Request(prompt=args.prompt, **call).plan(config)
+    words = WordMaps()
+    sd = minisd.load(args.model, device=args.device, dtype=args.dtype, ops=words.ops, fused=False,
+                     **weights)
+    page = explain_page.page(watched(sd, words, args.prompt, plan, **call), again(args, seed))
+    with files.written_whole(path, args.overwrite) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    _print(f"{path}  seed {seed}")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "info": info, "download": download, "words": words,
+    "info": info, "download": download, "words": words, "explain": explain,
 }
 
 
-def _call_arguments(args: argparse.Namespace) -> dict:
-    """The arguments of the model's call that were given, but for the prompt, seed and images."""
-    width, height = args.size or (None, None)
-    call = {
-        "negative_prompt": args.negative,
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance,
-        "guidance_rescale": args.guidance_rescale,
-        "sampler": args.sampler,
-        "spacing": args.spacing,
-        "eta": args.eta,
-        "strength": args.strength,
-        "width": width,
-        "height": height,
-    }
-    return {name: value for name, value in call.items() if value is not None}
+def _weights(args: argparse.Namespace) -> dict:
+    """What is said of the weights beside where they are."""
+    return {"config": args.config, "vae": args.vae, "prediction_type": args.prediction_type}
 
 
 def _record(args: argparse.Namespace, call: dict) -> dict:
@@ -215,17 +237,18 @@ def _last_name(path: str | None) -> str | None:
     return path and os.path.basename(os.path.abspath(path))
 
 
-def _names(args: argparse.Namespace) -> list[tuple[Path, int]]:
+def _names(args: argparse.Namespace, ending: str = ".png") -> list[tuple[Path, int]]:
     """The (path, seed) of every image to make."""
     first = secrets.randbelow(LAST_SEED - args.count + 2) if args.seed is None else args.seed
-    return [(_path(args, index, first + index), first + index) for index in range(args.count)]
+    return [(_path(args, index, first + index, ending), first + index)
+            for index in range(args.count)]
 
 
-def _path(args: argparse.Namespace, index: int, seed: int) -> Path:
+def _path(args: argparse.Namespace, index: int, seed: int, ending: str) -> Path:
     output = "." if args.output is None else args.output
     if os.path.isdir(output) or output.endswith(("/", os.sep)):
-        name = f"minisd-{seed}.png" if args.count == 1 else f"{index:05d}-{seed}.png"
-        return Path(output, name)
+        name = f"minisd-{seed}" if args.count == 1 else f"{index:05d}-{seed}"
+        return Path(output, name + ending)
     path = Path(output)
     return path if args.count == 1 else path.with_name(f"{path.stem}-{index:05d}{path.suffix}")
 

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 ARROWS = {
     "__main__": {"app"},
     "__init__": {"checkpoints", "config", "errors", "loading", "models", "output", "pipeline"},
-    "app": {"checkpoints", "errors", "files", "image_files", "images", "request", "samplers"},
+    "app": {"checkpoints", "errors", "files", "image_files", "images", "models", "request",
+            "samplers"},
     "loading": {"backends", "checkpoints", "checks", "config", "models", "pipeline", "text"},
     "pipeline": {"backends", "checkpoints", "checks", "conditioning", "config", "errors", "images",
                  "memory", "models", "output", "progress", "request", "steps", "text"},
