@@ -31,10 +31,10 @@ SHOWN = 6  # calls of the UNet that are shown
 class Token(NamedTuple):
     """What one position of the context stands for."""
 
-    text: str      # the part of the prompt
-    symbol: str    # as the vocabulary has it
+    text: str         # the part of the prompt
+    symbol: str       # as the vocabulary has it
     id: int
-    word: int | None  # tokens of one number are one word; None is a marker
+    word: int | None  # the same for the tokens of one word; None for the markers
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,17 @@ class Run:
     image: Image
     where: str
     seconds: float
+
+    @property
+    def words(self) -> list[tuple[str, list[int]]]:
+        """The words of the prompt, each with its positions in the context."""
+        found: dict[int | None, list[int]] = {}
+        for position, token in enumerate(self.tokens):
+            if token.word is not None:
+                found.setdefault(token.word, []).append(position)
+        # The bytes of one character can be several tokens, each with that character as its text.
+        return [("".join(dict.fromkeys(self.tokens[i].text for i in where)), where)
+                for where in found.values()]
 
 
 class WordMaps:
@@ -99,11 +110,11 @@ class WordMaps:
 
     def watch(self, unet: nn.Module, hooks: ExitStack) -> None:
         """Note the cross-attention of a UNet that was loaded with ``ops``."""
-        for module in unet.modules():
+        for name, module in unet.named_modules():
             if isinstance(module, SpatialTransformer):
-                cross = module.transformer_blocks[0].attn2
                 hooks.enter_context(module.register_forward_pre_hook(self._at_a_size))
-                hooks.enter_context(cross.register_forward_pre_hook(self._at_the_prompt))
+            if name.endswith("attn2"):  # attn1 is self-attention
+                hooks.enter_context(module.register_forward_pre_hook(self._at_the_prompt))
 
     def _at_a_size(self, module: nn.Module, given: tuple) -> None:
         height, width = given[0].shape[-2:]
@@ -133,7 +144,8 @@ def watched(sd: Any, words: WordMaps, prompt: str, plan: Plan, **call: Any) -> R
 
     ``plan`` is what the call means, of a `Request` of its own: generators draw only once.
     """
-    calls, last = plan.sampler.calls, {}
+    calls = plan.sampler.calls
+    last: dict[str, Tensor] = {}
     chosen = {round(k * (calls - 1) / (SHOWN - 1)) for k in range(SHOWN)}
     moments: list[Moment] = []
     noise = np.empty(0)
@@ -182,8 +194,8 @@ def _tokens(tokenizer: Any, prompt: str) -> tuple[list[Token], int]:
     tokens = [Token(prompt[start:end], symbol, index, word) for (start, end), symbol, index, word
               in zip(found.offsets, found.tokens, found.ids, found.word_ids)]
     fits = tokens[: tokenizer.length - 2]
-    first, last = (Token("", tokenizer.bpe.id_to_token(index), index, None)
-                   for index in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    first, last = (Token(text, tokenizer.bpe.id_to_token(index), index, None) for text, index in (
+        ("start", tokenizer.bos_token_id), ("end", tokenizer.eos_token_id)))
     return [first, *fits, last], len(tokens) - len(fits)
 
 

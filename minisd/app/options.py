@@ -1,8 +1,11 @@
 """The options of the command line, each right on its own; the library checks sizes and names."""
 
 import argparse
+import os
 import re
+import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import minisd
@@ -140,27 +143,44 @@ def _say_how(option: Callable[..., Any]) -> None:
     option("--quiet", action="store_true", help="no progress bar")
 
 
-def again(args: argparse.Namespace, seed: int) -> list[str]:
-    """The line that draws the image of such a page: the words of `minisd`."""
-    size = args.size and "{}x{}".format(*args.size)
-    given = {
-        "--model": args.model, "--config": args.config, "--vae": args.vae,
-        "--prediction-type": args.prediction_type, "--negative": args.negative,
-        "--steps": args.steps, "--guidance": args.guidance, "--seed": seed, "--size": size,
-        "--sampler": args.sampler, "--spacing": args.spacing,
-        "--device": args.device, "--dtype": args.dtype,
-    }
-    # With = because a text may begin with a dash, as may the prompt, behind the --.
-    said = [f"{option}={value}" for option, value in given.items() if value not in (None, "")]
-    return ["minisd", *said, "--output=image.png", "--", args.prompt]
-
-
 def call_arguments(args: argparse.Namespace) -> dict:
     """The arguments of the model's call that were given, but for the prompt, seed and images."""
     given = vars(args)
     call = {name: given.get(option) for option, name in CALL.items()}
     call["width"], call["height"] = args.size or (None, None)
     return {name: value for name, value in call.items() if value is not None}
+
+
+def names(args: argparse.Namespace, ending: str) -> list[tuple[Path, int]]:
+    """The (path, seed) of every image or page to make."""
+    first = secrets.randbelow(LAST_SEED - args.count + 2) if args.seed is None else args.seed
+    return [(_path(args, index, first + index, ending), first + index)
+            for index in range(args.count)]
+
+
+def _path(args: argparse.Namespace, index: int, seed: int, ending: str) -> Path:
+    output = "." if args.output is None else args.output
+    if os.path.isdir(output) or output.endswith(("/", os.sep)):
+        name = f"minisd-{seed}" if args.count == 1 else f"{index:05d}-{seed}"
+        return Path(output, name + ending)
+    path = Path(output)
+    return path if args.count == 1 else path.with_name(f"{path.stem}-{index:05d}{path.suffix}")
+
+
+def again(args: argparse.Namespace, seed: int) -> list[str]:
+    """The command line that draws the image of a page of `minisd explain`."""
+    size = args.size and "{}x{}".format(*args.size)
+    given = {
+        "--model": args.model, "--config": args.config, "--vae": args.vae,
+        "--prediction-type": args.prediction_type, "--negative": args.negative or None,
+        "--steps": args.steps, "--guidance": args.guidance, "--seed": seed, "--size": size,
+        "--sampler": args.sampler, "--spacing": args.spacing,
+        "--device": None if args.device == "auto" else args.device,
+        "--dtype": None if args.dtype == "auto" else args.dtype, "--output": "image.png",
+    }
+    # With = because a value can begin with a dash. So can the prompt, and then -- is before it.
+    said = [f"{option}={value}" for option, value in given.items() if value is not None]
+    return ["minisd", *said, *["--"] * args.prompt.startswith("-"), args.prompt]
 
 
 N = TypeVar("N", int, float)
