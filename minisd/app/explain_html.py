@@ -43,10 +43,12 @@ def head(number: int, title: str, function: str, path: str) -> str:
 
 def table(rows: dict[str, np.ndarray]) -> str:
     """The shape, mean and standard deviation of each array."""
-    return "<table>" + "".join(
-        f'<tr><th scope="row">{name}</th><td class="shape">{" &times; ".join(map(str, x.shape))}</td>'
+    lines = "".join(
+        f'<tr><th scope="row">{name}</th>'
+        f'<td class="shape">{" &times; ".join(map(str, x.shape))}</td>'
         f"<td>mean {x.mean():.4f}, standard deviation {x.std():.4f}</td></tr>"
-        for name, x in rows.items()) + "</table>"
+        for name, x in rows.items())
+    return f"<table>{lines}</table>"
 
 
 def img(image: Image.Image, alt: str, style: str = "") -> str:

@@ -247,10 +247,10 @@ def _bars(run: Run, shares: np.ndarray) -> str:
             *((f"<bdi>{html.text(word)}</bdi>", mean[where].sum()) for word, where in run.words),
             ("<i>end marker</i>", mean[used - 1]), ("<i>padding</i>", mean[used:].sum())]
     most = max(share for _, share in rows)
-    return '<table class="bars">' + "".join(
+    lines = "".join(
         f'<tr><th scope="row">{name}</th><td>{share:.1%}</td><td><span class="bar" '
-        f'style="width:{100 * share / most:.1f}%"></span></td></tr>' for name, share in rows
-    ) + "</table>"
+        f'style="width:{100 * share / most:.1f}%"></span></td></tr>' for name, share in rows)
+    return f'<table class="bars">{lines}</table>'
 
 
 def _image(run: Run, number: int) -> str:
