@@ -192,8 +192,11 @@ def explain(argv: list[str]) -> None:
                      **weights)
     run = watched(sd, words, args.prompt, plan, **call)
     page = explain_page.page(run, options.again(args, seed))
-    with files.written_whole(path, args.overwrite) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    with files.written_whole(path, args.overwrite) as temporary, open(
+            temporary, "x", encoding="utf-8") as file:
+        file.write(page)
+        file.flush()
+        os.fsync(file.fileno())
     _print(f"{path}  seed {seed}")
 
 

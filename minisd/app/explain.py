@@ -45,7 +45,7 @@ class Moment:
     level: Level
     x: Image
     x0: Image
-    halves: list[Image]   # with guidance: the predicted x_0 without and with the prompt, ...
+    halves: list[Image]   # of some calls with guidance: x0 without and with the prompt, ...
     change: np.ndarray    # ... and how far they are apart at each cell, (h, w)
 
 
@@ -146,7 +146,7 @@ def watched(sd: Any, words: WordMaps, prompt: str, plan: Plan, **call: Any) -> R
     """
     calls = plan.sampler.calls
     last: dict[str, Tensor] = {}
-    chosen = {round(k * (calls - 1) / (SHOWN - 1)) for k in range(SHOWN)}
+    chosen = sorted({round(k * (calls - 1) / (SHOWN - 1)) for k in range(SHOWN)})
     moments: list[Moment] = []
     noise = np.empty(0)
 
@@ -161,8 +161,9 @@ def watched(sd: Any, words: WordMaps, prompt: str, plan: Plan, **call: Any) -> R
             if step.i == 0:
                 noise = _array(last["x"][0])
             if step.i in chosen:
+                answers = last["prediction"].split(1) if step.i in chosen[::2] else ()
                 moments.append(_moment(
-                    sd, step.i, plan.sampler.shown[step.i], last["x"], last["prediction"], step.x0))
+                    sd, step.i, plan.sampler.shown[step.i], last["x"], answers, step.x0))
     out = step.output()
     tokens, cut = _tokens(sd.tokenizer, prompt)
     return Run(
@@ -172,12 +173,13 @@ def watched(sd: Any, words: WordMaps, prompt: str, plan: Plan, **call: Any) -> R
         where=f"{sd.device.type} in {str(sd.dtype).removeprefix('torch.')}")
 
 
-def _moment(sd: Any, i: int, level: Level, x: Tensor, prediction: Tensor, x0: Tensor) -> Moment:
+def _moment(sd: Any, i: int, level: Level, x: Tensor, answers: tuple[Tensor, ...],
+            x0: Tensor) -> Moment:
     prediction_type = sd.config.schedule.prediction_type
     halves, change = [], np.empty(0)
-    if len(prediction) == 2:
+    if len(answers) == 2:
         uncond, cond = (predicted_x0_eps(x.to(x0), half.to(x0), level.abar, prediction_type)[0]
-                        for half in prediction.split(1))                     # (1, C, h, w)
+                        for half in answers)                                 # (1, C, h, w)
         halves = [_decoded(sd, uncond), _decoded(sd, cond)]
         change = _array((cond - uncond)[0].norm(dim=0))
     return Moment(i, level, _decoded(sd, x), _decoded(sd, x0), halves, change)

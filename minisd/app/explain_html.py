@@ -56,8 +56,7 @@ def img(image: Image.Image, alt: str, style: str = "") -> str:
     image.save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
     of = f' class="{style}"' if style else ""
-    return (f'<img{of} src="data:image/png;base64,{data}" width="{image.width}" '
-            f'height="{image.height}" alt="{text(alt)}">')
+    return f'<img{of} src="data:image/png;base64,{data}" alt="{text(alt)}">'
 
 
 def figure(image: Image.Image, alt: str, caption: str, style: str = "") -> str:

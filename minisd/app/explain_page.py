@@ -5,6 +5,7 @@ the function that computes it.
 """
 
 from importlib import resources
+from string import Template
 
 import numpy as np
 
@@ -36,35 +37,12 @@ def page(run: Run, command: list[str]) -> str:
     parts = "".join(f'<section id="{name.lower()}">\n{section(run, i)}\n</section>\n'
                     for i, (name, section) in enumerate(sections.items(), 1))
     prompt = run.settings["prompt"]
-    quoted = f"&ldquo;<bdi>{html.text(prompt)}</bdi>&rdquo;" if prompt else "The empty prompt"
-    style = resources.files("minisd.app").joinpath("explain.css").read_text(encoding="utf-8")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{html.text(prompt) or "The empty prompt"}: how Stable Diffusion drew it</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header>
-{html.img(run.image, f"The image that was drawn: {prompt}")}
-<div>
-<h1>{quoted}</h1>
-<p class="lead">How Stable Diffusion made this image out of noise, stage by stage. All numbers and
-pictures on this page are of the run that drew it.</p>
-<nav aria-label="Stages"><ol>{links}</ol></nav>
-</div>
-</header>
-<main>
-{parts}{_again(run, command)}
-</main>
-</body>
-</html>
-"""
+    title = html.text(prompt) or "The empty prompt"
+    template = Template(resources.files("minisd.app").joinpath("explain.html").read_text("utf-8"))
+    return template.substitute(
+        title=title, heading=f"&ldquo;<bdi>{title}</bdi>&rdquo;" if prompt else title,
+        image=html.img(run.image, f"The image that was drawn: {prompt}"), links=links,
+        sections=parts + _again(run, command), version=minisd.__version__)
 
 
 def _tokens(run: Run, number: int) -> str:
@@ -186,7 +164,7 @@ is made larger. This run has no guidance of that kind, because {why}: the UNet i
                     f"{each.change.mean():.2f} on average, {each.change.max():.2f} at most",
                     "cells"),
         html.figure(each.x0, "Prediction with guidance", f"with guidance {scale:g}"),
-    )) + "</div>" for each in run.moments[::2])
+    )) + "</div>" for each in run.moments if each.halves)
     return f"""{head}
 <p>In each step the UNet is asked twice, with {without} and with the prompt. What the prompt changes
 is taken {scale:g} times. This is classifier-free guidance:</p>
@@ -286,6 +264,4 @@ def _again(run: Run, command: list[str]) -> str:
 <table>{cells}</table>
 <h3>Read on</h3>
 <ul>{papers}</ul>
-</section>
-<footer><p>Made by <code>minisd explain</code> {minisd.__version__}. minisd is Stable Diffusion
-written again to be read: each function that is named here is a few lines long.</p></footer>"""
+</section>"""

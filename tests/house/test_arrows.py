@@ -176,7 +176,8 @@ def test_the_wheel_holds_no_recipe():
                          if (folder / path).is_file()}
     folders = {path.parent for path in [*MINISD, *KERNELS]} | {ROOT / "weights", ROOT / "kernels"}
     assert {folder_of(package) for package in held} == folders
-    assert "proven.json" in held["minisd_kernels"] and "py.typed" in held["minisd"]
+    assert "proven.json" in held["minisd_kernels"]
+    assert {"py.typed", "app/explain.html"} <= held["minisd"]
     tops = {path.split("/")[0] for path in held["minisd_weights"]}
     assert tops == {"README.md", "__init__.py", "tiny"}
     assert {Path(path).suffix for path in held["minisd_weights"] if path.startswith("tiny/")} == {
