@@ -45,7 +45,7 @@ def table(rows: dict[str, np.ndarray]) -> str:
     """The shape, mean and standard deviation of each array."""
     lines = "".join(
         f'<tr><th scope="row">{name}</th>'
-        f'<td class="shape">{" &times; ".join(map(str, x.shape))}</td>'
+        f'<td class="whole">{" &times; ".join(map(str, x.shape))}</td>'
         f"<td>mean {x.mean():.4f}, standard deviation {x.std():.4f}</td></tr>"
         for name, x in rows.items())
     return f"<table>{lines}</table>"
