@@ -190,8 +190,8 @@ def _attention(run: Run, number: int) -> str:
                           "models/transformer.py")}
 <p>This is how the prompt gets into the image: in the UNet's cross-attention, each place reads from
 the {len(shares)} vectors of the context. It takes from each the share
-<span class="whole">softmax(q k<sup>T</sup> / &radic;d)</span>, and the shares of a place add up to 1. The maps below are the
-mean over all heads, layers and steps, with the prompt, as in
+<span class="whole">softmax(q k<sup>T</sup> / &radic;d)</span>, and the shares of a place add up
+to 1. The maps below are the mean over all heads, layers and steps, with the prompt, as in
 <a href="https://arxiv.org/abs/2208.01626">Prompt-to-Prompt</a> and
 <a href="https://arxiv.org/abs/2210.04885">DAAM</a>. This model reads the prompt at these sizes:
 {sizes}.</p>
