@@ -16,9 +16,9 @@ A strong colour loses it even without compression: the marked colour is outside 
 What ``minisd info`` reads does not depend on the pixels, and says more.
 
 The blue-difference channel U of the image is divided into cells of 8x8 pixels, and each cell holds
-one bit: the largest of its Haar wavelet's 4x4 sums becomes a multiple of 36 plus a quarter of 36 for
-a 0, or three quarters for a 1. The bits repeat until the cells end. In spite of the method's name
-there is no cosine transform.
+one bit: the largest of its Haar wavelet's 4x4 sums, the first left out, becomes a multiple of 36
+plus a quarter of 36 for a 0, or plus three quarters for a 1. The bits repeat until the cells end.
+In spite of the method's name there is no cosine transform.
 
     image = watermark.embed(image, b"SDV2")
     watermark.read(image, 4)               # b"SDV2", if nothing was lost: see ``read``

@@ -1,4 +1,5 @@
-"""The constants that fail silently: with another value the model runs, but its images are worse.
+"""The constants that fail silently: with another value the model runs, but its images are worse, or
+are not the official ones.
 
 A row is one mutation: the file, the line as it is, the line as it would be mutated, and why the
 official model has it as it is. test_traps.py makes each mutation and sees a parity check fail.
@@ -236,10 +237,11 @@ TRAPS = [
     Trap("app.watermark", "[..., 1:].argmax(axis=-1) + 1", ".argmax(axis=-1)",
          "the first coefficient of a block never holds the bit"),
     Trap("app.watermark", "(0, 2, 1, 3)", "(2, 0, 1, 3)", "the blocks are counted row by row"),
-    Trap("app.watermark", "inside = _cut(u)", "inside = u[: len(u) // 2 * 2, : u.shape[1] // 2 * 2]",
-         "the last rows and columns up to 3 are left, although the wavelet would take 2"),
+    Trap("app.watermark", "inside = _cut(u)",
+         "inside = u[: len(u) // 2 * 2, : u.shape[1] // 2 * 2]",
+         "rows and columns beyond a multiple of 4 stay, although the wavelet could take 2 more"),
     Trap("app.watermark", "[half.T for rows in _haar(x) for half in _haar(rows.T)]",
-         "[half for rows in _haar(x.T) for half in _haar(rows.T)]",
+         "[[half for rows in _haar(x.T) for half in _haar(rows.T)][i] for i in (0, 2, 1, 3)]",
          "rows before columns: the order shows in the last bit"),
     Trap("app.watermark", "votes[i :: 8 * length].mean() > 127",
          "votes[i :: 8 * length].mean() > 191", "half of the votes are enough"),
