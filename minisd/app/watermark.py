@@ -5,7 +5,7 @@ the package invisible-watermark (https://github.com/ShieldMnt/invisible-watermar
 "dwtDct". ``embed`` makes the same pixels, to the last bit.
 
 It is fragile. Chance alone reads half of the bits right; of the 136 bits of "StableDiffusionV1",
-measured by tests/app/test_watermark.py with Pillow 13:
+measured by tests/app/test_watermark.py with Pillow 13, whose JPEG halves the size of the colours:
 
     image                                   as PNG   as JPEG, quality 90   halved and doubled
     the test's drawing, 512x512              1.00           0.51                 0.84
