@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import minisd
 from minisd import files, images
-from minisd.app import options, png, streams
+from minisd.app import options, png, streams, watermark
 
 # By class name and most specific class first, so that a usage error need not import torch.
 EXIT_CODES = {
@@ -37,6 +37,7 @@ OPTIONS = {
     "height": "--size", "guidance_scale": "--guidance", "mask_image": "--mask",
     "prediction_type": "--prediction-type", "ops": "--ops", "sampler": "--sampler",
     "spacing": "--spacing", "guidance_rescale": "--guidance-rescale", "eta": "--eta",
+    "watermark": "--watermark",
 }
 
 
@@ -95,7 +96,11 @@ def draw(argv: list[str]) -> None:
 
     weights = _weights(args)
     config = checkpoint.open_checkpoint(args.model, **weights).config
-    Request(prompt=args.prompt, **call).plan(config)  # a bad argument, before any weight is read
+    # A bad argument, before any weight is read.
+    asked = Request(prompt=args.prompt, **call).plan(config)
+    hidden = None if args.watermark is None else args.watermark.encode(errors="surrogateescape")
+    if hidden is not None:
+        watermark.check((asked.width, asked.height), len(hidden))
     sd = minisd.load(args.model, device=args.device, dtype=args.dtype, ops=args.ops,
                      tile=args.tile, **weights)
     for path, seed in plan:
@@ -105,6 +110,8 @@ def draw(argv: list[str]) -> None:
         else:
             out = _previewed(sd.stream(args.prompt, **call), args.preview)
         (image,) = out.images
+        if hidden is not None:
+            image = watermark.embed(image, hidden)
         png.save(image, path, out.settings[0] | record, args.overwrite)
         _print(f"{path}  seed {seed}")
 
@@ -220,6 +227,7 @@ def _record(args: argparse.Namespace, call: dict) -> dict:
         "model": _last_name(args.model) or "tiny",
         "image": _last_name(args.image),
         "mask": _last_name(args.mask),
+        "watermark": args.watermark,
         "asked": call | {key: value for key, value in weights.items() if value is not None},
         # Tells models of one name apart, and does not tell where they lie.
         "paths": hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()[:12],

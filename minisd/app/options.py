@@ -92,6 +92,9 @@ def _drawing_parser() -> Parser:
     option("--eta", type=_number(float, lambda e: 0 <= e <= 1, "from 0 to 1"),
            help="noise added in each step, from none to as much as DDPM (default: the"
            " sampler's own)")
+    option("--watermark", metavar="TEXT", help="hide TEXT in the pixels, as the scripts of Stable"
+           " Diffusion did (default: none): from 256x256 pixels on; often lost in bright colours,"
+           " and in a JPEG of quality 90")
     option("--version", action="version", version=f"minisd {minisd.__version__}")
     return parser
 

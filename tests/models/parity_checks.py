@@ -15,6 +15,7 @@ import midas
 import numpy as np
 import official_samplers
 import torch
+import watermarked
 from diffusers import (
     StableDiffusionDepth2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
@@ -333,6 +334,16 @@ def config(module):
         for field, values in PUBLISHED.items()
         for model, value in zip((module.SD1, module.SD2), values)
     )
+
+
+def watermark(module) -> float:
+    """The share of the package's kept outputs that do not come out."""
+    wrong = []
+    for size, payload, pixels, left in watermarked.KEPT:
+        marked = module.embed(watermarked.drawing(*size), payload)
+        read = module.read(marked, len(payload))
+        wrong.append((watermarked.pixels_hash(marked), read) != (pixels, left))
+    return sum(wrong) / len(wrong)
 
 
 # --- the same for the loop, on three tasks -------------------------------------------------------

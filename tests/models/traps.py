@@ -1,4 +1,5 @@
-"""The constants that fail silently: with another value the model runs, but its images are worse.
+"""The constants that fail silently: with another value the model runs, but its images are worse, or
+are not the official ones.
 
 A row is one mutation: the file, the line as it is, the line as it would be mutated, and why the
 official model has it as it is. test_traps.py makes each mutation and sees a parity check fail.
@@ -314,4 +315,36 @@ TRAPS = [
          "num_attention_heads: int = 16\n    out_indices", "heads of 64 channels", "depth_config"),
     Trap("config", "norm_num_groups: int = 32\n    # The ViT", "norm_num_groups: int = 16\n    #",
          "GroupNorm with 32 groups", "depth_config"),
+    # --- the watermark: each bit of the package's output
+    Trap("app.watermark", "STEP = 36", "STEP = 32", "a coefficient's bit is in what 36 leaves"),
+    Trap("app.watermark", "0.7071067811865476\n", "1 / 2**0.5\n",
+         "another last bit, which truncation turns into another U"),
+    Trap("app.watermark", "0.25 + 0.5 * bits", "0.75 - 0.5 * bits", "a 1 is in the upper half"),
+    Trap("app.watermark", "inside[:] = _inverse_haar_2d(ll, dl, ld, dd)",
+         "inside[:] = _inverse_haar_2d(ll, ld, dl, dd)",
+         "the package takes one band for the other"),
+    Trap("app.watermark", "inside[:] = _inverse_haar_2d(ll, dl, ld, dd)",
+         "inside[:] = _inverse_haar_2d(ll, dl, ld, dd).round()", "U is truncated, not rounded"),
+    Trap("app.watermark", "[..., 1:].argmax(axis=-1) + 1", ".argmax(axis=-1)",
+         "the first coefficient of a block never holds the bit"),
+    Trap("app.watermark", "(0, 2, 1, 3)", "(2, 0, 1, 3)", "the blocks are counted row by row"),
+    Trap("app.watermark", "inside = _cut(u)",
+         "inside = u[: len(u) // 2 * 2, : u.shape[1] // 2 * 2]",
+         "rows and columns beyond a multiple of 4 stay, although the wavelet could take 2 more"),
+    Trap("app.watermark", "[half.T for rows in _haar(x) for half in _haar(rows.T)]",
+         "[[half for rows in _haar(x.T) for half in _haar(rows.T)][i] for i in (0, 2, 1, 3)]",
+         "rows before columns: the order shows in the last bit"),
+    Trap("app.watermark", "votes[i :: 8 * length].mean() > 127",
+         "votes[i :: 8 * length].mean() > 191", "half of the votes are enough"),
+    Trap("app.watermark", "4899 * r + 9617 * g + 1868 * b + 8192", "4899 * r + 9617 * g + 1868 * b",
+         "Y is rounded"),
+    Trap("app.watermark", "4899 * r + 9617 * g + 1868 * b", "4899 * b + 9617 * g + 1868 * r",
+         "the package is given BGR, and red weighs more than blue"),
+    Trap("app.watermark", "8061 * (b - y)", "9241 * (b - y)",
+         "OpenCV's U is the analogue one, not JPEG's (0.564)"),
+    Trap("app.watermark", "14369 * (r - y)", "11682 * (r - y)", "and so is V (not 0.713)"),
+    Trap("app.watermark", "return y, u, v.clip(0, 255)", "return y, u, v",
+         "V is cut to 8 bits: a pure red changes where no bit is hidden"),
+    Trap("app.watermark", "18678 * v + 8192", "18678 * v", "the way back is rounded"),
+    Trap("app.watermark", ".clip(0, 255).astype", ".astype", "colours stop at 255"),
 ]
