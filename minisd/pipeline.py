@@ -49,8 +49,10 @@ class StableDiffusion:
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, text_encoder: TextEncoder,
-                 unet: UNet, vae: VAE, backend: Backend = Backend(TORCH)):
+                 unet: UNet, vae: VAE, backend: Backend = Backend(TORCH),
+                 safety_checker: Callable[..., list[bool]] | None = None):
         self.config, self.tokenizer, self.backend = config, tokenizer, backend
+        self.safety_checker = safety_checker
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
         self._loaded = (unet, vae, vae.decoder)
         self._repacked = Repacked()
@@ -171,7 +173,10 @@ class StableDiffusion:
             yield Step(i, shown[i].t, x, x0, partial(self._output, r, best, keep))
 
     def _output(self, r: Plan, x: Tensor, keep: Keep | None) -> Output:
-        return Output(self._images(x, keep, r.output_type), r.seeds, r.settings())
+        made, flags = self._images(x, keep, r.output_type), None
+        if self.safety_checker is not None and r.output_type != "latent":
+            flags = self.safety_checker(made)
+        return Output(made, r.seeds, r.settings(), flags)
 
     def _told(self, r: Plan) -> dict[str, Tensor]:
         """What the UNet is told besides x, t and the context."""
@@ -206,7 +211,8 @@ class StableDiffusion:
             device, dtype = None, device
         device = self.device if device is None else checks.device(device)
         dtype = self.dtype if dtype is None else checks.dtype(dtype, device)
-        modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+        parts = (*self.parts.values(), self.safety_checker)
+        modules = [part for part in parts if isinstance(part, nn.Module)]
         self.backend, before = self.backend.at(device, dtype), self.backend
         self.release()
         for part in modules:

@@ -99,7 +99,7 @@ def draw(argv: list[str]) -> None:
     config = checkpoint.open_checkpoint(args.model, **weights).config
     Request(prompt=args.prompt, **call).plan(config)  # a bad argument, before any weight is read
     sd = minisd.load(args.model, device=args.device, dtype=args.dtype, ops=args.ops,
-                     tile=args.tile, **weights)
+                     tile=args.tile, safety_checker=args.safety_checker, **weights)
     for path, seed in plan:
         call |= {"seed": seed, "progress": False if args.quiet else None}
         if args.preview is None:
@@ -107,7 +107,10 @@ def draw(argv: list[str]) -> None:
         else:
             out = _previewed(sd.stream(args.prompt, **call), args.preview)
         (image,) = out.images
-        png.save(image, path, out.settings[0] | record, args.overwrite)
+        flags = {} if out.nsfw is None else {"nsfw": out.nsfw[0]}
+        png.save(image, path, out.settings[0] | record | flags, args.overwrite)
+        if out.nsfw == [True]:
+            _tell(f"minisd: warning: the safety checker flags {path}")
         _print(f"{path}  seed {seed}")
 
 
@@ -199,7 +202,8 @@ def _record(args: argparse.Namespace, call: dict) -> dict:
     given = filter(None, (args.model, args.vae, args.config))
     paths = "\n".join(os.path.abspath(path) for path in given)
     weights = {"vae": _last_name(args.vae), "config": _last_name(args.config),
-               "prediction_type": args.prediction_type, "tile": args.tile}
+               "prediction_type": args.prediction_type, "tile": args.tile,
+               "safety_checker": _last_name(args.safety_checker)}
     return {
         "model": _last_name(args.model) or "tiny",
         "image": _last_name(args.image),
