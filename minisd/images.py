@@ -5,7 +5,7 @@ An image is read once; one that cannot be read is rejected with one sentence.
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -159,7 +159,7 @@ def open_images(images: "Source | Sequence[Source] | Tensor | np.ndarray") -> li
 
     if isinstance(images, (torch.Tensor, np.ndarray)):
         return to_pil(_checked(images))
-    several = images if isinstance(images, (list, tuple)) else [images]
+    several: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
     return [open_image(image) for image in several]
 
 
