@@ -20,18 +20,23 @@ from PIL import Image
 from reference_models import SMALL, randn, small_model
 
 import minisd
-from minisd.config import SD1, SD2
+from minisd.conditioning.unclip import augmented
+from minisd.config import SD1, SD2, VIT_H, VIT_L
 from minisd.models.clip import TextEncoder
+from minisd.models.clip_vision import VisionTower
 from minisd.models.ops import REFERENCE, TORCH
+from minisd.models.safety import ConceptScores
 from minisd.models.unet import UNet, guidance_embedding
 from minisd.models.vae import VAE
 
 MINISD = Path(minisd.__file__).parent
 # The files; and the letters for height and width of an argument x, where nothing binds them later.
 MODELS = {MINISD / f"models/{name}.py": letters for name, letters in {
-    "ops": "", "clip": "", "transformer": "hw", "unet": "hw", "vae": "HW"}.items()}
+    "ops": "", "clip": "", "clip_vision": "", "safety": "", "transformer": "hw", "unet": "hw",
+    "vae": "HW"}.items()}
 LOOP = {MINISD / f"{name}.py": "" for name in (
-    "pipeline", "steps", "conditioning/start", "conditioning/inpaint", "text/tokenizer")}
+    "pipeline", "steps", "conditioning/start", "conditioning/inpaint", "conditioning/unclip",
+    "text/tokenizer")}
 
 
 class Line(NamedTuple):
@@ -139,6 +144,9 @@ def test_the_models():
             calls += [(encoder, ids), (unet, x, ids[:, 0], context),
                       (vae.encode, torch.zeros(2, 3, 512, 384)), (vae.decode, x),
                       (vae.moments, torch.zeros(2, 3, 512, 384))]
+        for config, network in ((VIT_L, ConceptScores), (VIT_H, VisionTower)):
+            tower = network(replace(config, num_hidden_layers=1), TORCH)
+            calls.append((tower, torch.zeros(2, 3, 224, 224)))
         unet = UNet(replace(SD1.unet, time_cond_proj_dim=256), TORCH)
         context = torch.zeros(2, 77, SD1.text.hidden_size)
         calls.append((unet, x, ids[:, 0], context, torch.zeros(2, 256)))
@@ -164,6 +172,7 @@ def test_the_loop():
         model("a heart", image=grey["image"], **call)
         for either in (model, inpaint):
             either("a heart", **call, **grey, strength=0.5)
+        augmented(randn(2, 8), randn(1, 8), randn(1, 8), 100, randn(2, 8))
         model(["a heart", "a boat"], output_type="np", guidance_scale=1.0, **call)
         with pytest.raises(ArithmeticError):
             broken("a heart", **call)
