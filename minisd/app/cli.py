@@ -39,6 +39,7 @@ OPTIONS = {
     "height": "--size", "guidance_scale": "--guidance", "mask_image": "--mask",
     "prediction_type": "--prediction-type", "ops": "--ops", "sampler": "--sampler",
     "spacing": "--spacing", "guidance_rescale": "--guidance-rescale", "eta": "--eta",
+    "safety_checker": "--safety-checker",
 }
 
 

@@ -62,8 +62,8 @@ def _drawing_parser() -> Parser:
     option("--vae", help="a VAE to use instead of the model's own: a file, a folder, or a NAME")
     option("--prediction-type", metavar="TYPE",
            help="epsilon or v_prediction, whatever the model's file says")
-    option("--safety-checker", metavar="FOLDER", help="Stable Diffusion 1's safety_checker folder:"
-           " warns of each image that it flags, and notes it in the PNG")
+    option("--safety-checker", metavar="FOLDER", help="the folder of Stable Diffusion 1's"
+           " safety checker: warns of each image that it flags, and notes it in the PNG")
     option("-n", "--negative", default="", help="what to keep out (default: nothing)")
     option("-o", "--output", help="a name ending in .png, or a folder (default: minisd-SEED.png);"
            " with --count, heart.png becomes heart-00000.png and so on, and without a name"

@@ -55,7 +55,7 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention. Where it is causal, a token attends to itself and to the tokens before it."""
+    """Self-attention over all tokens, or causal self-attention: over those up to its own."""
 
     def __init__(self, config: TextConfig | VisionConfig, ops: Ops, causal: bool):
         super().__init__()
