@@ -21,10 +21,8 @@ from minisd.models.safety import ConceptScores
 
 
 class SafetyChecker(nn.Module):
-    """``checker(images) -> list[bool]``: which images look sexual to the checker that Stable
-    Diffusion 1 was published with. It misses many, flags others wrongly, and knows nothing else.
-
-    It was made for the images of Stable Diffusion 1; those of other models can be given as well.
+    """``checker(images) -> list[bool]``: which images the checker that was published with Stable
+    Diffusion 1 takes for sexual ones. It knows of nothing else, and is wrong both ways.
     """
 
     def __init__(self, network: ConceptScores, image_size: int):
@@ -34,8 +32,8 @@ class SafetyChecker(nn.Module):
     @classmethod
     def load(cls, folder: str | PathLike, device: str | torch.device = "cpu",
              dtype: str | torch.dtype = "auto") -> "SafetyChecker":
-        """The checker in a folder: "safety_checker" of the official Stable Diffusion 1, or the
-        model's folder around it.
+        """The checker in a folder: "safety_checker" of the official Stable Diffusion 1, which
+        `minisd download` does not fetch, or the model's folder around it.
 
         ``dtype`` "auto" is float32 on a CPU and float16 on a GPU. Raises FileNotFoundError, or
         WeightError (naming file and tensor) where the folder holds no safety checker.
@@ -46,7 +44,8 @@ class SafetyChecker(nn.Module):
         with torch.device("meta"):
             network = ConceptScores(config, TORCH)
         if told := checkpoint.differences(tensors, network):
-            raise WeightError(f"{folder}, safety checker: {told}")
+            file = next((tensor.path for tensor in tensors.values()), folder)
+            raise WeightError(f"{file}, safety checker: {told}")
         checkpoint.copy_into(network, tensors, dtype, device)
         return cls(network.eval().requires_grad_(False), config.image_size)
 

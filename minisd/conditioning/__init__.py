@@ -2,6 +2,7 @@
 
 start.py    noise, image to image; the shape that all of these functions have
 inpaint.py  inpainting, with a model trained for it and with any other
+unclip.py   an image's embedding with noise, as Stable unCLIP is told it
 """
 
 from minisd.conditioning import inpaint
