@@ -9,6 +9,7 @@ from os import PathLike
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from minisd import checks
@@ -57,7 +58,9 @@ class SafetyChecker(nn.Module):
         tensor or a (B, H, W, 3) array, which are rounded to 8 bits first. Raises ImageError for an
         image that cannot be read or used, and TypeError for what is none.
         """
-        like = self.network.visual_projection.weight
-        # One at a time: an image is flagged or not, whatever is beside it.
-        return [bool((self.network(to_clip(image, self.image_size).to(like)) > 0).any())
-                for image in open_images(images)]
+        return [self._flags(image) for image in open_images(images)]
+
+    def _flags(self, image: Image) -> bool:
+        pixels = to_clip(image, self.image_size).to(self.network.visual_projection.weight)
+        # Any score above 0; where half precision overflows, the score is NaN, and flags too.
+        return not bool((self.network(pixels) <= 0).all())

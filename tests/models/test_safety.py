@@ -150,6 +150,12 @@ def test_dtypes(folder):
     assert len(half(PICTURES[:2])) == 2
 
 
+def test_an_image_that_could_not_be_checked_is_flagged(folder):
+    checker = minisd.SafetyChecker.load(folder)
+    checker.network.visual_projection.weight.fill_(float("inf"))
+    assert checker(PICTURES[:2]) == [True, True]
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.pop("concept_embeds_weights"), "1 missing: concept_embeds_weights"),
     (lambda t: t.update(more=torch.zeros(1)), "1 unexpected: more"),
