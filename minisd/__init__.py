@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from minisd.models.ops import Ops
     from minisd.output import Output
     from minisd.pipeline import StableDiffusion
+    from minisd.safety import SafetyChecker
 
 __version__ = "0.2.0"
 _HOMES = {
     "Config": "config", "HubError": "errors", "ImageError": "errors", "MinisdError": "errors",
-    "Ops": "models.ops", "Output": "output", "StableDiffusion": "pipeline",
-    "WeightError": "errors", "download": "checkpoints.hub", "load": "loading",
+    "Ops": "models.ops", "Output": "output", "SafetyChecker": "safety",
+    "StableDiffusion": "pipeline", "WeightError": "errors", "download": "checkpoints.hub",
+    "load": "loading",
 }
-__all__ = ["Config", "HubError", "ImageError", "MinisdError", "Ops", "Output", "StableDiffusion",
-           "WeightError", "download", "load"]
+__all__ = ["Config", "HubError", "ImageError", "MinisdError", "Ops", "Output", "SafetyChecker",
+           "StableDiffusion", "WeightError", "download", "load"]
 
 
 def __getattr__(name: str) -> object:

@@ -46,6 +46,20 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP image tower (openai/clip-vit-large-patch14, image half)."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    hidden_act: str = "quick_gelu"  # or "gelu", as in OpenCLIP
+    image_size: int = 224  # pixels along one side
+    patch_size: int = 14
+    projection_dim: int = 768  # of the embedding that the image becomes
+
+
+@dataclass(frozen=True)
 class UNetConfig:
     """The denoiser. Tuples have one entry per level, full resolution first."""
 
@@ -146,6 +160,16 @@ class Config:
         told = (self.unet.in_channels - n, classes)
         return next((kind for kind, row in KINDS.items() if (row.extra(n), row[1]) == told), "")
 
+
+VIT_L = VisionConfig()  # OpenAI's CLIP ViT-L/14
+
+VIT_H = VisionConfig(  # OpenCLIP ViT-H/14
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    hidden_act="gelu",
+    projection_dim=1024,
+)
 
 SD1 = Config("Stable Diffusion 1")
 

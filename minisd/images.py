@@ -4,9 +4,9 @@ An image is read once; one that cannot be read is rejected with one sentence.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 Source = str | os.PathLike | Image.Image
 T = TypeVar("T")
+# The mean and standard deviation of red, green and blue in CLIP's training images.
+CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
+CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+MAX_RATIO = 2048  # a longer image would take gigabytes when it is resized for CLIP
 # The EXIF orientations from 2 on, and what turns them upright.
 TURNS: dict[object, Image.Transpose] = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
@@ -141,6 +145,59 @@ def _grid(image: Image.Image, mode: str, width: int, height: int) -> "Tensor":
     pixels = np.array(resized.convert(mode))
     grid = torch.from_numpy(pixels).float() / 255
     return grid.reshape(1, height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+
+def to_clip(source: Source, side: int = 224) -> "Tensor":
+    """What ``open_image`` takes -> (1, 3, side, side) float32 as CLIP's image tower reads it.
+
+    The shorter side is resized to ``side`` by PIL's bicubic filter, the centre is cut out and each
+    channel normalised, as CLIPImageProcessor does it. ImageError for an absurdly long image.
+    """
+    import torch
+
+    image = open_image(source)
+    width, height = image.size
+    short = min(width, height)
+    if max(width, height) > MAX_RATIO * short:
+        raise ImageError(f"an image of {width}x{height} pixels is too long for CLIP: cut it first")
+    width, height = int(side * width / short), int(side * height / short)  # not rounded
+    left, top = (width - side) // 2, (height - side) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.crop((left, top, left + side, top + side))
+    grid = (np.asarray(image, np.float32) / 255 - CLIP_MEAN) / CLIP_STD
+    return torch.from_numpy(grid).permute(2, 0, 1)[None].contiguous()
+
+
+def open_images(images: "Source | Sequence[Source] | Tensor | np.ndarray") -> list[Image.Image]:
+    """What ``open_image`` takes, one or a list, or pixels in [0, 1], a (B, 3, H, W) tensor or a
+    (B, H, W, 3) array -> PIL images in RGB, of 8 bits.
+
+    Raises what ``open_image`` does; TypeError also for pixels that are no floats, and ImageError
+    for those of another shape or range.
+    """
+    import torch
+
+    if isinstance(images, (torch.Tensor, np.ndarray)):
+        return to_pil(_checked(images))
+    several: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
+    return [open_image(image) for image in several]
+
+
+def _checked(pixels: "Tensor | np.ndarray") -> "Tensor":
+    """(B, 3, H, W), or (B, H, W, 3) of an array, if all of it is from 0 to 1 -> (B, 3, H, W)."""
+    import torch
+
+    shape = tuple(pixels.shape)
+    if isinstance(pixels, np.ndarray):
+        pixels = torch.tensor(pixels, device="cpu").movedim(-1, 1 if len(shape) == 4 else -1)
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in shape:
+        raise ImageError("pixels must be a tensor (B, 3, H, W) or an array (B, H, W, 3), "
+                         f"not of shape {shape}")
+    if not pixels.is_floating_point():
+        raise TypeError(f"pixels must be floats from 0 to 1, not {pixels.dtype}")
+    if not ((pixels >= 0) & (pixels <= 1)).all():  # NaN is neither
+        raise ImageError("pixels must be from 0 to 1, and some are not")
+    return pixels
 
 
 def to_pil(pixels: "Tensor") -> list[Image.Image]:

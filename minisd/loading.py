@@ -15,6 +15,7 @@ from minisd.models.ops import Ops
 from minisd.models.unet import UNet
 from minisd.models.vae import VAE
 from minisd.pipeline import StableDiffusion
+from minisd.safety import SafetyChecker
 from minisd.text.tokenizer import Tokenizer
 
 
@@ -23,7 +24,7 @@ def load(
     device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
     ops: str | Ops = "auto", fused: bool | None = None,
     vae: str | PathLike | None = None, prediction_type: str | None = None,
-    tile: int | None = None,
+    tile: int | None = None, safety_checker: str | PathLike | None = None,
 ) -> StableDiffusion:
     """Load a model, never touching the network.
 
@@ -34,7 +35,8 @@ def load(
     unusual sizes. ``vae``: a VAE to use instead: a file, a folder, or a name as above, of a VAE
     alone or of a whole model. ``prediction_type``: "epsilon" or "v_prediction", whatever the file
     says. ``tile``: decode what is larger than this in tiles of this side, in cells of the latent
-    (64 is 512 pixels in the official models), to save memory; not exact.
+    (64 is 512 pixels in the official models), to save memory; not exact. ``safety_checker``: a
+    folder that `SafetyChecker.load` takes; `Output.nsfw` then tells which images it flags.
 
     ``device`` "auto" is cuda, then mps, then cpu; ``dtype`` "auto" is float16 on a GPU and
     float32 on a CPU.
@@ -64,6 +66,8 @@ def load(
     parts = sd.parts.items()
     for part, module in parts:  # all of them, before any weight is read
         checkpoint.check(found, part, module)
+    if safety_checker is not None:
+        sd.safety_checker = SafetyChecker.load(safety_checker, device, dtype)
     for part, module in parts:
         checkpoint.fill(found, part, module, dtype, device)
         module.eval().requires_grad_(False)

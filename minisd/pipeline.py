@@ -46,11 +46,13 @@ class StableDiffusion:
     """A text encoder, a UNet and a VAE that were trained together, ready to be called.
 
     The parts are attributes (config, tokenizer, text_encoder, unet, vae) and work on their own.
+    ``safety_checker`` is None, or what tells for each of a call's images whether it is flagged.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, text_encoder: TextEncoder,
                  unet: UNet, vae: VAE, backend: Backend = Backend(TORCH)):
         self.config, self.tokenizer, self.backend = config, tokenizer, backend
+        self.safety_checker: Callable[..., list[bool]] | None = None
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
         self._loaded = (unet, vae, vae.decoder)
         self._repacked = Repacked()
@@ -172,7 +174,10 @@ class StableDiffusion:
             yield Step(i, shown[i].t, x, x0, partial(self._output, r, best, keep))
 
     def _output(self, r: Plan, x: Tensor, keep: Keep | None) -> Output:
-        return Output(self._images(x, keep, r.output_type), r.seeds, r.settings())
+        made, nsfw = self._images(x, keep, r.output_type), None
+        if self.safety_checker is not None and r.output_type != "latent":
+            nsfw = self.safety_checker(made)
+        return Output(made, r.seeds, r.settings(), nsfw)
 
     def _told(self, r: Plan, class_vector: Tensor | None) -> dict[str, Tensor]:
         """What the UNet is told besides x, t and the context."""
@@ -207,7 +212,8 @@ class StableDiffusion:
             device, dtype = None, device
         device = self.device if device is None else checks.device(device)
         dtype = self.dtype if dtype is None else checks.dtype(dtype, device)
-        modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+        parts = (*self.parts.values(), self.safety_checker)
+        modules = [part for part in parts if isinstance(part, nn.Module)]
         self.backend, before = self.backend.at(device, dtype), self.backend
         self.release()
         for part in modules:

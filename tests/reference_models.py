@@ -4,12 +4,14 @@ Modules have the same names on both sides, so that they can be compared one by o
 """
 
 import gzip
+from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from unittest.mock import patch
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.pipelines.stable_diffusion import safety_checker
 from diffusers.utils.torch_utils import randn_tensor
 from small_models import (  # noqa: F401 - for the tests
     AUTOENCODER,
@@ -19,6 +21,7 @@ from small_models import (  # noqa: F401 - for the tests
     SMALL_V,
     SMALL_ZERO,
     TEXT,
+    VISION,
     error,
     randn,
     randomise,
@@ -28,7 +31,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import (
     BitConfig,
+    CLIPConfig,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     DPTConfig as OfficialDPTConfig,
     DPTForDepthEstimation,
 )
@@ -39,7 +45,7 @@ from bench.models import (
     official_unet,
     official_vae,
 )
-from minisd.config import DPTConfig, ScheduleConfig
+from minisd.config import DPTConfig, ScheduleConfig, VisionConfig
 from minisd.pipeline import StableDiffusion
 from minisd.samplers import schedule
 from minisd.samplers.ddim import ddim
@@ -81,6 +87,28 @@ def official_depth(official: DPTForDepthEstimation, image: Tensor) -> Tensor:
             stage, "forward", lambda maps, *_: type(stage).forward(
                 stage, maps, height // 16, width // 16)):
         return official(image).predicted_depth
+
+
+def official_vision_tower(config: VisionConfig) -> CLIPVisionModelWithProjection:
+    """transformers' image tower."""
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**asdict(config)))
+
+
+def official_safety_checker(config: VisionConfig) -> safety_checker.StableDiffusionSafetyChecker:
+    """diffusers' safety checker."""
+    return safety_checker.StableDiffusionSafetyChecker(
+        CLIPConfig(vision_config=asdict(config), projection_dim=config.projection_dim))
+
+
+def official_flags(special: Tensor, concepts: Tensor) -> list[bool]:
+    """What diffusers' safety checker flags, given the margins of its vectors over thresholds of 0.
+    """
+    checker = official_safety_checker(VISION)
+    for thresholds in (checker.special_care_embeds_weights, checker.concept_embeds_weights):
+        thresholds.zero_()
+    margins = {3: special, 17: concepts}
+    with patch.object(safety_checker, "cosine_distance", lambda e, rows: margins[len(rows)]):
+        return checker(torch.zeros(len(special), 3, 12, 12), torch.zeros(len(special), 1))[1]
 
 
 def official_scheduler(config: ScheduleConfig) -> DDIMScheduler:

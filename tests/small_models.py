@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from minisd.backends import Backend
-from minisd.config import Config, DPTConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from minisd.config import (
+    Config,
+    DPTConfig,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+    VisionConfig,
+)
 from minisd.models.clip import TextEncoder
 from minisd.models.ops import TORCH, Ops
 from minisd.models.unet import UNet
@@ -27,6 +35,10 @@ TEXT = TextConfig(
 DENOISER = UNetConfig(
     block_out_channels=(16, 24, 40), has_attention=(True, True, False), num_heads=(2, 3, 5),
     cross_attention_dim=20, norm_num_groups=4,
+)
+VISION = VisionConfig(
+    hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+    image_size=12, patch_size=4, projection_dim=16,
 )
 AUTOENCODER = VAEConfig(block_out_channels=(16, 24, 40), norm_num_groups=4)
 DEPTH = DPTConfig(

@@ -37,7 +37,7 @@ OPTIONS = {
     "height": "--size", "guidance_scale": "--guidance", "mask_image": "--mask",
     "prediction_type": "--prediction-type", "ops": "--ops", "sampler": "--sampler",
     "spacing": "--spacing", "guidance_rescale": "--guidance-rescale", "eta": "--eta",
-    "watermark": "--watermark",
+    "watermark": "--watermark", "safety_checker": "--safety-checker",
 }
 
 
@@ -102,7 +102,7 @@ def draw(argv: list[str]) -> None:
     if hidden is not None:
         watermark.check((asked.width, asked.height), len(hidden))
     sd = minisd.load(args.model, device=args.device, dtype=args.dtype, ops=args.ops,
-                     tile=args.tile, **weights)
+                     tile=args.tile, safety_checker=args.safety_checker, **weights)
     for path, seed in plan:
         call |= {"seed": seed, "progress": False if args.quiet else None}
         if args.preview is None:
@@ -112,7 +112,10 @@ def draw(argv: list[str]) -> None:
         (image,) = out.images
         if hidden is not None:
             image = watermark.embed(image, hidden)
-        png.save(image, path, out.settings[0] | record, args.overwrite)
+        flags = {} if out.nsfw is None else {"nsfw": out.nsfw[0]}
+        png.save(image, path, out.settings[0] | record | flags, args.overwrite)
+        if out.nsfw == [True]:
+            _tell(f"minisd: warning: the safety checker flags {path}")
         _print(f"{path}  seed {seed}")
 
 
@@ -222,7 +225,8 @@ def _record(args: argparse.Namespace, call: dict) -> dict:
     given = filter(None, (args.model, args.vae, args.config))
     paths = "\n".join(os.path.abspath(path) for path in given)
     weights = {"vae": _last_name(args.vae), "config": _last_name(args.config),
-               "prediction_type": args.prediction_type, "tile": args.tile}
+               "prediction_type": args.prediction_type, "tile": args.tile,
+               "safety_checker": _last_name(args.safety_checker)}
     return {
         "model": _last_name(args.model) or "tiny",
         "image": _last_name(args.image),

@@ -92,6 +92,8 @@ def _drawing_parser() -> Parser:
     option("--eta", type=_number(float, lambda e: 0 <= e <= 1, "from 0 to 1"),
            help="noise added in each step, from none to as much as DDPM (default: the"
            " sampler's own)")
+    option("--safety-checker", metavar="FOLDER", help="the folder of Stable Diffusion 1's"
+           " safety checker: warns of each image that it flags, and notes it in the PNG")
     option("--watermark", metavar="TEXT", help="hide TEXT in the pixels, as the scripts of Stable"
            " Diffusion did (default: none): from 256x256 pixels on; often lost in bright colours,"
            " and in a JPEG of quality 90")

@@ -9,9 +9,10 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -123,10 +124,24 @@ def _instead(address: str | PathLike) -> str:
 
 def check(checkpoint: Checkpoint, part: str, module: nn.Module) -> None:
     """WeightError, with counts and first names, unless module and file agree on every tensor."""
-    have, want = checkpoint.parts[part], module.state_dict()
+    have = checkpoint.parts[part]
+    told = differences(have, module, partial(_official_names, checkpoint, part))
+    if told:
+        if part == "vae" and not have:
+            told += "; a VAE from another file can be given as vae= (--vae)"
+        raise WeightError(f"{_home(checkpoint, part)}, {part}: {told}")
+
+
+def differences(have: Mapping[str, StoredTensor], module: nn.Module,
+                official_names: Callable[[], dict[str, str]] = dict) -> str:
+    """What tensors and a module do not agree on, with counts and first names; "" for nothing.
+
+    ``official_names`` gives parameter name -> what the file calls it, or would.
+    """
+    want = module.state_dict()
     shared = [(stored, tuple(want[name].shape)) for name, stored in have.items() if name in want]
     missing = [name for name in want if name not in have]
-    spelled = _official_names(checkpoint, part) if missing else {}
+    spelled = official_names() if missing else {}
     faults = {
         "missing": [spelled.get(name, name) for name in missing],
         "unexpected": [stored.name for name, stored in have.items() if name not in want],
@@ -137,11 +152,7 @@ def check(checkpoint: Checkpoint, part: str, module: nn.Module) -> None:
             f"{s.name} {s.dtype}" for s in have.values() if s.dtype not in DTYPES
         ],
     }
-    told = "; ".join(f"{len(rows)} {what}: {_first(rows)}" for what, rows in faults.items() if rows)
-    if told:
-        if part == "vae" and not have:
-            told += "; a VAE from another file can be given as vae= (--vae)"
-        raise WeightError(f"{_home(checkpoint, part)}, {part}: {told}")
+    return "; ".join(f"{len(rows)} {what}: {_first(rows)}" for what, rows in faults.items() if rows)
 
 
 def fill(
@@ -152,7 +163,16 @@ def fill(
     Raises WeightError where ``check`` does, and for a weight that is not finite.
     """
     check(checkpoint, part, module)
-    stored = sorted(checkpoint.parts[part].items(), key=lambda row: (row[1].path, row[1].start))
+    copy_into(module, checkpoint.parts[part], dtype, device)
+
+
+def copy_into(module: nn.Module, have: Mapping[str, StoredTensor], dtype: torch.dtype,
+              device: torch.device) -> None:
+    """Give a module on the meta device these weights, by parameter name.
+
+    Raises WeightError for a weight that is not finite.
+    """
+    stored = sorted(have.items(), key=lambda row: (row[1].path, row[1].start))
     with ThreadPoolExecutor(READERS) as pool:
         tensors = pool.map(lambda row: read_tensor(row[1], dtype, device), stored)
         state = {name: tensor for (name, _), tensor in zip(stored, tensors, strict=True)}

@@ -4,6 +4,7 @@ start.py    noise, image to image; the shape that all of these functions have
 inpaint.py  inpainting, with a model trained for it and with any other
 depth.py    the depth of each cell
 upscale.py  a small image, to be made large
+unclip.py   an image's embedding with noise, as Stable unCLIP is told it
 """
 
 from collections.abc import Callable

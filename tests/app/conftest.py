@@ -14,6 +14,7 @@ class FakeModel:
 
     def __init__(self):
         self.loaded, self.calls, self.failure, self.defaults = [], [], None, {}
+        self.nsfw = None
 
     def load(self, path=None, **options):
         self.loaded.append((path, options))
@@ -26,7 +27,8 @@ class FakeModel:
             raise self.failure[1]
         settings = {"width": 64, "height": 64, "model": "fake", **self.defaults, **call,
                     "prompt": prompt, "seed": seed}
-        return SimpleNamespace(images=[Image.new("RGB", (8, 8))], settings=[settings])
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8))], settings=[settings],
+                               nsfw=self.nsfw)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from minisd.errors import HubError
 # Drawing
 
 LOADED = {"device": "auto", "dtype": "auto", "ops": "auto", "tile": None, "config": None,
-          "vae": None, "prediction_type": None}
+          "vae": None, "prediction_type": None, "safety_checker": None}
 
 
 def test_the_simplest_command_uses_the_documented_defaults(model, capsys):
@@ -40,10 +40,12 @@ def test_every_option_reaches_the_model(model):
             "--guidance", "-1.5", "--seed", "4294967295", "--size", "96x64", "--device", "cuda:1",
             "--dtype", "float16", "--ops", "reference", "--image", "start.png", "--mask",
             "mask.png", "--strength", "0.5", "--eta", "1", "--quiet", "--vae", "v.safetensors",
-            "--prediction-type", "v_prediction", "--tile", "64", "--config", "sizes", "a prompt"]
+            "--prediction-type", "v_prediction", "--tile", "64", "--config", "sizes",
+            "--safety-checker", "safe", "a prompt"]
     assert main(line) == 0
     options = {"device": "cuda:1", "dtype": "float16", "ops": "reference", "tile": 64,
-               "config": "sizes", "vae": "v.safetensors", "prediction_type": "v_prediction"}
+               "config": "sizes", "vae": "v.safetensors", "prediction_type": "v_prediction",
+               "safety_checker": "safe"}
     assert model.loaded == [("models/x.safetensors", options)]
     call = model.calls[0]
     assert call.pop("image").getpixel((0, 0)) == (255, 0, 0)
@@ -54,6 +56,20 @@ def test_every_option_reaches_the_model(model):
         "height": 64, "progress": False,
     }
     assert read_settings("a.png")["model"] == "x.safetensors"
+
+
+def test_a_flagged_image_is_told_and_kept_as_it_is(model, capsys):
+    line = ["a", "--count", "2", "--seed", "5", "-o", "a.png", "--safety-checker", "safe"]
+    model.nsfw = [True]
+    assert main(line) == 0
+    assert capsys.readouterr().err == "".join(
+        f"minisd: warning: the safety checker flags a-0000{i}.png\n" for i in range(2))
+    assert read_settings("a-00001.png")["nsfw"] is True
+    model.nsfw = [False]
+    assert main([*line, "--overwrite"]) == 0
+    assert capsys.readouterr().err == "" and read_settings("a-00001.png")["nsfw"] is False
+    assert main(["a", "--seed", "5", "-o", "b.png"]) == 0
+    fails(["a", "--seed", "5", "-o", "b.png", "--safety-checker", "safe"], 5, "b.png exists")
 
 
 @pytest.mark.parametrize("options, names", [

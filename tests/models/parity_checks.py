@@ -17,12 +17,14 @@ import official_samplers
 import torch
 import watermarked
 from diffusers import (
+    DDPMScheduler,
     StableDiffusionDepth2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
 from reference_models import (
     AUTOENCODER,
@@ -30,27 +32,32 @@ from reference_models import (
     DEPTH,
     SMALL,
     TEXT,
+    VISION,
     error,
     official_depth,
     official_dpt,
+    official_flags,
     official_pipeline,
     official_scheduler,
     official_text_encoder,
     official_tokenizer,
     official_unet,
     official_vae,
+    official_vision_tower,
     published_scheduler,
     randn,
     randomise,
     small_model,
     with_weights,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 
 from minisd import conditioning, pipeline, request as request_file
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
 from minisd.models import (
     clip as clip_file,
+    clip_vision as vision_file,
     dpt as dpt_file,
     unet as unet_file,
     vae as vae_file,
@@ -114,6 +121,43 @@ def clip(module, ops=TORCH):
     ids = torch.arange(70)[None]
     cases = [clip_case(act) for act in ("quick_gelu", "gelu")]
     return max(official_error(module.TextEncoder(c, ops), official, ids) for c, official in cases)
+
+
+@cache
+def vision_case(act):
+    config = replace(VISION, hidden_act=act)
+    ours = randomise(vision_file.VisionTower(config, TORCH))
+    return config, with_weights(official_vision_tower(config), ours)
+
+
+def clip_vision(module):
+    pixels, cases = randn(2, 3, 12, 12), [vision_case(act) for act in ("quick_gelu", "gelu")]
+    return max(official_error(module.VisionTower(c, TORCH), official, pixels)
+               for c, official in cases)
+
+
+def safety(module):
+    """The cosine, in float32, and how many flags differ: every margin about the edges, twice."""
+    a, b = randn(2, 16), randn(17, 16, seed=1)
+    wrong = error(module.cosine(a, b), torch.cosine_similarity(a[:, None], b[None], dim=-1))
+    margins = [-0.0201, -0.0101, -0.0096, -0.0094, 0.0004, 0.0006, 0.1]
+    rows = torch.tensor([*itertools.product(margins, repeat=3)])
+    special, concepts = torch.full((len(rows), 3), -1.0), torch.full((len(rows), 17), -1.0)
+    special[:, 0], special[:, 2], concepts[:, 5] = rows.unbind(dim=1)
+    ours = (module.scores(special, concepts) > 0).any(dim=1).tolist()
+    theirs = official_flags(special, concepts)
+    return sum(a != b for a, b in zip(ours, theirs)) + (wrong if wrong > 1e-6 else 0)
+
+
+def unclip(module):
+    official = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    wrong = error(module.alphas_cumprod().sqrt(), official.sqrt())  # theirs is in float32
+    x, mean, noise = (randn(2, 8, seed=seed) for seed in range(3))
+    std, abar = mean.exp(), module.alphas_cumprod()[100].item()
+    noised = (abar**0.5 * (x - mean) / std + (1 - abar) ** 0.5 * noise) * std + mean
+    told = get_timestep_embedding(torch.tensor([100, 100]), 8, True, 0)
+    ours = module.augmented(x, mean, std, 100, noise)
+    return max(error(ours, torch.cat([noised, told], dim=1)), wrong if wrong > 1e-5 else 0)
 
 
 def ops(module):
@@ -321,7 +365,11 @@ def images(module):
     pixels = randn(1, 3, 8, 8).sigmoid()
     theirs = colour.numpy_to_pil(colour.pt_to_numpy(pixels))[0]
     levels = [torch.tensor(np.array(x)) for x in (module.to_pil(pixels)[0], theirs)]
+    longer = drawing.crop((0, 0, 47, 30))  # 350.9 pixels, where the shorter side has 224
+    read = CLIPImageProcessorPil()(longer, return_tensors="pt").pixel_values
+    wrong = error(module.to_clip(longer), read)
     return max(
+        wrong if wrong > 1e-6 else 0,  # theirs is in float32, too
         error(*levels),
         error(module.to_tensor(drawing, 24, 16), colour.preprocess(drawing, 16, 24)),
         error(module.mask_to_tensor(drawing, 24, 16), grey.preprocess(drawing, 16, 24)),
@@ -329,7 +377,8 @@ def images(module):
 
 
 def config(module):
-    return sum(
+    acts = module.VIT_L.hidden_act, module.VIT_H.hidden_act
+    return (acts != ("quick_gelu", "gelu")) + sum(
         attrgetter(field)(model) != value
         for field, values in PUBLISHED.items()
         for model, value in zip((module.SD1, module.SD2), values)

@@ -21,23 +21,26 @@ from reference_models import SMALL, randn, small_model
 
 import minisd
 from minisd.conditioning.depth import normalised
-from minisd.config import SD1, SD2, X4_SCHEDULE, DPTConfig
+from minisd.conditioning.unclip import augmented
+from minisd.config import SD1, SD2, VIT_H, VIT_L, X4_SCHEDULE, DPTConfig
 from minisd.depth_maps import open_depth_map, prepared
 from minisd.models.clip import TextEncoder
+from minisd.models.clip_vision import VisionTower
 from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import REFERENCE, TORCH
+from minisd.models.safety import ConceptScores
 from minisd.models.unet import UNet, guidance_embedding
 from minisd.models.vae import VAE
 
 MINISD = Path(minisd.__file__).parent
 # The files; and the letters for height and width of an argument x, where nothing binds them later.
 MODELS = {MINISD / f"models/{name}.py": letters for name, letters in {
-    "ops": "", "clip": "", "transformer": "hw", "unet": "hw", "vae": "HW", "bit": "HW",
-    "dpt": ""}.items()}
+    "ops": "", "clip": "", "clip_vision": "", "safety": "", "transformer": "hw", "unet": "hw",
+    "vae": "HW", "bit": "HW", "dpt": ""}.items()}
 LOOP = {MINISD / f"{name}.py": "" for name in (
     "pipeline", "steps", "conditioning/start", "conditioning/inpaint", "text/tokenizer",
     "depth_maps", "conditioning/depth",
-    "conditioning/upscale")}
+    "conditioning/upscale", "conditioning/unclip")}
 
 
 class Line(NamedTuple):
@@ -146,6 +149,9 @@ def test_the_models():
                       (vae.encode, torch.zeros(2, 3, 512, 384)), (vae.decode, x),
                       (vae.moments, torch.zeros(2, 3, 512, 384))]
         unet = UNet(replace(SD1.unet, time_cond_proj_dim=256, num_class_embeds=9), TORCH)
+        for config, network in ((VIT_L, ConceptScores), (VIT_H, VisionTower)):
+            tower = network(replace(config, num_hidden_layers=1), TORCH)
+            calls.append((tower, torch.zeros(2, 3, 224, 224)))
         context = torch.zeros(2, 77, SD1.text.hidden_size)
         calls.append((unet, x, ids[:, 0], context, ids[:, 0], torch.zeros(2, 256)))
         calls.append((DepthEstimator(DPTConfig(), TORCH), torch.zeros(2, 3, 384, 512)))
@@ -175,6 +181,7 @@ def test_the_loop():
         model("a heart", image=grey["image"], **call)
         for either in (model, inpaint):
             either("a heart", **call, **grey, strength=0.5)
+        augmented(randn(2, 8), randn(1, 8), randn(1, 8), 100, randn(2, 8))
         model(["a heart", "a boat"], output_type="np", guidance_scale=1.0, **call)
         with pytest.raises(ArithmeticError):
             broken("a heart", **call)
