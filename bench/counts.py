@@ -47,7 +47,7 @@ from minisd.backends import kernels
 from minisd.config import SD1, SD2_V, Config
 from minisd.models.clip import TextEncoder
 from minisd.models.ops import REFERENCE, TORCH, Ops
-from minisd.models.unet import UNet
+from minisd.models.unet import UNet, zero_classes
 from minisd.models.vae import Decoder
 from minisd.samplers import SAMPLERS, schedule
 from minisd.samplers.sampler import coefficients
@@ -96,6 +96,7 @@ class Step:
             self.extra = torch.empty(batch, config.unet.in_channels - channels, size, size)
             self.extra = self.extra if self.extra.numel() else None
             self.context = torch.empty(2 * batch, 77, config.unet.cross_attention_dim).half()
+            self.classes = zero_classes(config.unet, 2 * batch)
 
     @staticmethod
     def ladder(sampler: str, config: Config) -> Ladder:
@@ -103,14 +104,16 @@ class Step:
         return SAMPLERS[sampler].ladder("linspace", 3, abars)
 
     def readable(self, unet: nn.Module) -> Forward:
+        told = {} if self.classes is None else {"class_vector": self.classes}
         steps = readable_steps.Steps(unet, self.context, self.extra, self.sampler,
-                                     self.config.schedule.prediction_type, GUIDANCE)
+                                     self.config.schedule.prediction_type, GUIDANCE,
+                                     told=told)
         return partial(steps, readable_steps.first_state(self.sampler, self.x), 0)
 
     def steps(self, fused: FusedUNet) -> Steps:
         """Here the prompt's keys and values and the time embeddings are made."""
         table = weights(coefficients(self.sampler, self.config.schedule.prediction_type), GUIDANCE)
-        return Steps(fused, self.context, [981], table, self.extra)
+        return Steps(fused, self.context, [981], table, self.extra, class_vector=self.classes)
 
     def once(self, fused: FusedUNet) -> Forward:
         return partial(self.steps(fused), readable_steps.first_state(self.sampler, self.x), 0)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minisd.config import UNetConfig
 from minisd.models.ops import REFERENCE, TORCH, Ops
-from minisd.models.unet import UNet
+from minisd.models.unet import UNet, zero_classes
 from minisd.models.vae import VAE
 
 if TYPE_CHECKING:
@@ -193,9 +193,7 @@ def coverage(config: UNetConfig, backend: Backend, height: int, width: int, dtyp
             unet = FusedUNet(unet, ops)
         x = torch.empty(batch, config.in_channels, height, width, dtype=dtype)
         context = torch.empty(batch, 77, config.cross_attention_dim, dtype=dtype)
-        n = config.projection_class_embeddings_input_dim
-        classes = torch.empty(batch, dtype=torch.int64) if n is None else torch.empty(batch, n)
-        unet(x, torch.empty(batch), context, classes)
+        unet(x, torch.empty(batch), context, zero_classes(config, batch))
     return calls
 
 

@@ -34,7 +34,7 @@ class Noise:
         """Standard normal numbers (B, 4, h, w), or (B, *shape)."""
         drawn = [torch.randn(shape or self.like.shape[1:], generator=g, device=g.device,
                              dtype=torch.float32) for g in self.generators]
-        return torch.stack([noise.to(self.like) for noise in drawn])         # (B, 4, h, w)
+        return torch.stack([noise.to(self.like) for noise in drawn])         # (B, ...)
 
 
 @dataclass(frozen=True)

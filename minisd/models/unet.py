@@ -94,6 +94,14 @@ def class_embedding(config: UNetConfig) -> nn.Module | None:
     return None if n is None else TimestepMLP(n, width)
 
 
+def zero_classes(config: UNetConfig, count: int) -> Tensor | None:
+    """So many classes, all zero, as the UNet is told them; None where it is told none."""
+    n = config.projection_class_embeddings_input_dim
+    if config.num_class_embeds is not None:
+        return torch.zeros(count, dtype=torch.int64)
+    return None if n is None else torch.zeros(count, n)
+
+
 class ResBlock(nn.Module):
     """Two convolutions added to the input; the time embedding is added between the two."""
 

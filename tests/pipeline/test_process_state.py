@@ -461,11 +461,11 @@ def test_threads_that_decode_at_once_leave_the_filters_alone(monkeypatch, folder
     entered = {"a": threading.Event(), "b": threading.Event()}
     a_has_left, to_rgb = threading.Event(), images._to_rgb
 
-    def overlapping(*args):
+    def overlapping(*args, **options):
         me = threading.current_thread().name
         entered[me].set()
         assert (entered["b"] if me == "a" else a_has_left).wait(10)
-        return to_rgb(*args)
+        return to_rgb(*args, **options)
 
     monkeypatch.setattr(images, "_to_rgb", overlapping)
     a, b = (threading.Thread(target=images.open_image, args=[folder / "photo.png"], name=name)
