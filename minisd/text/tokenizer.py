@@ -1,12 +1,8 @@
 """The only place that sees words: text becomes the 77 token ids that the text encoder reads.
 
-Byte-level BPE (byte pair encoding) as CLIP has it. A word starts as its UTF-8 bytes, one symbol
-each, and the last symbol is marked with ``</w>``. Then the merges, most frequent first, join
-neighbouring symbols into longer ones. The rules (lower case, NFC, how words are split) are those of
-transformers' CLIPTokenizer; the merges are OpenAI CLIP's (MIT licence, bpe_simple_vocab_16e6).
-
-Sources: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909 (BPE); Radford et al. 2021,
-https://arxiv.org/abs/2103.00020 (CLIP).
+Byte-level BPE as CLIP has it: bpe.py explains it, in plain Python, and here the tokenizers package
+computes it. The rules (lower case, NFC, how words are split) are those of transformers'
+CLIPTokenizer; Radford et al. 2021, https://arxiv.org/abs/2103.00020.
 """
 
 import re

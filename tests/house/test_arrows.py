@@ -19,6 +19,7 @@ ARROWS = {
     "__main__": {"app"},
     "__init__": {"checkpoints", "config", "errors", "loading", "models", "output", "pipeline"},
     "app": {"checkpoints", "errors", "files", "image_files", "images", "request", "samplers"},
+    "numpy_sd": {"checkpoints", "config", "errors", "files", "progress", "text"},
     "loading": {"backends", "checkpoints", "checks", "config", "models", "pipeline", "text"},
     "pipeline": {"backends", "checkpoints", "checks", "conditioning", "config", "errors", "images",
                  "memory", "models", "output", "progress", "request", "steps", "text"},
