@@ -144,7 +144,7 @@ def unet(p: Tree, config: Config, x: Array, t: int, context: Array) -> Array:
     """
     groups, mlp = config.unet.norm_num_groups, p["time_embedding"]
     emb = timestep_embedding(t, config.unet.block_out_channels[0]).astype(x.dtype)
-    emb = linear(mlp["linear_2"], silu(linear(mlp["linear_1"], emb)))        # (1, 1280)
+    emb = linear(mlp["linear_2"], silu(linear(mlp["linear_1"], emb)))        # (1, 4C)
 
     def layer(block: Tree, i: int, x: Array, heads: int) -> Array:
         x = res_block(block["resnets"][i], x, groups, 1e-5, emb)
@@ -152,14 +152,14 @@ def unet(p: Tree, config: Config, x: Array, t: int, context: Array) -> Array:
             x = spatial_transformer(block["attentions"][i], x, context, groups, heads)
         return x
 
-    x = conv(p["conv_in"], x)                                                # (B, 320, h, w)
+    x = conv(p["conv_in"], x)                                                # (B, C, h, w)
     skips = [x]
     for block, heads in zip(p["down_blocks"].values(), config.unet.num_heads):
         for i in block["resnets"]:
             x = layer(block, i, x, heads)
             skips.append(x)
         if "downsamplers" in block:
-            x = conv(block["downsamplers"][0]["conv"], x, stride=2)          # (B, C, h/2, w/2)
+            x = conv(block["downsamplers"][0]["conv"], x, stride=2)  # half as high and wide
             skips.append(x)
 
     x = layer(p["mid_block"], 0, x, config.unet.num_heads[-1])
@@ -170,8 +170,9 @@ def unet(p: Tree, config: Config, x: Array, t: int, context: Array) -> Array:
             x = np.concatenate([x, skips.pop()], axis=1)
             x = layer(block, i, x, heads)
         if "upsamplers" in block:
-            x = conv(block["upsamplers"][0]["conv"], doubled(x))             # (B, C, 2h, 2w)
-    return conv(p["conv_out"], silu(group_norm(p["conv_norm_out"], x, groups, 1e-5)))
+            x = conv(block["upsamplers"][0]["conv"], doubled(x))
+    x = silu(group_norm(p["conv_norm_out"], x, groups, 1e-5))
+    return conv(p["conv_out"], x)                                            # (B, 4, h, w)
 
 
 def timestep_embedding(t: int, width: int) -> Array:
@@ -247,7 +248,7 @@ def decode(p: Tree, config: Config, x: Array) -> Array:
     """Latents (B, 4, h, w) -> images (B, 3, H, W), about [-1, 1]: the VAE's second half."""
     decoder, groups = p["decoder"], config.vae.norm_num_groups
     x = conv(p["post_quant_conv"], x / config.vae.scaling_factor)                # (B, 4, h, w)
-    x = conv(decoder["conv_in"], x)                                          # (B, 512, h, w)
+    x = conv(decoder["conv_in"], x)                                          # (B, C, h, w)
     middle = decoder["mid_block"]
     x = res_block(middle["resnets"][0], x, groups, 1e-6)
     x = self_attention(middle["attentions"][0], x, groups)
@@ -256,8 +257,9 @@ def decode(p: Tree, config: Config, x: Array) -> Array:
         for resnet in block["resnets"].values():
             x = res_block(resnet, x, groups, 1e-6)
         if "upsamplers" in block:
-            x = conv(block["upsamplers"][0]["conv"], doubled(x))             # (B, C, 2h, 2w)
-    return conv(decoder["conv_out"], silu(group_norm(decoder["conv_norm_out"], x, groups, 1e-6)))
+            x = conv(block["upsamplers"][0]["conv"], doubled(x))
+    x = silu(group_norm(decoder["conv_norm_out"], x, groups, 1e-6))
+    return conv(decoder["conv_out"], x)                                      # (B, 3, H, W)
 
 
 def self_attention(p: Tree, x: Array, groups: int) -> Array:
@@ -284,7 +286,7 @@ def conv(p: Tree, x: Array, stride: int = 1) -> Array:
     (c_out, _, size, _), edge = p["weight"].shape, p["weight"].shape[-1] // 2
     x = np.pad(x, ((0, 0), (0, 0), (edge, edge), (edge, edge)))              # zeros around
     seen = sliding_window_view(x, (size, size), axis=(2, 3))[:, :, ::stride, ::stride]
-    seen = seen.transpose(0, 1, 4, 5, 2, 3)                                  # (B, C, 3, 3, h, w)
+    seen = seen.transpose(0, 1, 4, 5, 2, 3)                                  # (B, C, k, k, h, w)
     b, c, _, _, h, w = seen.shape
     columns = seen.reshape(b, c * size * size, h * w)
     y = p["weight"].reshape(c_out, -1) @ columns + p["bias"][:, None]
@@ -436,7 +438,7 @@ def read_config(folder: Path) -> Config:
     def read(like: Any, fields: dict) -> Any:
         known = {key: fields[key] for key in vars(like) if fields.get(key) is not None}
         return replace(like, **{
-            key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+            key: tuple(x) if isinstance(x, list) else x for key, x in known.items()})
 
     try:
         text, unet, vae = (
@@ -487,7 +489,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("minisd.numpy_sd", description="Stable Diffusion in NumPy.")
     option = parser.add_argument
     option("prompt", help="what to draw, in quotes")
-    option("-m", "--model", type=Path, default=resources.files("minisd_weights") / "tiny",
+    option("-m", "--model", type=Path, default=str(resources.files("minisd_weights") / "tiny"),
            help="a folder in diffusers layout, or a .safetensors file (default: the shipped model)")
     option("--prediction-type", choices=PREDICTION_TYPES, help="whatever the model's files say")
     option("-o", "--output", default="numpy_sd.png", help="a PNG (default: %(default)s)")
@@ -504,7 +506,8 @@ def main(argv: list[str] | None = None) -> int:
             Image.fromarray((255 * image).round().astype(np.uint8)).save(temporary, "PNG")
     except (OSError, ValueError, ArithmeticError, KeyError) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-        sys.stderr.write(f"{parser.prog}: error: {error}\n")
+        lacks = f"{args.model} lacks the tensors of " if isinstance(error, KeyError) else ""
+        sys.stderr.write(f"{parser.prog}: error: {lacks}{error}\n")
         return code
     return 0
 
