@@ -74,9 +74,9 @@ def draw(model: Model, prompt: str, steps: int = 50, guidance: float = 7.5, seed
         both = unet(model.unet, config, np.repeat(x, 2, axis=0), t, context)  # (2, 4, h, w)
         uncond, cond = both[:1], both[1:]                                    # (1, 4, h, w)
         # Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, eq. 6):
-        # away from what the model sees without the prompt, by more than the difference.
+        # from what is seen without the prompt towards what is seen with it, and further.
         prediction = uncond + guidance * (cond - uncond)                     # (1, 4, h, w)
-        after = abar[max(t + visited.step, 0)]
+        after = abar[max(t + visited.step, 0)]  # of the next timestep: less noise
         x = ddim_step(x, prediction, abar[t], after, config.schedule.prediction_type)
     # Latent -> pixels.
     image = decode(model.vae, config, x)[0].transpose(1, 2, 0)               # (H, W, 3)
@@ -98,16 +98,17 @@ def ids(model: Model, prompts: list[str]) -> Array:
 
 
 def text_encoder(p: Tree, config: Config, ids: Array) -> Array:
-    """CLIP's causal transformer (Radford et al. 2021, https://arxiv.org/abs/2103.00020)."""
+    """A vector for each token, which knows the tokens before it: a causal transformer, CLIP's
+    (Radford et al. 2021, https://arxiv.org/abs/2103.00020). ids (B, L) -> context (B, L, D)."""
     table, position = (p["embeddings"][f"{name}_embedding"] for name in ("token", "position"))
     x = table["weight"][ids] + position["weight"][: ids.shape[1]]            # (B, L, D)
     activation = {"quick_gelu": quick_gelu, "gelu": gelu}[config.text.hidden_act]
     for layer in p["encoder"]["layers"].values():
-        own, mlp = layer["self_attn"], layer["mlp"]
+        attn, mlp = layer["self_attn"], layer["mlp"]
         h = layer_norm(layer["layer_norm1"], x)
-        q, k, v = (linear(own[f"{name}_proj"], h) for name in "qkv")
+        q, k, v = (linear(attn[f"{name}_proj"], h) for name in "qkv")
         h = attention(q, k, v, config.text.num_attention_heads, causal=True)
-        x = x + linear(own["out_proj"], h)
+        x = x + linear(attn["out_proj"], h)
         h = activation(linear(mlp["fc1"], layer_norm(layer["layer_norm2"], x)))
         x = x + linear(mlp["fc2"], h)
     return layer_norm(p["final_layer_norm"], x)                              # (B, L, D)
@@ -137,10 +138,12 @@ def noise(seed: int, shape: tuple[int, ...]) -> Array:
 
 
 def unet(p: Tree, config: Config, x: Array, t: int, context: Array) -> Array:
-    """The prediction (B, 4, h, w) for x (B, 4, h, w) at timestep t: the noise in it, or v.
+    """The noise in x (B, 4, h, w) at timestep t, given the context (B, L, D): (B, 4, h, w).
 
-    Rombach et al. 2022, https://arxiv.org/abs/2112.10752. Down to the smallest size and up again;
-    each output on the way down is kept, and is concatenated to an input on the way up.
+    It was trained to minimise E || eps - eps_theta(x_t, t, c) ||^2 (Rombach et al. 2022,
+    https://arxiv.org/abs/2112.10752, eq. 3); some models predict v instead, see ddim_step. Down to
+    the smallest size and up again: each output on the way down is kept, and is concatenated to an
+    input on the way up (skip connections).
     """
     groups, mlp = config.unet.norm_num_groups, p["time_embedding"]
     emb = timestep_embedding(t, config.unet.block_out_channels[0]).astype(x.dtype)
@@ -159,11 +162,12 @@ def unet(p: Tree, config: Config, x: Array, t: int, context: Array) -> Array:
             x = layer(block, i, x, heads)
             skips.append(x)
         if "downsamplers" in block:
-            x = conv(block["downsamplers"][0]["conv"], x, stride=2)  # half as high and wide
+            x = conv(block["downsamplers"][0]["conv"], x, stride=2)
             skips.append(x)
 
-    x = layer(p["mid_block"], 0, x, config.unet.num_heads[-1])
-    x = res_block(p["mid_block"]["resnets"][1], x, groups, 1e-5, emb)
+    middle = p["mid_block"]
+    x = layer(middle, 0, x, config.unet.num_heads[-1])
+    x = res_block(middle["resnets"][1], x, groups, 1e-5, emb)
 
     for block, heads in zip(p["up_blocks"].values(), reversed(config.unet.num_heads)):
         for i in block["resnets"]:
@@ -199,6 +203,7 @@ def spatial_transformer(p: Tree, x: Array, context: Array, groups: int, heads: i
         q, k, v = (linear(attn[f"to_{name}"], x) for name, x in zip("qkv", (h, seen, seen)))
         return linear(attn["to_out"][0], attention(q, k, v, heads))
 
+    # 1e-6 here and in the decoder, 1e-5 in the UNet's res blocks: both are as in training.
     h = linear(p["proj_in"], as_tokens(group_norm(p["norm"], x, groups, 1e-6)))  # (B, h*w, C)
     own = layer_norm(block["norm1"], h)
     h = h + attend(block["attn1"], own, own)                                 # self-attention
@@ -247,7 +252,7 @@ def ddim_step(x: Array, prediction: Array, abar: float, after: float, kind: str)
 def decode(p: Tree, config: Config, x: Array) -> Array:
     """Latents (B, 4, h, w) -> images (B, 3, H, W), about [-1, 1]: the VAE's second half."""
     decoder, groups = p["decoder"], config.vae.norm_num_groups
-    x = conv(p["post_quant_conv"], x / config.vae.scaling_factor)                # (B, 4, h, w)
+    x = conv(p["post_quant_conv"], x / config.vae.scaling_factor)            # (B, 4, h, w)
     x = conv(decoder["conv_in"], x)                                          # (B, C, h, w)
     middle = decoder["mid_block"]
     x = res_block(middle["resnets"][0], x, groups, 1e-6)
@@ -375,11 +380,12 @@ def load(path: Path, prediction_type: str | None = None) -> Model:
     if prediction_type:
         schedule = replace(config.schedule, prediction_type=prediction_type)
         config = replace(config, schedule=schedule)
-    few = config.unet.time_cond_proj_dim or config.schedule.timestep_spacing == "trailing"
-    if config.kind != "text to image" or few or config.schedule.rescale_betas_zero_snr:
+    text, unet, vae = (tree(renamed(stored[part], rows[part])) for part in names.PARTS)
+    few = "cond_proj" in unet["time_embedding"] or config.schedule.timestep_spacing == "trailing"
+    paints = unet["conv_in"]["weight"].shape[1] > config.vae.latent_channels
+    if paints or few or config.schedule.rescale_betas_zero_snr:
         raise WeightError(f"{path} is for inpainting, for few steps or of zero terminal SNR: "
                           "that takes the minisd command")
-    text, unet, vae = (tree(renamed(stored[part], rows[part])) for part in names.PARTS)
     return Model(config, *read_vocabulary(path / "tokenizer"), text, unet, vae)
 
 
@@ -401,7 +407,7 @@ def read_safetensors(path: Path) -> dict[str, Array]:
         header = json.loads(data[8:end].tobytes())
         header.pop("__metadata__", None)
         return {name: _values(data[end:], **entry) for name, entry in header.items()}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise WeightError(f"{path} is not a safetensors file that is whole: {error}") from None
 
 
@@ -457,9 +463,10 @@ def read_config(folder: Path) -> Config:
 
 def recognise(path: Path, tensors: dict[str, Array], prediction_type: str | None) -> Config:
     """Stable Diffusion 1 or 2, by the width of the context; no tensor tells what 2 predicts."""
-    unet = renamed(tensors, names.single_file(SD1)["unet"])
-    key = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
-    width = unet[key].shape[-1] if key in unet else None
+    to_k = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    rows = names.single_file(SD1)["unet"].items()
+    width = next((tensors[name].shape[-1] for name, (parameter,) in rows
+                  if parameter == to_k and name in tensors), None)
     if width == SD1.unet.cross_attention_dim:
         return SD1
     if width != SD2.unet.cross_attention_dim:

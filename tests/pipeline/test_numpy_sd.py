@@ -228,13 +228,16 @@ def test_bad_input(line, code, words, tmp_path, monkeypatch, capsys):
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("change", [
-    {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
-    {"timestep_spacing": "trailing"},
+@pytest.mark.parametrize("unet, schedule", [
+    ({"in_channels": 9}, {}),
+    ({"time_cond_proj_dim": 8}, {}),
+    ({}, {"timestep_spacing": "trailing"}),
+    ({}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
 ])
-def test_models_that_take_the_command(change, tmp_path):
-    sd = small_model(replace(SMALL, schedule=replace(SMALL.schedule, **change)))
-    sd.save(tmp_path / "model")
+def test_models_that_take_the_command(unet, schedule, tmp_path):
+    config = replace(SMALL, unet=replace(SMALL.unet, **unet),
+                     schedule=replace(SMALL.schedule, **schedule))
+    small_model(config).save(tmp_path / "model")
     with pytest.raises(WeightError, match="that takes the minisd command"):
         numpy_sd.load(tmp_path / "model")
 
