@@ -493,7 +493,8 @@ EXIT_CODES = {WeightError: 3, FileNotFoundError: 3, KeyError: 3, OSError: 5, Exc
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code; None means ``sys.argv``."""
-    parser = argparse.ArgumentParser("minisd.numpy_sd", description="Stable Diffusion in NumPy.")
+    parser = argparse.ArgumentParser(
+        "python -m minisd.numpy_sd", description="Stable Diffusion in NumPy: a prompt to a PNG.")
     option = parser.add_argument
     option("prompt", help="what to draw, in quotes")
     option("-m", "--model", type=Path, default=str(resources.files("minisd_weights") / "tiny"),

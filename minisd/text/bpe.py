@@ -37,6 +37,65 @@ HIDDEN = [byte for byte in range(256) if byte not in SEEN]
 ALPHABET = {byte: chr(byte) for byte in SEEN} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
 
 Merges = list[tuple[str, str]]
+Ranks = dict[tuple[str, str], int]  # which merge a pair is, 0 for the first
+
+
+def encode(text: str, vocab: dict[str, int], ranks: Ranks) -> list[int]:
+    """The ids of a text, without a frame."""
+    ids, start = [], 0
+    for marker in MARKER.finditer(text):  # in small letters only: see words()
+        ids += _encode_plain(text[start : marker.start()], vocab, ranks) + [vocab[marker[0]]]
+        start = marker.end()
+    return ids + _encode_plain(text[start:], vocab, ranks)
+
+
+def _encode_plain(text: str, vocab: dict[str, int], ranks: Ranks) -> list[int]:
+    text = unicodedata.normalize("NFC", text)
+    text = "".join(map(str.lower, text))  # one by one: a whole text has another sigma at its end
+    symbols = [symbol for word in words(text) for symbol in merged(word, ranks)]
+    return [vocab.get(symbol, vocab[EOS]) for symbol in symbols]
+
+
+def words(text: str) -> Iterator[str]:
+    """The words of a text in lower case, without white space."""
+    kinds, i = "".join(map(_kind, text)), 0
+    while i < len(text):
+        found = FIXED.match(text, i) or RUN.match(kinds, i)
+        assert found is not None
+        word, kind, i = text[i : found.end()], kinds[i], found.end()
+        if MARKER.fullmatch(word):  # typed in capitals; GPT-2's pattern takes it apart once more
+            yield from re.findall(r"\w+|\W+", word)
+        elif kind != " ":
+            yield word
+
+
+def _kind(character: str) -> str:
+    """"L" is a letter, "N" a number, " " white space, and "P" anything else."""
+    # Python alone takes the four separators below for white space; Unicode and CLIP do not.
+    if character.isspace() and not "\x1c" <= character <= "\x1f":
+        return " "
+    major = unicodedata.category(character)[0]
+    return major if major in "LN" else "P"
+
+
+def merged(word: str, ranks: Ranks) -> list[str]:
+    """The symbols of a word: its bytes, joined by merge after merge."""
+    symbols = [ALPHABET[byte] for byte in word.encode()]
+    symbols[-1] += "</w>"
+    while len(symbols) > 1:
+        found = [ranks.get(pair, math.inf) for pair in zip(symbols, symbols[1:])]
+        best = min(found)
+        if best == math.inf:
+            break
+        i = found.index(best)
+        symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+    return symbols
+
+
+def frame(ids: list[int], vocab: dict[str, int], pad_token_id: int) -> list[int]:
+    """What the text encoder reads: begin, the first 75 ids, end, and padding up to 77."""
+    framed = [vocab[BOS], *ids[: LENGTH - 2], vocab[EOS]]
+    return framed + [pad_token_id] * (LENGTH - len(framed))
 
 
 def clip_merges() -> Merges:
@@ -60,61 +119,3 @@ def clip_vocabulary(merges: Merges) -> dict[str, int]:
     symbols = alphabet + [byte + "</w>" for byte in alphabet]
     symbols += [left + right for left, right in merges] + [BOS, EOS]
     return {symbol: index for index, symbol in enumerate(symbols)}
-
-
-def frame(ids: list[int], vocab: dict[str, int], pad_token_id: int) -> list[int]:
-    """What the text encoder reads: begin, the first 75 ids, end, and padding up to 77."""
-    framed = [vocab[BOS], *ids[: LENGTH - 2], vocab[EOS]]
-    return framed + [pad_token_id] * (LENGTH - len(framed))
-
-
-def encode(text: str, vocab: dict[str, int], ranks: dict[tuple[str, str], int]) -> list[int]:
-    """The ids of a text; ``ranks`` gives the place of each merge, 0 for the first."""
-    ids, start = [], 0
-    for marker in MARKER.finditer(text):  # only as typed here: in capitals it is a word of the text
-        ids += _encode_plain(text[start : marker.start()], vocab, ranks) + [vocab[marker[0]]]
-        start = marker.end()
-    return ids + _encode_plain(text[start:], vocab, ranks)
-
-
-def _encode_plain(text: str, vocab: dict[str, int], ranks: dict[tuple[str, str], int]) -> list[int]:
-    text = unicodedata.normalize("NFC", text)
-    text = "".join(map(str.lower, text))  # alone, so that no sigma is the last of its word
-    symbols = [symbol for word in words(text) for symbol in merged(word, ranks)]
-    return [vocab.get(symbol, vocab[EOS]) for symbol in symbols]
-
-
-def words(text: str) -> Iterator[str]:
-    """The words of a text in lower case, without white space."""
-    kinds, i = "".join(map(_kind, text)), 0
-    while i < len(text):
-        found = FIXED.match(text, i) or RUN.match(kinds, i)
-        assert found is not None
-        word, kind, i = text[i : found.end()], kinds[i], found.end()
-        if MARKER.fullmatch(word):  # typed in capitals; GPT-2's pattern takes it apart once more
-            yield from re.findall(r"\w+|\W+", word)
-        elif kind != " ":
-            yield word
-
-
-def _kind(character: str) -> str:
-    """L a letter, N a number, " " white space, P anything else."""
-    # Python alone takes the four separators below for white space; Unicode and CLIP do not.
-    if character.isspace() and not "\x1c" <= character <= "\x1f":
-        return " "
-    major = unicodedata.category(character)[0]
-    return major if major in "LN" else "P"
-
-
-def merged(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-    """The symbols of a word: its bytes, joined by merge after merge."""
-    symbols = [ALPHABET[byte] for byte in word.encode()]
-    symbols[-1] += "</w>"
-    while len(symbols) > 1:
-        found = [ranks.get(pair, math.inf) for pair in zip(symbols, symbols[1:])]
-        best = min(found)
-        if best == math.inf:
-            break
-        i = found.index(best)
-        symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
-    return symbols
