@@ -230,6 +230,7 @@ def official_unet(config: UNetConfig, side: int = 8) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     kinds = ["CrossAttn" if on else "" for on in config.has_attention]
+    n = config.projection_class_embeddings_input_dim
     return UNet2DConditionModel(
         sample_size=side, in_channels=config.in_channels, out_channels=config.out_channels,
         down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
@@ -238,7 +239,10 @@ def official_unet(config: UNetConfig, side: int = 8) -> nn.Module:
         # In the official configs this key holds the number of heads.
         attention_head_dim=config.num_heads, cross_attention_dim=config.cross_attention_dim,
         use_linear_projection=config.use_linear_projection,
-        time_cond_proj_dim=config.time_cond_proj_dim,
+        time_cond_proj_dim=config.time_cond_proj_dim, num_class_embeds=config.num_class_embeds,
+        only_cross_attention=config.only_cross_attention or False,
+        class_embed_type=None if n is None else "projection",
+        projection_class_embeddings_input_dim=n,
         norm_num_groups=config.norm_num_groups,
     )
 

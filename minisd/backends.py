@@ -193,7 +193,9 @@ def coverage(config: UNetConfig, backend: Backend, height: int, width: int, dtyp
             unet = FusedUNet(unet, ops)
         x = torch.empty(batch, config.in_channels, height, width, dtype=dtype)
         context = torch.empty(batch, 77, config.cross_attention_dim, dtype=dtype)
-        unet(x, torch.empty(batch), context)
+        n = config.projection_class_embeddings_input_dim
+        classes = torch.empty(batch, dtype=torch.int64) if n is None else torch.empty(batch, n)
+        unet(x, torch.empty(batch), context, classes)
     return calls
 
 

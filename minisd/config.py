@@ -46,6 +46,11 @@ class UNetConfig:
     cross_attention_dim: int = 768
     use_linear_projection: bool = False
     norm_num_groups: int = 32
+    # Levels whose first attention reads the prompt too, instead of x; () is none.
+    only_cross_attention: tuple[bool, ...] = ()
+    # The UNet may be told a class: one of so many, or a vector of this width.
+    num_class_embeds: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
     # Latent consistency models are told the guidance scale, as an embedding of this width.
     time_cond_proj_dim: int | None = None
 

@@ -9,19 +9,10 @@ B latents, C channels, h w height and width of the latent, L = h*w rows
 import torch
 import torch.nn.functional as F
 from minisd_kernels.fused import graph as graphs, steps as fused_step
+from minisd_kernels.fused.blocks import Norm, Pending, Res, Up, bias_of, feature_map, of_kind, rows
 from minisd_kernels.fused.graph import Graphs
 from minisd_kernels.fused.packed import Conv, Linear
-from minisd_kernels.fused.unet import (
-    FusedUNet,
-    Norm,
-    Pending,
-    Res,
-    Up,
-    bias_of,
-    feature_map,
-    of_kind,
-    rows,
-)
+from minisd_kernels.fused.unet import FusedUNet
 from torch import Tensor, nn
 
 from minisd import steps as readable_steps
@@ -108,4 +99,5 @@ class Fused:
         return fused_step.Steps(
             self.unet, readable.context, [level.t for level in readable.sampler.shown[:-1]],
             fused_step.weights(coefficients, 1.0 if guidance else scale), readable.extra,
-            any(readable.draws), guidance, None if cond is None else cond[:1])
+            any(readable.draws), guidance, readable.told.get("class_vector"),
+            None if cond is None else cond[:1])

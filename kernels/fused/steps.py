@@ -39,6 +39,8 @@ def advance(unet: FusedUNet, state: Tensor, times: Tensor, weights: Tensor, nois
     """One step, from the state (K + 1, B, C, h, w) to the next; its last tensor is x_0."""
     x = state[0]
     inputs = x if extra is None else torch.cat([x, extra], dim=1)
+    if times.dim() > 1:  # classes, in which the halves of guidance may differ
+        inputs = inputs.repeat(len(times) // len(x), 1, 1, 1)                # (M, C, h, w)
     predictions = unet.step(inputs.to(times), times, prompt)                 # (M, C, h, w)
     if guidance is not None:  # rescaled, which is not linear
         predictions = guided(predictions.to(x), *guidance)                   # (B, C, h, w)
@@ -53,14 +55,21 @@ class Steps:
     @torch.no_grad()
     def __init__(self, unet: FusedUNet, context: Tensor, timesteps: Sequence[float],
                  table: Tensor, extra: Tensor | None = None, noisy: bool = False,
-                 guidance: Sequence[float] | None = None, timestep_cond: Tensor | None = None):
+                 guidance: Sequence[float] | None = None, class_vector: Tensor | None = None,
+                 timestep_cond: Tensor | None = None):
         """context (M, L, D); timesteps in the order of the calls, and the `weights` of each;
         ``extra``: the further channels of an inpainting UNet, (B, 5, h, w); ``noisy``: whether the
         table has a column of noise; ``guidance``: scale and rescale, where it has one column of
-        predictions for two contexts; ``timestep_cond``: as the UNet's, of one image."""
+        predictions for two contexts; ``class_vector`` (M, n) or (M,): as the UNet's;
+        ``timestep_cond``: as the UNet's, of one image."""
         self.unet, self.noisy = unet, noisy
         at = torch.tensor(timesteps, dtype=torch.float32, device=context.device)
-        self.times = unet.times(at, timestep_cond)
+        if class_vector is None:
+            self.times = unet.times(at, None, timestep_cond)                 # (S, all widths)
+        else:
+            m, each = len(class_vector), [len(at)] + [1] * (class_vector.dim() - 1)
+            times = unet.times(at.repeat_interleave(m), class_vector.repeat(each))
+            self.times = times.unflatten(0, (-1, m))                         # (S, M, all widths)
         state = torch.promote_types(context.dtype, torch.float32)
         self.table = table.to(context.device, state)
         self.guidance = None if guidance is None else torch.tensor(
@@ -78,5 +87,5 @@ class Steps:
             return advance(self.unet, *changing, *self.fixed)
         extra, *prompt = self.fixed
         nones = noise is None, self.guidance is None, extra is None
-        size = *state.shape, state.dtype, *prompt[0].shape[:2], *nones
+        size = *state.shape, state.dtype, *prompt[0].shape[:2], self.times.dim(), *nones
         return self.unet.graphs(("step", *size), partial(advance, self.unet), changing, self.fixed)

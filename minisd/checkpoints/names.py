@@ -26,6 +26,9 @@ UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "time_embed.cond_proj": "time_embedding.cond_proj",  # of latent consistency models
+    "label_emb": "class_embedding",                      # of the x4 upscaler, a table
+    "label_emb.0.0": "class_embedding.linear_1",         # of unCLIP models
+    "label_emb.0.2": "class_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",

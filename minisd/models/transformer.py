@@ -69,13 +69,16 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each on a norm, each added to its input."""
+    """Self-attention, cross-attention and feed-forward, each on a norm, each added to its input.
 
-    def __init__(self, channels: int, context_width: int, heads: int, ops: Ops):
+    With ``only_cross`` the first attention too reads the prompt, as in the x4 upscaler.
+    """
+
+    def __init__(self, channels: int, context_width: int, heads: int, only_cross: bool, ops: Ops):
         super().__init__()
-        self.ops = ops
+        self.ops, self.only_cross = ops, only_cross
         self.norm1 = nn.LayerNorm(channels, LAYER_NORM_EPS)
-        self.attn1 = Attention(channels, channels, heads, ops)
+        self.attn1 = Attention(channels, context_width if only_cross else channels, heads, ops)
         self.norm2 = nn.LayerNorm(channels, LAYER_NORM_EPS)
         self.attn2 = Attention(channels, context_width, heads, ops)
         self.norm3 = nn.LayerNorm(channels, LAYER_NORM_EPS)
@@ -84,7 +87,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         norm = self.ops.norm_tokens
         h = norm(self.norm1, x)
-        x = x + self.attn1(h, h)
+        x = x + self.attn1(h, context if self.only_cross else h)
         x = x + self.attn2(norm(self.norm2, x), context)
         return x + self.ff(norm(self.norm3, x))
 
@@ -92,14 +95,14 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """GroupNorm, a projection, a transformer block over all positions, and a projection back."""
 
-    def __init__(self, channels: int, heads: int, config: UNetConfig, ops: Ops):
+    def __init__(self, channels: int, heads: int, only_cross: bool, config: UNetConfig, ops: Ops):
         super().__init__()
         self.ops, self.linear = ops, config.use_linear_projection
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, NORM_EPS)
         # SD1 has convolutions of 1x1 here, and SD2 linear layers: the same matrices.
         projection = nn.Linear if self.linear else partial(nn.Conv2d, kernel_size=1)
         self.proj_in = projection(channels, channels)
-        block = TransformerBlock(channels, config.cross_attention_dim, heads, ops)
+        block = TransformerBlock(channels, config.cross_attention_dim, heads, only_cross, ops)
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = projection(channels, channels)
 

@@ -85,6 +85,15 @@ class TimestepMLP(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
+def class_embedding(config: UNetConfig) -> nn.Module | None:
+    """From a class to what is added to the timestep's vector: a table, or layers as the timestep's.
+    """
+    width, n = 4 * config.block_out_channels[0], config.projection_class_embeddings_input_dim
+    if config.num_class_embeds is not None:
+        return nn.Embedding(config.num_class_embeds, width)
+    return None if n is None else TimestepMLP(n, width)
+
+
 class ResBlock(nn.Module):
     """Two convolutions added to the input; the time embedding is added between the two."""
 
@@ -135,14 +144,15 @@ class Block(nn.Module):
     """
 
     def __init__(self, widths: list[tuple[int, int]], attentions: int, heads: int,
-                 config: UNetConfig, ops: Ops):
+                 only_cross: bool, config: UNetConfig, ops: Ops):
         super().__init__()
         time_width, groups = 4 * config.block_out_channels[0], config.norm_num_groups
         self.resnets = nn.ModuleList(
             ResBlock(c_in, c_out, time_width, groups, ops) for c_in, c_out in widths
         )
         self.attentions = nn.ModuleList(
-            SpatialTransformer(widths[0][1], heads, config, ops) for _ in range(attentions)
+            SpatialTransformer(widths[0][1], heads, only_cross, config, ops)
+            for _ in range(attentions)
         )
 
     def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
@@ -153,9 +163,9 @@ class Block(nn.Module):
 class DownBlock(Block):
     """Every output is also a skip connection, and that of the downsampling too."""
 
-    def __init__(self, widths: list[tuple[int, int]], attends: bool, heads: int, downsample: bool,
-                 config: UNetConfig, ops: Ops):
-        super().__init__(widths, attends * len(widths), heads, config, ops)
+    def __init__(self, widths: list[tuple[int, int]], attends: bool, heads: int, only_cross: bool,
+                 downsample: bool, config: UNetConfig, ops: Ops):
+        super().__init__(widths, attends * len(widths), heads, only_cross, config, ops)
         self.downsamplers = nn.ModuleList([Downsample(widths[0][1])] if downsample else [])
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -173,7 +183,7 @@ class MidBlock(Block):
     """Res block, attention, res block, at the smallest size."""
 
     def __init__(self, channels: int, heads: int, config: UNetConfig, ops: Ops):
-        super().__init__([(channels, channels)] * 2, 1, heads, config, ops)
+        super().__init__([(channels, channels)] * 2, 1, heads, False, config, ops)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, time), context)
@@ -183,9 +193,9 @@ class MidBlock(Block):
 class UpBlock(Block):
     """Every res block also reads the last skip connection that is left, after its own input."""
 
-    def __init__(self, widths: list[tuple[int, int]], attends: bool, heads: int, upsample: bool,
-                 config: UNetConfig, ops: Ops):
-        super().__init__(widths, attends * len(widths), heads, config, ops)
+    def __init__(self, widths: list[tuple[int, int]], attends: bool, heads: int, only_cross: bool,
+                 upsample: bool, config: UNetConfig, ops: Ops):
+        super().__init__(widths, attends * len(widths), heads, only_cross, config, ops)
         self.upsamplers = nn.ModuleList([Upsample(widths[0][1])] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
@@ -204,17 +214,20 @@ class UNet(nn.Module):
         self.config, self.ops = config, ops
         widths, depth = config.block_out_channels, config.layers_per_block
         attends, heads, last = config.has_attention, config.num_heads, len(widths) - 1
+        only_cross = config.only_cross_attention or (False,) * len(widths)
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepMLP(
             widths[0], 4 * widths[0], config.time_cond_proj_dim)
+        self.class_embedding = class_embedding(config)
 
         self.down_blocks = nn.ModuleList()
         skip_widths = [widths[0]]  # of conv_in and of every output on the way down, in order
         for i, c in enumerate(widths):
             inputs = [widths[max(i - 1, 0)]] + [c] * (depth - 1)
             self.down_blocks.append(DownBlock(
-                [(c_in, c) for c_in in inputs], attends[i], heads[i], i < last, config, ops))
+                [(c_in, c) for c_in in inputs], attends[i], heads[i], only_cross[i], i < last,
+                config, ops))
             skip_widths += [c] * (depth + (i < last))
 
         self.mid_block = MidBlock(widths[-1], heads[-1], config, ops)
@@ -225,23 +238,25 @@ class UNet(nn.Module):
             inputs = [widths[min(i + 1, last)]] + [widths[i]] * depth
             joined = [c_in + skip_widths.pop() for c_in in inputs]
             self.up_blocks.append(UpBlock(
-                [(c_in, widths[i]) for c_in in joined], attends[i], heads[i], i > 0, config, ops))
+                [(c_in, widths[i]) for c_in in joined], attends[i], heads[i], only_cross[i], i > 0,
+                config, ops))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, latent: Tensor, t: Tensor | float, context: Tensor,
+                class_vector: Tensor | None = None,
                 timestep_cond: Tensor | None = None) -> Tensor:
         """Latent (B, 4, h, w), timesteps t, context (B, L, D) -> prediction (B, 4, h, w).
 
-        t is (B,) or one for all; ``timestep_cond`` (1 or B, n), for latent consistency models, is a
-        `guidance_embedding`. Latent and context may have any float dtype and device: the UNet
-        works in its own, and answers in that of the latent.
+        t is (B,) or one for all; ``class_vector``, where the model is told one, is (B, n), or (B,)
+        whole numbers that name a class; ``timestep_cond`` (1 or B, n), for latent consistency
+        models, is a `guidance_embedding`. All may have any float dtype and device: the UNet works
+        in its own, and answers in that of the latent.
         """
         own = self.conv_in.weight
         t = torch.as_tensor(t, device=own.device).expand(len(latent))        # (B,)
-        embedding = timestep_embedding(t, self.config.block_out_channels[0])  # (B, 320)
-        time = self.time_embedding(embedding.to(own), timestep_cond)         # (B, 1280)
+        time = self.time(t, class_vector, timestep_cond)                     # (B, 1280)
         context = context.to(own)
         x = self.conv_in(latent.to(own))                                     # (B, 320, h, w)
         skips = [x]
@@ -253,3 +268,17 @@ class UNet(nn.Module):
             x = block(x, skips, time, context)
         x = self.conv_out(self.ops.norm_silu(self.conv_norm_out, x))         # (B, 4, h, w)
         return x.to(latent)
+
+    def time(self, t: Tensor, class_vector: Tensor | None = None,
+             timestep_cond: Tensor | None = None) -> Tensor:
+        """What every res block is told: timesteps (B,), and classes, as vectors (B, 1280)."""
+        own = self.conv_in.weight
+        embedding = timestep_embedding(t, self.config.block_out_channels[0])  # (B, 320)
+        time = self.time_embedding(embedding.to(own), timestep_cond)         # (B, 1280)
+        if self.class_embedding is None:
+            return time
+        if class_vector is None:
+            raise ValueError("this UNet needs a class_vector")
+        whole = not class_vector.is_floating_point()
+        told = class_vector.to(own.device if whole else own)
+        return time + self.class_embedding(told)                             # (B, 1280)

@@ -37,6 +37,9 @@ CONFIGS = {
     "SD1": SMALL.unet,
     "SD2": SMALL_V.unet,  # linear projections, other heads
     "inpainting": replace(DENOISER, in_channels=9),
+    "classes": replace(DENOISER, num_class_embeds=9),
+    "class vectors": replace(DENOISER, projection_class_embeddings_input_dim=10),
+    "cross-attention first": replace(DENOISER, only_cross_attention=(True, False, True)),
     "late attention": replace(DENOISER, has_attention=(False, False, True)),  # a long shared prefix
     "no attention but the middle's": replace(DENOISER, has_attention=(False,) * 3),
     "one level": replace(DENOISER, block_out_channels=(16,), has_attention=(True,), num_heads=(2,)),
@@ -55,17 +58,26 @@ def inputs(unet, size, contexts, batch=3):
     return x, torch.tensor([999, 1, 500])[:batch], context
 
 
+def classes(unet, count):
+    """Classes of so many contexts, if the UNet is told any."""
+    n = unet.config.projection_class_embeddings_input_dim
+    if unet.class_embedding is None:
+        return None
+    return torch.arange(count) if n is None else randn(count, n, seed=2)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("contexts", [1, 2], ids=["alone", "guidance"])
 def test_fused_unet(unet, size, contexts):
     x, t, context = inputs(unet, size, contexts)
+    told = classes(unet, len(context))
     kept = x.clone(), t.clone(), context.clone()
     weights = {name: p.clone() for name, p in unet.named_parameters()}
     fused = FusedUNet(unet, TORCH)
-    ours = fused(x, t, context)
-    exact = unet(x.repeat(contexts, 1, 1, 1), t.repeat(contexts), context)
+    ours = fused(x, t, context, told)
+    exact = unet(x.repeat(contexts, 1, 1, 1), t.repeat(contexts), context, told)
     assert ours.shape == exact.shape and error(ours, exact) <= BOUND
-    assert torch.equal(ours, fused(x, t, context))
+    assert torch.equal(ours, fused(x, t, context, told))
     assert all(torch.equal(a, b) for a, b in zip(kept, (x, t, context)))
     assert all(torch.equal(p, weights[name]) for name, p in unet.named_parameters())
 
@@ -75,9 +87,10 @@ def test_precomputed_tensors_serve_every_step(unet):
     # Two steps: weights of x, uncond and cond.
     each = torch.tensor([[[0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]]])
     latents, extra = x[:, :4], x[:, 4:] if x.shape[1] == 9 else None
-    steps = Steps(FusedUNet(unet, TORCH), context, [981, 1], each, extra)
+    told = classes(unet, 6)
+    steps = Steps(FusedUNet(unet, TORCH), context, [981, 1], each, extra, class_vector=told)
     for i, t in enumerate((981, 1)):
-        exact = unet(x.repeat(2, 1, 1, 1), torch.full((6,), t), context)
+        exact = unet(x.repeat(2, 1, 1, 1), torch.full((6,), t), context, told)
         assert error(steps(torch.stack([latents, latents]), i)[0], exact.chunk(2)[i]) <= BOUND
 
 
@@ -109,10 +122,11 @@ def test_packed_weights_in_float32(unet, oneDNN, monkeypatch):
     for size in [*SIZES, SIZES[0]]:
         for batch in (1, 2):
             x, t, context = (y.float() for y in inputs(unet, size, 2, batch))
-            exact = unet(x.repeat(2, 1, 1, 1), t.repeat(2), context)
-            ours = fused(x, t, context)
+            told = classes(unet, 2 * batch)
+            exact = unet(x.repeat(2, 1, 1, 1), t.repeat(2), context, told)
+            ours = fused(x, t, context, told)
             assert error(ours, exact) <= 1e-5 * exact.abs().max()
-            assert torch.equal(ours, fused(x, t, context))
+            assert torch.equal(ours, fused(x, t, context, told))
 
 
 @pytest.mark.parametrize("config", [

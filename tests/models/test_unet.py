@@ -28,6 +28,9 @@ CASES = {
     "as SD2": LINEAR,  # linear layers there, other heads
     "inpainting": replace(DENOISER, in_channels=9),
     "attention at the bottom only": replace(DENOISER, has_attention=(False, False, True)),
+    "classes, and cross-attention first": replace(
+        LINEAR, only_cross_attention=(True, False, True), num_class_embeds=9),
+    "class vectors": replace(LINEAR, projection_class_embeddings_input_dim=10),
     "one res block a level": replace(DENOISER, layers_per_block=1),
     "one level": replace(
         DENOISER, block_out_channels=(24,), has_attention=(True,), num_heads=(3,)
@@ -42,10 +45,12 @@ def pair(config, ops, dtype=torch.float64):
 
 
 def inputs(config, h, w, dtype=torch.float64, tokens=7):
-    """Three latents at three timesteps, including both ends of the schedule."""
+    """Three latents at three timesteps, including both ends of the schedule; and three classes."""
     x = randn(3, config.in_channels, h, w, seed=1, dtype=dtype)
     context = randn(3, tokens, config.cross_attention_dim, seed=2, dtype=dtype)
-    return x, torch.tensor([0, 481, 999]), context
+    n = config.projection_class_embeddings_input_dim
+    classes = torch.tensor([0, 5, 8]) if n is None else randn(3, n, seed=3, dtype=dtype)
+    return x, torch.tensor([0, 481, 999]), context, classes
 
 
 @PAIR
@@ -85,7 +90,7 @@ def test_timestep_embedding(width):
 @pytest.mark.parametrize("config", [SD1.unet, SD2.unet], ids=["SD1", "SD2"])
 def test_a_transformer_of_the_official_width(config):
     channels, heads = config.block_out_channels[0], config.num_heads[0]
-    ours = randomise(SpatialTransformer(channels, heads, config, TORCH)).float()
+    ours = randomise(SpatialTransformer(channels, heads, False, config, TORCH)).float()
     official = with_weights(Transformer2DModel(
         heads, channels // heads, channels, cross_attention_dim=config.cross_attention_dim,
         use_linear_projection=config.use_linear_projection,
