@@ -381,11 +381,12 @@ def load(path: Path, prediction_type: str | None = None) -> Model:
         schedule = replace(config.schedule, prediction_type=prediction_type)
         config = replace(config, schedule=schedule)
     text, unet, vae = (tree(renamed(stored[part], rows[part])) for part in names.PARTS)
-    few = "cond_proj" in unet["time_embedding"] or config.schedule.timestep_spacing == "trailing"
-    paints = unet["conv_in"]["weight"].shape[1] > config.vae.latent_channels
-    if paints or few or config.schedule.rescale_betas_zero_snr:
-        raise WeightError(f"{path} is for inpainting, for few steps or of zero terminal SNR: "
-                          "that takes the minisd command")
+    told = "class_embedding" in unet or "cond_proj" in unet["time_embedding"]
+    sees = unet["conv_in"]["weight"].shape[1] > config.vae.latent_channels
+    own = config.schedule.timestep_spacing == "trailing" or config.schedule.rescale_betas_zero_snr
+    if told or sees or own:
+        raise WeightError(f"{path} is for inpainting, for few steps, of zero terminal SNR or told "
+                          "more than a prompt: that takes the minisd command")
     return Model(config, *read_vocabulary(path / "tokenizer"), text, unet, vae)
 
 
