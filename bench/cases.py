@@ -263,7 +263,7 @@ def tiny() -> list[Case]:
     """For Triton's interpreter: every kernel and every branch of it, at sizes that take seconds."""
     return [
         Attention("tiny", 2, 2, 37, 37, 40, calls=2, packed=True),  # one tile, two pieces
-        Attention("tiny", 1, 2, 20, 131, 40, calls=1),  # more than one tile, ragged
+        Attention("tiny", 1, 2, 3, 131, 40, calls=1),  # more than one tile, ragged
         Attention("tiny", 1, 1, 20, 37, 512, calls=1, packed=True),  # sliced
         GroupNorm("tiny", 1, 6, 5, True, calls=2, groups=2),  # 3 channels a group: no power of two
         GroupNorm("tiny", 2, 6, 5, False, calls=1, channels_last=True, groups=2),

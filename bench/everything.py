@@ -47,7 +47,7 @@ class Stage(NamedTuple):
 
 STAGES = {
     "tests": Stage(100, (*TESTS, "-n", str(min(8, CORES)), "-k",
-                         f"not full_size and not ({HEAVY})"), alone=False),
+                         f"not full_size and not ladder and not ({HEAVY})"), alone=False),
     "heavy tests": Stage(100, (*TESTS, "-n", str(min(2, CORES)), "-k", HEAVY), alone=False),
     "equality": Stage(80, ("bench.kernels", "--check", "--workers",
                            str(min(12, CORES) if GPU else 0)), alone=False),

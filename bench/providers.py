@@ -15,6 +15,15 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 import triton
+from minisd_kernels.ladder import (
+    attention_1_naive,
+    attention_2_tiled,
+    attention_3_online,
+    attention_4_split,
+    group_norm_1_two_passes,
+    group_norm_2_one_pass,
+    group_norm_3_fused,
+)
 from minisd_kernels.ops import attention as flash, launch
 from minisd_kernels.ops.launch import Norm, Tile
 from torch import Tensor
@@ -102,9 +111,28 @@ PEERS: dict[str, dict[str, Callable]] = {
 }
 
 
+# The rungs of kernels/ladder, at a few sizes: the first one is slow, and stores all scores. Where
+# they do not fit into memory, its row says so.
+LADDER: dict[str, dict[str, Callable]] = {
+    "attention": {
+        "ladder 1 naive": attention_1_naive.attention,
+        "ladder 2 tiled": attention_2_tiled.attention,
+        "ladder 3 online": attention_3_online.attention,
+        "ladder 4 split": attention_4_split.attention},
+    "group_norm_silu": {
+        "ladder 1 two passes": group_norm_1_two_passes.group_norm_silu,
+        "ladder 2 one pass": group_norm_2_one_pass.group_norm_silu,
+        "ladder 3 fused": group_norm_3_fused.group_norm_silu},
+}
+LADDER_CASES = {
+    "SD1.5 2x8x4096x4096x40", "SD1.5 2x8x1024x1024x80", "SD1.5 2x320x64x64 silu nchw",
+    "tiny 1x2x3x131x40", "tiny 1x6x5x5 silu nchw",
+}
+
+
 def peers(case: Case, device: torch.device) -> dict[str, Callable]:
     """By name; on a CPU also the implementations of `minisd.Ops`."""
-    found = PEERS[case.op] | {}
+    found = PEERS[case.op] | (LADDER[case.op] if case.label in LADDER_CASES else {})
     if case.label != MAX_AUTOTUNE_CASE:
         found.pop("compiled max-autotune", None)
     if device.type == "cpu":

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import sys
 import traceback
 import warnings
@@ -16,8 +15,7 @@ from typing import Any, TextIO
 
 import minisd
 from minisd import files, images
-from minisd.app import png, streams
-from minisd.app.options import CONFIG_HELP, LAST_SEED, Parser, parse
+from minisd.app import options, png, streams
 
 # By class name and most specific class first, so that a usage error need not import torch.
 EXIT_CODES = {
@@ -67,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def draw(argv: list[str]) -> None:
     """Make images one at a time, so that an interruption keeps those that are finished."""
-    args = parse(argv)
-    call = _call_arguments(args)
+    args = options.parse(argv)
+    call = options.call_arguments(args)
     record = _record(args, call)
-    plan, names = [], _names(args)
+    plan, names = [], options.names(args, ".png")
     files.remove_leftovers(names[0][0].parent)
     for path, seed in names:
         if _is_made(path, seed, args, record):
@@ -95,7 +93,7 @@ def draw(argv: list[str]) -> None:
     from minisd.checkpoints import checkpoint
     from minisd.request import Request
 
-    weights = {"config": args.config, "vae": args.vae, "prediction_type": args.prediction_type}
+    weights = _weights(args)
     config = checkpoint.open_checkpoint(args.model, **weights).config
     Request(prompt=args.prompt, **call).plan(config)  # a bad argument, before any weight is read
     sd = minisd.load(args.model, device=args.device, dtype=args.dtype, ops=args.ops,
@@ -131,10 +129,10 @@ def _is_preview(path: str) -> bool:
 
 def info(argv: list[str]) -> None:
     """Say what a file is: an image's settings as JSON, or a checkpoint in five lines."""
-    parser = Parser(prog="minisd info", description=info.__doc__)
+    parser = options.Parser(prog="minisd info", description=info.__doc__)
     parser.add_argument("file", metavar="FILE", help="a PNG, JPEG or WebP image of minisd, "
                         "AUTOMATIC1111's web UI or ComfyUI; or what --model takes")
-    parser.add_argument("--config", metavar="FOLDER", help=CONFIG_HELP)
+    parser.add_argument("--config", metavar="FOLDER", help=options.CONFIG_HELP)
     args = parser.parse_args(argv)
     if args.file.lower().endswith(tuple(png.READABLE)):
         _print(json.dumps(png.read_any_settings(args.file), indent=2, ensure_ascii=False))
@@ -158,7 +156,7 @@ def download(argv: list[str]) -> None:
     """Fetch weights from the Hugging Face Hub, and print the folder they are in."""
     from minisd.checkpoints import hub
 
-    parser = Parser(prog="minisd download", description=download.__doc__)
+    parser = options.Parser(prog="minisd download", description=download.__doc__)
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(hub.KNOWN)}, or owner/name of a "
                         "model or of a VAE alone")
     _print(str(hub.download(parser.parse_args(argv).name, log=_tell)))
@@ -166,32 +164,50 @@ def download(argv: list[str]) -> None:
 
 def words(argv: list[str]) -> None:
     """List the words that the shipped model knows, one a line."""
-    Parser(prog="minisd words", description=words.__doc__).parse_args(argv)
+    options.Parser(prog="minisd words", description=words.__doc__).parse_args(argv)
     known = resources.files("minisd_weights") / "tiny" / "words.txt"
     _print(known.read_text(encoding="utf-8").rstrip())
 
 
+def explain(argv: list[str]) -> None:
+    """Draw an image, and write a page that explains how."""
+    args = options.explaining_parser().parse_args(argv)
+    ((path, seed),) = options.names(args, ".html")
+    if path.suffix.lower() != ".html":
+        raise ValueError(f"{path}: the page is HTML, so its name must end in .html")
+    files.check_writable(path, args.overwrite)
+    from minisd.app import explain_page
+    from minisd.app.explain import WordMaps, watched
+    from minisd.checkpoints import checkpoint
+    from minisd.request import Request
+
+    weights = _weights(args)
+    config = checkpoint.open_checkpoint(args.model, **weights).config
+    if config.kind != "text to image":
+        raise ValueError(f"this is an {config.kind} model, and explain is for text to image")
+    call = options.call_arguments(args) | {"seed": seed, "progress": False if args.quiet else None}
+    plan = Request(prompt=args.prompt, **call).plan(config)
+    words = WordMaps()
+    sd = minisd.load(args.model, device=args.device, dtype=args.dtype, ops=words.ops, fused=False,
+                     **weights)
+    run = watched(sd, words, args.prompt, plan, **call)
+    page = explain_page.page(run, options.again(args, seed))
+    with files.written_whole(path, args.overwrite) as temporary, open(
+            temporary, "x", encoding="utf-8") as file:
+        file.write(page)
+        file.flush()
+        os.fsync(file.fileno())
+    _print(f"{path}  seed {seed}")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "info": info, "download": download, "words": words,
+    "info": info, "download": download, "words": words, "explain": explain,
 }
 
 
-def _call_arguments(args: argparse.Namespace) -> dict:
-    """The arguments of the model's call that were given, but for the prompt, seed and images."""
-    width, height = args.size or (None, None)
-    call = {
-        "negative_prompt": args.negative,
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance,
-        "guidance_rescale": args.guidance_rescale,
-        "sampler": args.sampler,
-        "spacing": args.spacing,
-        "eta": args.eta,
-        "strength": args.strength,
-        "width": width,
-        "height": height,
-    }
-    return {name: value for name, value in call.items() if value is not None}
+def _weights(args: argparse.Namespace) -> dict:
+    """What is said of the weights beside where they are."""
+    return {"config": args.config, "vae": args.vae, "prediction_type": args.prediction_type}
 
 
 def _record(args: argparse.Namespace, call: dict) -> dict:
@@ -213,21 +229,6 @@ def _record(args: argparse.Namespace, call: dict) -> dict:
 
 def _last_name(path: str | None) -> str | None:
     return path and os.path.basename(os.path.abspath(path))
-
-
-def _names(args: argparse.Namespace) -> list[tuple[Path, int]]:
-    """The (path, seed) of every image to make."""
-    first = secrets.randbelow(LAST_SEED - args.count + 2) if args.seed is None else args.seed
-    return [(_path(args, index, first + index), first + index) for index in range(args.count)]
-
-
-def _path(args: argparse.Namespace, index: int, seed: int) -> Path:
-    output = "." if args.output is None else args.output
-    if os.path.isdir(output) or output.endswith(("/", os.sep)):
-        name = f"minisd-{seed}.png" if args.count == 1 else f"{index:05d}-{seed}.png"
-        return Path(output, name)
-    path = Path(output)
-    return path if args.count == 1 else path.with_name(f"{path.stem}-{index:05d}{path.suffix}")
 
 
 def _is_made(path: Path, seed: int, args: argparse.Namespace, record: dict) -> bool:

@@ -1,8 +1,11 @@
 """The options of the command line, each right on its own; the library checks sizes and names."""
 
 import argparse
+import os
 import re
+import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import minisd
@@ -11,12 +14,20 @@ from minisd.app import streams
 LAST_SEED = 2**32 - 1
 CONFIG_HELP = "for a .safetensors file of unusual sizes: a diffusers folder that says them"
 
+# The options that are arguments of the model's call, by the names there.
+CALL = {
+    "negative": "negative_prompt", "steps": "num_inference_steps", "guidance": "guidance_scale",
+    "guidance_rescale": "guidance_rescale", "sampler": "sampler", "spacing": "spacing",
+    "eta": "eta", "strength": "strength",
+}
+
 OTHER_COMMANDS = """\
 other commands:
   minisd info FILE      the settings in an image, also in one of AUTOMATIC1111's web UI or ComfyUI,
                         or the layout, version and dtype of a checkpoint
   minisd download NAME  fetch official weights, or a VAE
   minisd words          list the words that the shipped model knows
+  minisd explain PROMPT draw an image, and write a page that explains how: minisd explain --help
 to draw the word itself: minisd -- info
 
 exit codes: 2 usage and images, 3 weights and missing paths, 4 memory, 5 disk or folder, 1 else"""
@@ -55,36 +66,19 @@ def _drawing_parser() -> Parser:
         epilog=OTHER_COMMANDS,
     )
     option = parser.add_argument
-    option("prompt", help="what to draw, in quotes")
-    option("-m", "--model", help="a .safetensors file, a diffusers folder, or the NAME that"
-           " `minisd download` has fetched (default: the shipped tiny model)")
-    option("--config", metavar="FOLDER", help=CONFIG_HELP)
-    option("--vae", help="a VAE to use instead of the model's own: a file, a folder, or a NAME")
-    option("--prediction-type", metavar="TYPE",
-           help="epsilon or v_prediction, whatever the model's file says")
-    option("-n", "--negative", default="", help="what to keep out (default: nothing)")
+    _say_what(option)
     option("-o", "--output", help="a name ending in .png, or a folder (default: minisd-SEED.png);"
            " with --count, heart.png becomes heart-00000.png and so on, and without a name"
            " they are 00000-SEED.png and so on")
-    option("--steps", type=_number(int, lambda n: 1 <= n <= 1000, "from 1 to 1000"),
-           help="steps of the sampler, 1 to 1000 (default: 50)")
-    option("--guidance", type=_number(float, lambda g: abs(g) < float("inf"), "finite"),
-           help="how closely to follow the prompt; 1 is off (default: 7.5)")
-    option("--seed", type=_number(int, lambda n: 0 <= n <= LAST_SEED, f"from 0 to {LAST_SEED}"),
-           help="the seed of the first image; the next takes the next (default: drawn and told)")
-    option("--size", type=_size, metavar="WxH",
-           help="in pixels (default: what the model was trained on, or that of --image)")
+    _say_how(option)
     option("--count", type=_number(int, lambda n: 1 <= n <= 100_000, "from 1 to 100000"),
-           default=1, help="how many images (default: %(default)s)")
-    option("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
-    option("--dtype", default="auto", help="float32, float16, bfloat16 or float64"
-           " (default: %(default)s: float16 on a GPU, float32 on a CPU)")
+           default=1, help="how many images (default: %(default)s); each takes the next seed")
     option("--ops", default="auto", help="torch, its fused calls; reference, the formulas written"
            " out; triton, the GPU kernels; fused; or auto (default: %(default)s)")
     option("--tile", type=_number(int, lambda n: 1 <= n <= 8192, "from 1 to 8192"), metavar="N",
            help="decode in tiles of N cells of the latent, 64 for 512 pixels in the official"
            " models: less memory, not exact (default: no tiles)")
-    option("--image", help="an image to start from")
+    option("--image", help="an image to start from; without --size its own size is kept")
     option("--mask", help="where to repaint --image: light is repainted, dark and transparent are"
            " kept")
     option("--strength", type=_number(float, lambda s: 0 < s <= 1, "above 0 and at most 1"),
@@ -93,20 +87,100 @@ def _drawing_parser() -> Parser:
         float, lambda r: 0 <= r <= 1, "from 0 to 1"),
         help="how much of the contrast that guidance adds is taken back; 0.7 for models of zero"
         " terminal SNR (default: 0)")
-    option("--sampler", metavar="NAME", help="ddim, euler, euler_a, ddpm, dpmpp_2m, dpmpp_2m_sde,"
-           " dpmpp_2s, unipc, heun, lms, plms, dpm2, lcm, tcd, or a name such as"
-           ' "DPM++ 2M Karras" (default: the model\'s own)')
-    option("--spacing", help="which timesteps it visits: leading, trailing, linspace, karras,"
-           " exponential or lcm (default: the sampler's own)")
     option("--preview", metavar="FILE", help="a PNG that shows the image so far, written again"
            " every few steps")
     option("--eta", type=_number(float, lambda e: 0 <= e <= 1, "from 0 to 1"),
            help="noise added in each step, from none to as much as DDPM (default: the"
            " sampler's own)")
-    option("--overwrite", action="store_true", help="replace existing files")
-    option("--quiet", action="store_true", help="no progress bar")
     option("--version", action="version", version=f"minisd {minisd.__version__}")
     return parser
+
+
+def explaining_parser() -> Parser:
+    """Of `minisd explain`, which draws one image from noise."""
+    parser = Parser("minisd explain", "Draw an image, and write a page that explains how: every "
+                    "stage, with the numbers and pictures of this very run.")
+    option = parser.add_argument
+    _say_what(option)
+    option("-o", "--output", help="a name ending in .html, or a folder (default:"
+           " minisd-SEED.html)")
+    _say_how(option)
+    parser.set_defaults(count=1)
+    return parser
+
+
+def _say_what(option: Callable[..., Any]) -> None:
+    """Declare what is drawn, and by which model."""
+    option("prompt", help="what to draw, in quotes")
+    option("-m", "--model", help="a .safetensors file, a diffusers folder, or the NAME that"
+           " `minisd download` has fetched (default: the shipped tiny model)")
+    option("--config", metavar="FOLDER", help=CONFIG_HELP)
+    option("--vae", help="a VAE to use instead of the model's own: a file, a folder, or a NAME")
+    option("--prediction-type", metavar="TYPE",
+           help="epsilon or v_prediction, whatever the model's file says")
+    option("-n", "--negative", default="", help="what to keep out (default: nothing)")
+
+
+def _say_how(option: Callable[..., Any]) -> None:
+    """Declare how an image is drawn from noise."""
+    option("--steps", type=_number(int, lambda n: 1 <= n <= 1000, "from 1 to 1000"),
+           help="steps of the sampler, 1 to 1000 (default: 50)")
+    option("--guidance", type=_number(float, lambda g: abs(g) < float("inf"), "finite"),
+           help="how closely to follow the prompt; 1 is off (default: 7.5)")
+    option("--seed", type=_number(int, lambda n: 0 <= n <= LAST_SEED, f"from 0 to {LAST_SEED}"),
+           help="where the noise comes from (default: drawn and told)")
+    option("--size", type=_size, metavar="WxH",
+           help="in pixels (default: what the model was trained on)")
+    option("--sampler", metavar="NAME", help="ddim, euler, euler_a, ddpm, dpmpp_2m, dpmpp_2m_sde,"
+           " dpmpp_2s, unipc, heun, lms, plms, dpm2, lcm, tcd, or a name such as"
+           ' "DPM++ 2M Karras" (default: the model\'s own)')
+    option("--spacing", help="which timesteps it visits: leading, trailing, linspace, karras,"
+           " exponential or lcm (default: the sampler's own)")
+    option("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    option("--dtype", default="auto", help="float32, float16, bfloat16 or float64"
+           " (default: %(default)s: float16 on a GPU, float32 on a CPU)")
+    option("--overwrite", action="store_true", help="replace existing files")
+    option("--quiet", action="store_true", help="no progress bar")
+
+
+def call_arguments(args: argparse.Namespace) -> dict:
+    """The arguments of the model's call that were given, but for the prompt, seed and images."""
+    given = vars(args)
+    call = {name: given.get(option) for option, name in CALL.items()}
+    call["width"], call["height"] = args.size or (None, None)
+    return {name: value for name, value in call.items() if value is not None}
+
+
+def names(args: argparse.Namespace, ending: str) -> list[tuple[Path, int]]:
+    """The (path, seed) of every image or page to make."""
+    first = secrets.randbelow(LAST_SEED - args.count + 2) if args.seed is None else args.seed
+    return [(_path(args, index, first + index, ending), first + index)
+            for index in range(args.count)]
+
+
+def _path(args: argparse.Namespace, index: int, seed: int, ending: str) -> Path:
+    output = "." if args.output is None else args.output
+    if os.path.isdir(output) or output.endswith(("/", os.sep)):
+        name = f"minisd-{seed}" if args.count == 1 else f"{index:05d}-{seed}"
+        return Path(output, name + ending)
+    path = Path(output)
+    return path if args.count == 1 else path.with_name(f"{path.stem}-{index:05d}{path.suffix}")
+
+
+def again(args: argparse.Namespace, seed: int) -> list[str]:
+    """The command line that draws the image of a page of `minisd explain`."""
+    size = args.size and "{}x{}".format(*args.size)
+    given = {
+        "--model": args.model, "--config": args.config, "--vae": args.vae,
+        "--prediction-type": args.prediction_type, "--negative": args.negative or None,
+        "--steps": args.steps, "--guidance": args.guidance, "--seed": seed, "--size": size,
+        "--sampler": args.sampler, "--spacing": args.spacing,
+        "--device": None if args.device == "auto" else args.device,
+        "--dtype": None if args.dtype == "auto" else args.dtype, "--output": "image.png",
+    }
+    # With = because a value can begin with a dash. So can the prompt, and then -- is before it.
+    said = [f"{option}={value}" for option, value in given.items() if value is not None]
+    return ["minisd", *said, *["--"] * args.prompt.startswith("-"), args.prompt]
 
 
 N = TypeVar("N", int, float)

@@ -94,8 +94,8 @@ def test_help_names_every_option_and_command():
     for word in ("--model", "--negative", "--output", "--steps", "--guidance", "--seed", "--size",
                  "--count", "--device", "--dtype", "--ops", "--image", "--mask", "--strength",
                  "--eta", "--overwrite", "--quiet", "--debug", "--version", "minisd info FILE",
-                 "minisd download NAME", "minisd words", "(default: 50)", "(default: 7.5)", "--vae",
-                 "--prediction-type", "--tile", "--config"):
+                 "minisd download NAME", "minisd words", "minisd explain PROMPT", "(default: 50)",
+                 "(default: 7.5)", "--vae", "--prediction-type", "--tile", "--config"):
         assert word in shown.stdout, word
 
 

@@ -71,6 +71,7 @@ def test_every_provider_has_a_row_or_a_reason(interpreted):
             "sdpa default", "sdpa FLASH_ATTENTION", "sdpa CUDNN_ATTENTION",
             "sdpa EFFICIENT_ATTENTION", "minisd padded"} if case.op == "attention" else
             {"eager", "compiled"} | ({"liger"} if case.op == "group_norm_silu" else set()))
+        peers |= set(providers.LADDER[case.op] if case.label in providers.LADDER_CASES else ())
         assert {row["provider"] for row in mine} == {"minisd", *peers}
         for row in mine:
             if row["metric"] == "not timed":
@@ -79,6 +80,26 @@ def test_every_provider_has_a_row_or_a_reason(interpreted):
                 assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
                 assert float(row["max_err"]) < 0.01
     assert "CUDNN" not in {row["provider"] for row in rows if row["metric"] == "time"}
+
+
+def test_the_rungs_of_the_ladder_are_timed_at_some_sizes(interpreted):
+    rows = read(interpreted[0]["bench"] / "kernels.csv")
+    timed = {(row["kernel"], row["provider"]) for row in rows if row["metric"] == "time"
+             and row["provider"].startswith("ladder") and float(row["max_err"]) < 0.002}
+    assert timed == {(op, name) for op, rungs in providers.LADDER.items() for name in rungs}
+    labels = {case.label for case in cases.full() + cases.tiny()}
+    assert providers.LADDER_CASES <= labels
+
+
+def test_scores_that_do_not_fit_leave_a_row(monkeypatch):
+    def too_large(*args):
+        raise torch.OutOfMemoryError("1 GiB")
+
+    rows = kernels.measure(SMALL, CPU, torch.float32, 2, {"torch": TORCH.attention},
+                           {"ladder 1 naive": too_large}, timing.Budget(0, ""),
+                           timing.Limits(1e9, 1e9, 1e9))
+    lost, = (row for row in rows if row["provider"] == "ladder 1 naive")
+    assert lost["metric"] == "not timed" and lost["note"] == "OutOfMemoryError: 1 GiB"
 
 
 def test_the_padded_variant_is_the_same_function(interpreted):

@@ -61,6 +61,34 @@ triton.compile(code, compile.TARGETS["sm_90"].gpu, options)
     assert "2 of 2 compiled" in done.stdout and "hit True" in done.stdout
 
 
+def test_every_rung_of_the_ladder_compiles(tmp_path):
+    """A head of 160, ragged keys: padded to 256 columns it spills, in two pieces it does not."""
+    done = python("""
+import torch
+from functools import partial
+from bench import cases, providers
+from bench.compile import META, broken, compiled, variants
+
+def rungs():
+    norm = cases.GroupNorm("SD1.5", 2, 320, 64, True, 1)
+    for case in (cases.Attention("SD1.5", 2, 8, 256, 77, 160, 1), norm):
+        inputs = case.inputs(META, torch.float16)
+        for rung in providers.LADDER[case.op].values():
+            yield partial(case.call, rung, *inputs)
+
+for v in variants(rungs):
+    made = compiled(rungs, (v, "sm_90"))
+    assert not isinstance(made, str), made
+    print(v.kernel, *broken(made, "sm_90", v.products and "naive" not in v.kernel), sep=": ")
+""", tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = {line.partition(":")[0]: line for line in done.stdout.splitlines()}
+    assert len(said) == 9
+    for kernel, line in said.items():
+        spills = kernel in ("attention_2_tiled_kernel", "attention_3_online_kernel")
+        assert ("spills" in line) == spills and line.count(": ") == spills
+
+
 @pytest.mark.parametrize("setting, target, said", [
     ("'attention', 32] = Tile(128, 128, 4, 3)", "sm_90", "spills, with"),
     ("'attention', 32] = Tile(16, 64, 4, 2)", "sm_90", "no HGMMA"),  # wgmma takes 64 rows

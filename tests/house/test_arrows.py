@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 ARROWS = {
     "__main__": {"app"},
     "__init__": {"checkpoints", "config", "errors", "loading", "models", "output", "pipeline"},
-    "app": {"checkpoints", "errors", "files", "image_files", "images", "request", "samplers"},
+    "app": {"checkpoints", "errors", "files", "image_files", "images", "models", "request",
+            "samplers"},
     "numpy_sd": {"checkpoints", "config", "errors", "files", "progress", "text"},
     "loading": {"backends", "checkpoints", "checks", "config", "models", "pipeline", "text"},
     "pipeline": {"backends", "checkpoints", "checks", "conditioning", "config", "errors", "images",
@@ -48,6 +49,7 @@ ARROWS = {
 KERNEL_ARROWS = {
     "ops": (set(), set()),
     "fused": (set(), {"models", "samplers", "steps"}),
+    "ladder": ({"ops"}, set()),  # of ops, launch alone
     "proof": ({"ops"}, set()),
 }
 # Everything else that minisd may import: what pyproject.toml declares, by import name.
@@ -150,6 +152,8 @@ def test_arrows_of_the_kernels(path):
     kernels, minisd = KERNEL_ARROWS[room(path)]
     assert rooms(names, "minisd_kernels") <= kernels | {room(path)}
     assert rooms(names, "minisd") <= minisd
+    if room(path) == "ladder":
+        assert not [name for name in names if ".ops." in name and not name.endswith(".ops.launch")]
 
 
 def test_nothing_imports_what_is_not_installed():
@@ -176,7 +180,8 @@ def test_the_wheel_holds_no_recipe():
                          if (folder / path).is_file()}
     folders = {path.parent for path in [*MINISD, *KERNELS]} | {ROOT / "weights", ROOT / "kernels"}
     assert {folder_of(package) for package in held} == folders
-    assert "proven.json" in held["minisd_kernels"] and "py.typed" in held["minisd"]
+    assert "proven.json" in held["minisd_kernels"]
+    assert {"py.typed", "app/explain.html"} <= held["minisd"]
     tops = {path.split("/")[0] for path in held["minisd_weights"]}
     assert tops == {"README.md", "__init__.py", "tiny"}
     assert {Path(path).suffix for path in held["minisd_weights"] if path.startswith("tiny/")} == {

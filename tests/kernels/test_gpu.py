@@ -2,7 +2,8 @@
 
     python -m pytest -n 6 tests/kernels/test_gpu.py    # most of the time is compiling
 
-Skipped without a GPU. The tests of interpreted_*.py run here again, with all tensors on the GPU.
+Skipped without a GPU. The tests of interpreted_*.py run here again, with all tensors on the GPU;
+`python -m bench.everything` leaves out those of the ladder, which no model uses.
 """
 
 import importlib
@@ -36,10 +37,10 @@ from minisd.models.vae import VAE
 DEVICE = torch.device("cuda")
 DTYPES = pytest.mark.parametrize("dtype", launch.DTYPES, ids=lambda dtype: str(dtype)[6:])
 # These count operations of the interpreter, or rely on its exact float32.
-INTERPRETER_ALONE = ("cost_is", "corrections_of", "precisions", "_unets", "_decoder")
+INTERPRETER_ALONE = ("cost_is", "corrections_of", "precisions", "_unets", "_decoder", "_readme")
 
 with patch.object(launch, "interpreted", lambda kernel: True):  # those files require it
-    for name in ("attention", "group_norm", "fused"):
+    for name in ("attention", "group_norm", "fused", "ladder"):
         for test, function in vars(importlib.import_module(f"interpreted_{name}")).items():
             if test.startswith("test_") and not any(word in test for word in INTERPRETER_ALONE):
                 globals()[f"test_{name}_{test.removeprefix('test_')}"] = function

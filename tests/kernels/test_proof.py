@@ -153,11 +153,11 @@ def test_a_setting_of_a_launch_changes_the_fingerprint(monkeypatch):
 
 
 def test_every_kernel_is_found():
-    """As many as the files decorate."""
+    """As many as the files decorate; but no model uses those of the ladder."""
     for family in proof.FAMILIES:
         assert len(proof.jitted(family)) == inspect.getsource(family).count("\n@triton.jit")
     found = {path for path in proof.FILE.parent.rglob("*.py")
-             if "\n@triton.jit" in path.read_text()}
+             if path.parent.name != "ladder" and "\n@triton.jit" in path.read_text()}
     assert found == {Path(family.__file__) for family in proof.FAMILIES}
 
 

@@ -140,9 +140,9 @@ def test_the_models():
             calls += [(encoder, ids), (unet, x, ids[:, 0], context),
                       (vae.encode, torch.zeros(2, 3, 512, 384)), (vae.decode, x),
                       (vae.moments, torch.zeros(2, 3, 512, 384))]
-        unet = UNet(replace(SD1.unet, time_cond_proj_dim=256), TORCH)
+        unet = UNet(replace(SD1.unet, time_cond_proj_dim=256, num_class_embeds=9), TORCH)
         context = torch.zeros(2, 77, SD1.text.hidden_size)
-        calls.append((unet, x, ids[:, 0], context, torch.zeros(2, 256)))
+        calls.append((unet, x, ids[:, 0], context, ids[:, 0], torch.zeros(2, 256)))
     calls.append((guidance_embedding, 7.5, 256))
     image = torch.zeros(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
     calls.append((TORCH.group_norm_silu, image, torch.ones(8), torch.zeros(8), 4, 1e-5, True))

@@ -47,7 +47,7 @@ TRAPS = [
          "the second half of GEGLU is the gate"),
     Trap("models.ops", "y = F.gelu(gate)", 'y = F.gelu(gate, approximate="tanh")',
          "the exact GELU, with erf"),
-    Trap("models.transformer", "self.attn1(h, h)", "self.attn1(h, x)",
+    Trap("models.transformer", "only_cross else h", "only_cross else x",
          "self-attention computes keys and values from the normed x too"),
     Trap("models.unet", "torch.cat([x, skips.pop()], dim=1)", "torch.cat([skips.pop(), x], dim=1)",
          "the skip comes second"),
