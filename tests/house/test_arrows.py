@@ -20,6 +20,7 @@ ARROWS = {
     "__init__": {"checkpoints", "config", "errors", "loading", "models", "output", "pipeline"},
     "app": {"checkpoints", "errors", "files", "image_files", "images", "models", "request",
             "samplers"},
+    "numpy_sd": {"checkpoints", "config", "errors", "files", "progress", "text"},
     "loading": {"backends", "checkpoints", "checks", "config", "models", "pipeline", "text"},
     "pipeline": {"backends", "checkpoints", "checks", "conditioning", "config", "errors", "images",
                  "memory", "models", "output", "progress", "request", "steps", "text"},
