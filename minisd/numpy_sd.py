@@ -39,7 +39,7 @@ from PIL import Image
 from minisd import files
 from minisd.checkpoints import names
 from minisd.config import PREDICTION_TYPES, SD1, SD2, SD2_V, Config
-from minisd.errors import WeightError
+from minisd.errors import WeightError, warn
 from minisd.progress import counted
 from minisd.text import bpe
 
@@ -91,9 +91,12 @@ def draw(model: Model, prompt: str, steps: int = 50, guidance: float = 7.5, seed
 
 
 def ids(model: Model, prompts: list[str]) -> Array:
-    """The ids of each prompt; text/bpe.py tells how. What is over 75 tokens is cut, unsaid."""
+    """The ids of each prompt; text/bpe.py tells how."""
     ranks = {pair: rank for rank, pair in enumerate(model.merges)}
     rows = [bpe.encode(prompt, model.vocab, ranks) for prompt in prompts]
+    room = bpe.LENGTH - 2
+    if (most := max(map(len, rows))) > room:
+        warn(f"the prompt is {most} tokens long and the model reads {room}: the rest is dropped")
     # SD1 fills up with the end token; SD2's encoder, OpenCLIP's, was trained with 0.
     pad = 0 if model.config.text.hidden_act == "gelu" else model.vocab[bpe.EOS]
     return np.array([bpe.frame(row, model.vocab, pad) for row in rows])      # (B, 77)
