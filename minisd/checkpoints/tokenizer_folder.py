@@ -15,7 +15,8 @@ from tokenizers import AddedToken
 
 from minisd.checkpoints.json_file import JsonFile, plain
 from minisd.errors import WeightError
-from minisd.text.tokenizer import BOS, EOS, LENGTH, Tokenizer, check_texts, parse_merges
+from minisd.text.bpe import BOS, EOS, LENGTH, parse_merges
+from minisd.text.tokenizer import Tokenizer, check_texts
 
 MAX_BYTES = 32 * 2**20  # the official files are below 4 MB
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token

@@ -1,26 +1,19 @@
 """The only place that sees words: text becomes the 77 token ids that the text encoder reads.
 
-Byte-level BPE (byte pair encoding) as CLIP has it. A word starts as its UTF-8 bytes, one symbol
-each, and the last symbol is marked with ``</w>``. Then the merges, most frequent first, join
-neighbouring symbols into longer ones. The rules (lower case, NFC, how words are split) are those of
-transformers' CLIPTokenizer; the merges are OpenAI CLIP's (MIT licence, bpe_simple_vocab_16e6).
-
-Sources: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909 (BPE); Radford et al. 2021,
-https://arxiv.org/abs/2103.00020 (CLIP).
+Byte-level BPE as CLIP has it: bpe.py explains it, in plain Python, and here the tokenizers package
+computes it. The rules (lower case, NFC, how words are split) are those of transformers'
+CLIPTokenizer; Radford et al. 2021, https://arxiv.org/abs/2103.00020.
 """
 
-import gzip
 import re
 import warnings
 from collections.abc import Sequence
-from importlib import resources
 
 import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-LENGTH = 77  # positions of CLIP's text encoder
+from minisd.text.bpe import BOS, EOS, LENGTH, clip_merges, clip_vocabulary
 
 # What counts as one word, after lower-casing: a marker, an English ending, a run of letters, one
 # digit, or a run of anything else that is not white space.
@@ -68,13 +61,8 @@ class Tokenizer:
         The ids follow from the merges: 256 bytes, 256 bytes that end a word, one per merge, and
         the two markers. SD1 pads with 49407 (the end marker), SD2 with 0.
         """
-        packed = resources.files("minisd.text").joinpath("merges.txt.gz").read_bytes()
-        merges = parse_merges(gzip.decompress(packed).decode())
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # CLIP numbers the bytes like this
-        symbols = alphabet + [byte + "</w>" for byte in alphabet]
-        symbols += [left + right for left, right in merges] + [BOS, EOS]
-        vocab = {symbol: index for index, symbol in enumerate(symbols)}
-        return cls(vocab, merges, pad_token_id=pad_token_id)
+        merges = clip_merges()
+        return cls(clip_vocabulary(merges), merges, pad_token_id=pad_token_id)
 
     def __call__(self, prompts: str | list[str]) -> torch.Tensor:
         """Token ids of the prompts, (B, length) int64.
@@ -123,14 +111,6 @@ def check_texts(name: str, value: object) -> list[str]:
     if not texts:
         raise ValueError(f"{name} is an empty list")
     return texts
-
-
-def parse_merges(text: str) -> list[tuple[str, str]]:
-    """The lines of a merges.txt, each as the two symbols to join."""
-    # The first line is a version; "#" may also begin a merge.
-    lines = [line for line in text.splitlines() if line and not line.startswith("#version")]
-    pairs = (line.partition(" ") for line in lines)
-    return [(left, right) for left, _, right in pairs]
 
 
 def _build_bpe(

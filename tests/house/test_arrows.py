@@ -21,6 +21,7 @@ ARROWS = {
                  "safety"},
     "app": {"checkpoints", "errors", "files", "image_files", "images", "models", "request",
             "samplers"},
+    "numpy_sd": {"checkpoints", "config", "errors", "files", "progress", "text"},
     "loading": {"backends", "checkpoints", "checks", "config", "models", "pipeline", "safety",
                 "text"},
     "pipeline": {"backends", "checkpoints", "checks", "conditioning", "config", "errors", "images",

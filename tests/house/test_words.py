@@ -19,7 +19,7 @@ WORDS = {
     "blended latent diffusion": "conditioning/inpaint",
     "variational autoencoder": "models/vae",
     "reparameterisation trick": "models/vae",
-    "byte pair encoding": "text/tokenizer",
+    "byte pair encoding": "text/bpe",
     "causal self-attention": "models/clip",
     "group normalization": "models/ops",
     "relative inverse depth": "models/dpt",

@@ -20,6 +20,7 @@ from PIL import Image
 from reference_models import SMALL, randn, small_model
 
 import minisd
+from minisd import numpy_sd
 from minisd.conditioning.depth import normalised
 from minisd.conditioning.unclip import augmented
 from minisd.config import SD1, SD2, VIT_H, VIT_L, X4_SCHEDULE, DPTConfig
@@ -192,6 +193,14 @@ def test_the_loop():
         normalised(open_depth_map(randn(2, 1, 5, 7)), (3, 4))
 
     assert trace(LOOP, run) == []
+
+
+def test_numpy_sd():
+    sd = small_model(SMALL)
+    trees = (numpy_sd.tree({name: p.numpy() for name, p in part.state_dict().items()})
+             for part in sd.parts.values())
+    model = numpy_sd.Model(SMALL, *numpy_sd.read_vocabulary(Path("none")), *trees)
+    assert trace({MINISD / "numpy_sd.py": ""}, lambda: numpy_sd.draw(model, "a heart", 1)) == []
 
 
 def test_a_wrong_comment_is_found(tmp_path):
