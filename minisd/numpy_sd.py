@@ -79,12 +79,17 @@ def draw(model: Model, prompt: str, steps: int = 50, guidance: float = 7.5, seed
         # from what is seen without the prompt towards what is seen with it, and further.
         prediction = uncond + guidance * (cond - uncond)                     # (1, 4, h, w)
         after = abar[max(t + visited.step, 0)]  # of the next timestep: less noise
-        x = ddim_step(x, prediction, abar[t], after, config.schedule.prediction_type)
+        x = finite(ddim_step(x, prediction, abar[t], after, config.schedule.prediction_type))
     # Latent -> pixels.
-    image = decode(model.vae, config, x)[0].transpose(1, 2, 0)               # (H, W, 3)
-    if not np.isfinite(image).all():
-        raise ArithmeticError("the values are not finite: a smaller --guidance, or other weights")
+    image = finite(decode(model.vae, config, x)[0]).transpose(1, 2, 0)       # (H, W, 3)
     return (image / 2 + 0.5).clip(0, 1)                                      # (H, W, 3)
+
+
+def finite(x: Array) -> Array:
+    """x itself. A value that is infinite, or no number, would spread to all others."""
+    if not np.isfinite(x).all():
+        raise ArithmeticError("the values are not finite: a smaller --guidance, or other weights")
+    return x
 
 
 # --- 2. Text -> ids -> context --------------------------------------------------------------------

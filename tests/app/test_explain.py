@@ -36,7 +36,6 @@ def sd():
 
 
 def said(name: str, x: torch.Tensor) -> str:
-    x = x.numpy()
     shape = " × ".join(map(str, x.shape))
     return f"{name}{shape}mean {x.mean():.4f}, standard deviation {x.std():.4f}"
 

@@ -89,6 +89,14 @@ def test_the_whole_image(name):
     assert np.abs(ours - theirs).max() < 1e-6
 
 
+def test_values_that_are_not_finite_end_it_in_the_step_that_makes_them(monkeypatch):
+    calls, unet = [], numpy_sd.unet
+    monkeypatch.setattr(numpy_sd, "unet", lambda *args: calls.append(args) or unet(*args))
+    with pytest.raises(ArithmeticError, match="not finite"):
+        numpy_sd.draw(pair("SD1")[1], PROMPT, steps=5, guidance=float("nan"))
+    assert len(calls) == 1
+
+
 def test_the_embedding():
     for t in range(0, 1000, 37):
         theirs = timestep_embedding(torch.tensor([t]), 320).numpy()
