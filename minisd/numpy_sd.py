@@ -38,6 +38,7 @@ from PIL import Image
 
 from minisd import files
 from minisd.checkpoints import names
+from minisd.checkpoints.diffusers_config import read_config
 from minisd.config import PREDICTION_TYPES, SD1, SD2, SD2_V, Config
 from minisd.errors import WeightError, warn
 from minisd.progress import counted
@@ -448,28 +449,6 @@ def tree(parameters: dict[str, Array]) -> Tree:
             node = node.setdefault(step, {})
         node[last] = parameters[name]
     return root
-
-
-def read_config(folder: Path) -> Config:
-    """The JSON files of a folder. Their fields are those of config.py, two excepted."""
-    def read(like: Any, fields: dict) -> Any:
-        known = {key: fields[key] for key in vars(like) if fields.get(key) is not None}
-        return replace(like, **{
-            key: tuple(x) if isinstance(x, list) else x for key, x in known.items()})
-
-    try:
-        text, unet, vae = (
-            json.loads((folder / part / "config.json").read_text()) for part in names.PARTS)
-        unet["has_attention"] = ["CrossAttn" in kind for kind in unet["down_block_types"]]
-        # Despite its name this is the number of heads: an old mistake that every folder repeats.
-        heads, levels = unet["attention_head_dim"], len(unet["block_out_channels"])
-        unet["num_heads"] = heads if isinstance(heads, list) else [heads] * levels
-        schedule = json.loads((folder / "scheduler/scheduler_config.json").read_text())
-        config = Config(folder.name, read(SD1.text, text), read(SD1.unet, unet),
-                        read(SD1.vae, vae), read(SD1.schedule, schedule))
-        return replace(config, sample_size=unet["sample_size"] * config.vae.downscale)
-    except (ValueError, TypeError, KeyError) as error:
-        raise WeightError(f"{folder} is no model in diffusers layout: {error!r}") from None
 
 
 def recognise(path: Path, tensors: dict[str, Array], prediction_type: str | None) -> Config:
