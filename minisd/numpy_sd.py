@@ -289,7 +289,7 @@ def self_attention(p: Tree, x: Array, groups: int) -> Array:
 
 
 def linear(p: Tree, x: Array) -> Array:
-    """x W^T + b over the last axis. A 1x1 convolution, as SD1 has some, is the same matrix."""
+    """x W^T + b over the last axis. SD1 stores some of these W as convolutions of 1x1."""
     y = x @ p["weight"].reshape(len(p["weight"]), -1).T
     return y + p["bias"] if "bias" in p else y
 
@@ -334,7 +334,8 @@ def attention(q: Array, k: Array, v: Array, heads: int, causal: bool = False) ->
     scores = q / q.shape[-1] ** 0.5 @ k.swapaxes(2, 3)                       # (B, H, Lq, Lk)
     if causal:
         scores = np.where(np.tri(scores.shape[-1], dtype=bool), scores, -np.inf)
-    # In place: for 64x64 positions this is 1 GB. The largest score goes first, as exp() has bounds.
+    # exp() of a large score would overflow, so the largest is subtracted, which changes no weight.
+    # In place, because the scores of 64x64 positions take 1 GB.
     scores -= scores.max(axis=-1, keepdims=True)
     weights = np.exp(scores, out=scores)
     y = weights @ v / weights.sum(axis=-1, keepdims=True)                    # (B, H, Lq, d)
