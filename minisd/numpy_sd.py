@@ -498,6 +498,8 @@ def main(argv: list[str] | None = None) -> int:
     option("--seed", type=int, default=0, help="0 to 4294967295 (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
+        if not args.output.lower().endswith(".png"):
+            raise ValueError(f"-o {args.output}: the name must end in .png")
         files.check_writable(args.output, args.overwrite)
         model = load(args.model, args.prediction_type)
         image = draw(model, args.prompt, args.steps, args.guidance, args.seed)

@@ -215,12 +215,14 @@ def test_the_command_needs_no_torch_and_draws_what_minisd_draws(tmp_path):
     (["a heart", "-m", "none"], 3, "none"),
     (["a heart", "-m", "words.txt"], 3, "words.txt is not a safetensors file"),
     (["a heart", "-m", "empty"], 3, "empty/text_encoder/config.json"),
-    (["a heart", "-o", "words.txt"], 5, "words.txt exists"),
+    (["a heart", "-o", "words.txt"], 2, "must end in .png"),
+    (["a heart", "-o", "there.png"], 5, "there.png exists"),
     (["a heart", "-o", "none/x.png"], 5, "none is not a folder"),
 ])
 def test_bad_input(line, code, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.txt").write_text("no weights at all")
+    (tmp_path / "there.png").write_text("")
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.iterdir())
     assert numpy_sd.main(line if "--steps" in line else [*line, "--steps", "1"]) == code
