@@ -38,6 +38,7 @@ from PIL import Image
 
 from minisd import files
 from minisd.checkpoints import names
+from minisd.checkpoints.diffusers_config import read_config
 from minisd.config import PREDICTION_TYPES, SD1, SD2, SD2_V, Config
 from minisd.errors import WeightError, warn
 from minisd.progress import counted
@@ -79,12 +80,17 @@ def draw(model: Model, prompt: str, steps: int = 50, guidance: float = 7.5, seed
         # from what is seen without the prompt towards what is seen with it, and further.
         prediction = uncond + guidance * (cond - uncond)                     # (1, 4, h, w)
         after = abar[max(t + visited.step, 0)]  # of the next timestep: less noise
-        x = ddim_step(x, prediction, abar[t], after, config.schedule.prediction_type)
+        x = finite(ddim_step(x, prediction, abar[t], after, config.schedule.prediction_type))
     # Latent -> pixels.
-    image = decode(model.vae, config, x)[0].transpose(1, 2, 0)               # (H, W, 3)
-    if not np.isfinite(image).all():
-        raise ArithmeticError("the values are not finite: a smaller --guidance, or other weights")
+    image = finite(decode(model.vae, config, x)[0]).transpose(1, 2, 0)       # (H, W, 3)
     return (image / 2 + 0.5).clip(0, 1)                                      # (H, W, 3)
+
+
+def finite(x: Array) -> Array:
+    """x itself. A value that is infinite, or no number, would spread to all others."""
+    if not np.isfinite(x).all():
+        raise ArithmeticError("the values are not finite: a smaller --guidance, or other weights")
+    return x
 
 
 # --- 2. Text -> ids -> context --------------------------------------------------------------------
@@ -283,7 +289,7 @@ def self_attention(p: Tree, x: Array, groups: int) -> Array:
 
 
 def linear(p: Tree, x: Array) -> Array:
-    """x W^T + b over the last axis. A 1x1 convolution, as SD1 has some, is the same matrix."""
+    """x W^T + b over the last axis. SD1 stores some of these W as convolutions of 1x1."""
     y = x @ p["weight"].reshape(len(p["weight"]), -1).T
     return y + p["bias"] if "bias" in p else y
 
@@ -328,7 +334,8 @@ def attention(q: Array, k: Array, v: Array, heads: int, causal: bool = False) ->
     scores = q / q.shape[-1] ** 0.5 @ k.swapaxes(2, 3)                       # (B, H, Lq, Lk)
     if causal:
         scores = np.where(np.tri(scores.shape[-1], dtype=bool), scores, -np.inf)
-    # In place: for 64x64 positions this is 1 GB. The largest score goes first, as exp() has bounds.
+    # exp() of a large score would overflow, so the largest is subtracted, which changes no weight.
+    # In place, because the scores of 64x64 positions take 1 GB.
     scores -= scores.max(axis=-1, keepdims=True)
     weights = np.exp(scores, out=scores)
     y = weights @ v / weights.sum(axis=-1, keepdims=True)                    # (B, H, Lq, d)
@@ -445,28 +452,6 @@ def tree(parameters: dict[str, Array]) -> Tree:
     return root
 
 
-def read_config(folder: Path) -> Config:
-    """The JSON files of a folder. Their fields are those of config.py, two excepted."""
-    def read(like: Any, fields: dict) -> Any:
-        known = {key: fields[key] for key in vars(like) if fields.get(key) is not None}
-        return replace(like, **{
-            key: tuple(x) if isinstance(x, list) else x for key, x in known.items()})
-
-    try:
-        text, unet, vae = (
-            json.loads((folder / part / "config.json").read_text()) for part in names.PARTS)
-        unet["has_attention"] = ["CrossAttn" in kind for kind in unet["down_block_types"]]
-        # Despite its name this is the number of heads: an old mistake that every folder repeats.
-        heads, levels = unet["attention_head_dim"], len(unet["block_out_channels"])
-        unet["num_heads"] = heads if isinstance(heads, list) else [heads] * levels
-        schedule = json.loads((folder / "scheduler/scheduler_config.json").read_text())
-        config = Config(folder.name, read(SD1.text, text), read(SD1.unet, unet),
-                        read(SD1.vae, vae), read(SD1.schedule, schedule))
-        return replace(config, sample_size=unet["sample_size"] * config.vae.downscale)
-    except (ValueError, TypeError, KeyError) as error:
-        raise WeightError(f"{folder} is no model in diffusers layout: {error!r}") from None
-
-
 def recognise(path: Path, tensors: dict[str, Array], prediction_type: str | None) -> Config:
     """Stable Diffusion 1 or 2, by the width of the context; no tensor tells what 2 predicts."""
     to_k = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
@@ -513,6 +498,8 @@ def main(argv: list[str] | None = None) -> int:
     option("--seed", type=int, default=0, help="0 to 4294967295 (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
+        if not args.output.lower().endswith(".png"):
+            raise ValueError(f"-o {args.output}: the name must end in .png")
         files.check_writable(args.output, args.overwrite)
         model = load(args.model, args.prediction_type)
         image = draw(model, args.prompt, args.steps, args.guidance, args.seed)

@@ -138,7 +138,7 @@ class Attn(nn.Module):
         y, h = self._norm(1, h2, h)
         h2 = self.out2(attention(self.q(y), k, v, self.heads))               # (M, L, C)
         y, h = self._norm(2, h2, h)
-        h = self.narrow.add_to(h, self.ops.geglu(self.widen(y)))          # (M, L, C)
+        h = self.narrow.add_to(h, self.ops.geglu(self.widen(y)))             # (M, L, C)
         return Pending(feature_map(self.proj_out(h), x), None, x)
 
     def _norm(self, i: int, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,10 @@ SHOWN = 6  # calls of the UNet that are shown
 class Token(NamedTuple):
     """What one position of the context stands for."""
 
-    text: str         # the part of the prompt
-    symbol: str       # as the vocabulary has it
+    text: str    # the part of the prompt
+    symbol: str  # as the vocabulary has it
     id: int
-    word: int | None  # the same for the tokens of one word; None for the markers
+    word: tuple[int, int] | None  # where its word begins and ends; None for the markers
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,12 @@ class Run:
     @property
     def words(self) -> list[tuple[str, list[int]]]:
         """The words of the prompt, each with its positions in the context."""
-        found: dict[int | None, list[int]] = {}
+        found: dict[tuple[int, int], list[int]] = {}
         for position, token in enumerate(self.tokens):
             if token.word is not None:
                 found.setdefault(token.word, []).append(position)
-        # The bytes of one character can be several tokens, each with that character as its text.
-        return [("".join(dict.fromkeys(self.tokens[i].text for i in where)), where)
-                for where in found.values()]
+        prompt = self.settings["prompt"]
+        return [(prompt[start:end], where) for (start, end), where in found.items()]
 
 
 class WordMaps:
@@ -193,7 +192,8 @@ def _decoded(sd: Any, latent: Tensor) -> Image:
 def _tokens(tokenizer: Any, prompt: str) -> tuple[list[Token], int]:
     """The prompt's tokens between the markers, and how many more there were."""
     found = tokenizer.bpe.encode(prompt, add_special_tokens=False)
-    tokens = [Token(prompt[start:end], symbol, index, word) for (start, end), symbol, index, word
+    tokens = [Token(prompt[start:end], symbol, index, found.word_to_chars(word))
+              for (start, end), symbol, index, word
               in zip(found.offsets, found.tokens, found.ids, found.word_ids)]
     fits = tokens[: tokenizer.length - 2]
     first, last = (Token(text, tokenizer.bpe.id_to_token(index), index, None) for text, index in (

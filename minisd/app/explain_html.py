@@ -42,11 +42,11 @@ def head(number: int, title: str, function: str, path: str) -> str:
 
 
 def table(rows: dict[str, np.ndarray]) -> str:
-    """The shape, mean and standard deviation of each array."""
+    """The shape, mean and standard deviation of each array, as torch computes it."""
     lines = "".join(
         f'<tr><th scope="row">{name}</th>'
         f'<td class="whole">{" &times; ".join(map(str, x.shape))}</td>'
-        f"<td>mean {x.mean():.4f}, standard deviation {x.std():.4f}</td></tr>"
+        f"<td>mean {x.mean():.4f}, standard deviation {x.std(ddof=1):.4f}</td></tr>"
         for name, x in rows.items())
     return f"<table>{lines}</table>"
 

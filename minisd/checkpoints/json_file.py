@@ -4,10 +4,12 @@ A value may be spelled in more than one way: 1000.0 is 1000, and a list that rep
 every level is that value.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from minisd.checkpoints.safetensors_file import parse_json
 from minisd.errors import WeightError
 
 MAX_BYTES = 2**20  # a network's config has 2 kB, the list of SD1's shards 0.1 MB
@@ -92,6 +94,37 @@ class JsonFile(JsonFields):
         if path.stat().st_size > max_bytes:
             raise WeightError(f"{path} is too large (over {max_bytes} bytes)")
         super().__init__(path, parse_json(path.read_bytes(), path))
+
+
+def parse_json(data: bytes, path: Path) -> dict:
+    """A JSON object, each of whose keys is there once; WeightError for anything else."""
+    with json_of(path) as decoder:
+        result = decoder.decode(data.decode("utf-8"))
+    if not isinstance(result, dict):
+        raise WeightError(f"{path}: the JSON in it is not an object")
+    return result
+
+
+@contextmanager
+def json_of(path: Path) -> Iterator[json.JSONDecoder]:
+    """A decoder that takes each key once; what goes wrong with it is a WeightError."""
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise WeightError(f"{path} has {twice[:80]!r} twice")
+        return result
+
+    def whole(digits: str) -> int | float:
+        return -0.0 if digits == "-0" else int(digits)  # to safetensors -0 is no integer
+
+    try:
+        yield json.JSONDecoder(object_pairs_hook=once, parse_int=whole)
+    except WeightError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise WeightError(f"{path} is not readable JSON where it should be: {error}") from None
 
 
 def plain(value):

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from minisd.checkpoints import ldm_yaml, names
-from minisd.checkpoints.json_file import JsonFields
-from minisd.checkpoints.safetensors_file import StoredTensor, parse_json, read_tensor
+from minisd.checkpoints.json_file import JsonFields, parse_json
+from minisd.checkpoints.safetensors_file import StoredTensor, read_tensor
 from minisd.checkpoints.scheduler_config import (
     SCHEDULER,
     read_schedule,

@@ -6,18 +6,15 @@ description at https://github.com/huggingface/safetensors. This reader also reje
 readers could understand in two ways, and that library accepts some of them.
 """
 
-import json
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from minisd.checkpoints.json_file import json_of
 from minisd.errors import WeightError
 
 MAX_HEADER = 100_000_000  # what the format allows; most of it can only be metadata: an image, say
@@ -133,22 +130,13 @@ def read_tensor(
     return tensor
 
 
-def parse_json(data: bytes, path: Path) -> dict:
-    """A JSON object, each of whose keys is there once; WeightError for anything else."""
-    with _json_of(path) as decoder:
-        result = decoder.decode(data.decode("utf-8"))
-    if not isinstance(result, dict):
-        raise WeightError(f"{path}: the JSON in it is not an object")
-    return result
-
-
 def _parse_header(data: bytes, path: Path) -> tuple[dict, dict[str, str]]:
     """The entries of the tensors, and the metadata.
 
     The metadata are parsed first and cut out: they may be long, and the rest is parsed only if it
     is not. An entry has no field of this name, so a match inside one is rejected with it.
     """
-    with _json_of(path) as decoder:
+    with json_of(path) as decoder:
         text, metadata = data.decode("utf-8"), None
         if found := re.search(r'"__metadata__"[ \t\n\r]*:[ \t\n\r]*', text):
             metadata, end = decoder.raw_decode(text, found.end())
@@ -162,28 +150,6 @@ def _parse_header(data: bytes, path: Path) -> tuple[dict, dict[str, str]]:
     if not isinstance(metadata, dict) or not all(map(_is_text, [*metadata, *metadata.values()])):
         raise WeightError(f"{path}: its __metadata__ is not a table of strings")
     return header, metadata
-
-
-@contextmanager
-def _json_of(path: Path) -> Iterator[json.JSONDecoder]:
-    """A decoder that takes each key once; what goes wrong with it is a WeightError."""
-
-    def once(pairs: list[tuple[str, object]]) -> dict:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise WeightError(f"{path} has {twice[:80]!r} twice")
-        return result
-
-    def whole(digits: str) -> int | float:
-        return -0.0 if digits == "-0" else int(digits)  # to safetensors -0 is no integer
-
-    try:
-        yield json.JSONDecoder(object_pairs_hook=once, parse_int=whole)
-    except WeightError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise WeightError(f"{path} is not readable JSON where it should be: {error}") from None
 
 
 def _what_else(head: bytes, length: int, size: int) -> str:

@@ -51,7 +51,7 @@ def encode(text: str, vocab: dict[str, int], ranks: Ranks) -> list[int]:
 
 def _encode_plain(text: str, vocab: dict[str, int], ranks: Ranks) -> list[int]:
     text = unicodedata.normalize("NFC", text)
-    text = "".join(map(str.lower, text))  # one by one: a whole text has another sigma at its end
+    text = "".join(map(str.lower, text))  # one by one: in a word the last Greek sigma is special
     symbols = [symbol for word in words(text) for symbol in merged(word, ranks)]
     return [vocab.get(symbol, vocab[EOS]) for symbol in symbols]
 

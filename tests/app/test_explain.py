@@ -36,7 +36,6 @@ def sd():
 
 
 def said(name: str, x: torch.Tensor) -> str:
-    x = x.numpy()
     shape = " × ".join(map(str, x.shape))
     return f"{name}{shape}mean {x.mean():.4f}, standard deviation {x.std():.4f}"
 
@@ -70,7 +69,7 @@ def test_the_image_is_that_of_the_line_in_the_page(made, tmp_path, monkeypatch):
 # The maps
 
 
-def watch(config, **call):
+def watch(config, prompt="a cat", **call):
     """A run of a small model, and each call of its cross-attention: size, module, x, context."""
     sd, words = watched_model(config)
     calls, size = [], []
@@ -82,8 +81,8 @@ def watch(config, **call):
             module.register_forward_pre_hook(
                 lambda module, given: calls.append((size[-1], module, *given)))
     call = {"seed": 0, "num_inference_steps": 2, "progress": False, **call}
-    plan = Request(prompt="a cat", **call).plan(config)
-    return watched(sd, words, "a cat", plan, **call), calls
+    plan = Request(prompt=prompt, **call).plan(config)
+    return watched(sd, words, prompt, plan, **call), calls
 
 
 @pytest.mark.parametrize("config, call", [
@@ -114,6 +113,19 @@ def test_watching_changes_nothing(config):
     run, _ = watch(config, **call)
     latent = small_model(config)("a cat", **call, output_type="latent").images[0]
     assert np.array_equal(run.latent, latent.float().numpy())
+
+
+@pytest.mark.parametrize("prompt, words", [
+    ("a  cat, a", ["a", "cat", ",", "a"]),
+    ("xyxyxy", ["xyxyxy"]),  # three equal tokens
+    ("👩‍👩‍👧 é", ["👩‍👩‍👧", "é"]),  # one character of several tokens
+    ("", []),
+])
+def test_the_words_are_parts_of_the_prompt(prompt, words):
+    run, _ = watch(SMALL, prompt, height=8, width=8, num_inference_steps=1, sampler="ddim")
+    assert [word for word, _ in run.words] == words
+    positions = [position for _, where in run.words for position in where]
+    assert positions == list(range(1, len(run.tokens) - 1))
 
 
 def test_the_halves_of_guidance():

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / name for name in (
     "README.md", "weights/README.md", "tests/README.md", "bench/README.md", "kernels/README.md",
-    "kernels/ladder/README.md", "CONTRIBUTING.md")]
+    "kernels/ladder/README.md", "minisd/WALKTHROUGH.md", "CONTRIBUTING.md")]
 TESTS = [*(ROOT / "tests").rglob("test_*.py")]
 PROGRAM, EXAMPLE = (block.split("```")[0] for block in README.split("```python")[1:])
 

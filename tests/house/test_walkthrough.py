@@ -57,7 +57,7 @@ def test_the_constants_are_those_of_the_traps(made):
     assert TEXT.split("<!-- traps -->")[1] == made[1].split("<!-- traps -->")[1]
 
 
-@pytest.mark.parametrize("name", ["forward", "steps", "latent"])
+@pytest.mark.parametrize("name", ["forward", "words", "steps", "latent"])
 def test_the_images(name, made):
     shipped = Image.open(walkthrough.IMAGES / f"{name}.png")
     found = np.asarray(getattr(walkthrough, name)(made[0]), dtype=float)
@@ -72,7 +72,7 @@ def test_it_draws_the_image_of_a_call(here):
 @pytest.mark.filterwarnings("ignore:this model was not taught")
 def test_exercise_1(here):
     """Case and white space do not count, a comma is a piece, and "redheart" is no known word."""
-    ids = here.sd.tokenizer(["a red heart", "A  RED heart", "a, red heart", "a redheart"])
+    ids = here.sd.tokenizer(["a red heart", "A  RED heart", "a red, heart", "a redheart"])
     assert [torch.equal(ids[0], row) for row in ids] == [True, True, False, False]
 
 
@@ -144,6 +144,15 @@ def test_exercise_9(here):
         state = cut(state, i)
     without = (here.sd.vae.decode(state[0]) / 2 + 0.5).clamp(0, 1)
     assert (without - here.image).abs().mean() > 0.2
+
+
+def test_what_the_maps_show(made):
+    """"on" is read where the heart is, "blue" everywhere, and two thirds are the padding's."""
+    *words, padding = walkthrough.shares_of_words(made[0])
+    share = dict(zip(made[0]["pieces"], words))
+    assert max(share, key=lambda piece: share[piece].max()) == "on</w>"
+    assert max(share, key=lambda piece: share[piece].min()) == "blue</w>"
+    assert padding.mean().item() == pytest.approx(0.69, abs=0.03)
 
 
 def test_exercise_10(here):

@@ -4,7 +4,7 @@
 """
 
 import re
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minisd.models.ops import split_heads
+import minisd
+from minisd.app.explain import WordMaps
 from minisd.samplers import schedule
 from tests.models.traps import TRAPS
 
@@ -115,25 +116,14 @@ def mix(shares: Tensor, image: Tensor) -> Image.Image:
 
 def shares_of_words(names: dict) -> list[Tensor]:
     """The mean share of each word of the prompt, and of the padding, at the lowest level (h, w)."""
-    sd, before, shares = names["sd"], names["unet"].ops, []
-
-    def attention(q, k, v, heads):
-        cond = slice(len(q) // 2, None)
-        a, b = split_heads(q[cond], heads), split_heads(k[cond], heads)
-        shares.append((a @ b.transpose(-1, -2) / a.shape[-1] ** 0.5).softmax(-1).mean((0, 1)))
-        return before.attention(q, k, v, heads)
-
-    crosses = [m for name, m in sd.unet.named_modules() if name.endswith("attn2")]
-    for cross in crosses:
-        cross.ops = replace(before, attention=attention)
-    sd(names["prompt"], seed=0, progress=False)
-    for cross in crosses:
-        cross.ops = before
+    words = WordMaps()
+    sd = minisd.load(device="cpu", ops=words.ops, fused=False)
+    with ExitStack() as hooks:
+        words.watch(sd.unet, hooks)
+        sd(names["prompt"], seed=0, progress=False)
+    (mean,) = map(torch.from_numpy, words.maps().values())                   # (77, h, w)
     end = 1 + len(names["pieces"])
-    mean = torch.stack(shares).mean(0)                                       # (h*w, 77)
-    padding = mean[:, end + 1 :].sum(1, keepdim=True)
-    side = round(len(mean) ** 0.5)
-    return [*torch.cat([mean[:, 1:end], padding], 1).T.unflatten(1, (side, side))]
+    return [*mean[1:end], mean[end + 1 :].sum(0)]
 
 
 def strip(*rows: list[Image.Image]) -> Image.Image:

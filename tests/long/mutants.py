@@ -69,7 +69,7 @@ MUTANTS = [
      "    if end > size:"),
     ("checkpoints/safetensors_file", "refusals safetensors_file fuzz",
      "type(v) is int and 0 <= v < limit", "isinstance(v, int) and 0 <= v < limit"),
-    ("checkpoints/safetensors_file", "refusals safetensors_file fuzz",
+    ("checkpoints/json_file", "refusals safetensors_file fuzz",
      "if len(result) < len(pairs):", "if False:"),
     ("checkpoints/safetensors_file", "refusals safetensors_file checkpoint",
      "shape=shape, start=s, stop=s + size)",
