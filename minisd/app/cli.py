@@ -37,7 +37,7 @@ OPTIONS = {
     "height": "--size", "guidance_scale": "--guidance", "mask_image": "--mask",
     "prediction_type": "--prediction-type", "ops": "--ops", "sampler": "--sampler",
     "spacing": "--spacing", "guidance_rescale": "--guidance-rescale", "eta": "--eta",
-    "watermark": "--watermark", "safety_checker": "--safety-checker",
+    "watermark": "--watermark", "safety_checker": "--safety-checker", "depth_map": "--depth-map",
 }
 
 
@@ -82,7 +82,7 @@ def draw(argv: list[str]) -> None:
     if args.preview is not None:
         png.check_writable(args.preview, args.overwrite or _is_preview(args.preview))
         taken = [("--output", path) for path, _ in plan]
-        taken += [("--image", args.image), ("--mask", args.mask)]
+        taken += [("--image", args.image), ("--mask", args.mask), ("--depth-map", args.depth_map)]
         for option, path in taken:
             if path is not None and Path(args.preview).resolve() == Path(path).resolve():
                 raise ValueError(f"--preview and {option} are both {args.preview}")
@@ -90,6 +90,8 @@ def draw(argv: list[str]) -> None:
         call["image"] = images.open_image(args.image)
     if args.mask is not None:
         call["mask_image"] = images.open_mask(args.mask)
+    if args.depth_map is not None:
+        call["depth_map"] = images.open_grey(args.depth_map, "the depth map")
     # Not above: a usage error need not wait for torch.
     from minisd.checkpoints import checkpoint
     from minisd.request import Request
@@ -138,7 +140,7 @@ def _is_preview(path: str) -> bool:
 
 
 def info(argv: list[str]) -> None:
-    """Say what a file is: an image's settings as JSON, or a checkpoint in five lines."""
+    """Say what a file is: an image's settings as JSON, or a checkpoint in six lines."""
     parser = options.Parser(prog="minisd info", description=info.__doc__)
     parser.add_argument("file", metavar="FILE", help="a PNG, JPEG or WebP image of minisd, "
                         "AUTOMATIC1111's web UI or ComfyUI; or what --model takes")
@@ -155,6 +157,7 @@ def info(argv: list[str]) -> None:
     zero = ", zero terminal SNR" if schedule.rescale_betas_zero_snr else ""
     _print(f"layout      {checkpoint.layout}")
     _print(f"version     {checkpoint.config.name}")
+    _print(f"kind        {checkpoint.config.kind} ({', '.join(checkpoint.parts)})")
     _print(f"dtype       {', '.join(counts)}")
     _print(f"prediction  {schedule.prediction_type}{zero} ({checkpoint.prediction_source})")
     config = checkpoint.config
@@ -194,7 +197,7 @@ def explain(argv: list[str]) -> None:
     weights = _weights(args)
     config = checkpoint.open_checkpoint(args.model, **weights).config
     if config.kind != "text to image":
-        raise ValueError(f"this is an {config.kind} model, and explain is for text to image")
+        raise ValueError(f"explain is for text to image, and this model is for {config.kind}")
     call = options.call_arguments(args) | {"seed": seed, "progress": False if args.quiet else None}
     plan = Request(prompt=args.prompt, **call).plan(config)
     words = WordMaps()
@@ -231,6 +234,7 @@ def _record(args: argparse.Namespace, call: dict) -> dict:
         "model": _last_name(args.model) or "tiny",
         "image": _last_name(args.image),
         "mask": _last_name(args.mask),
+        "depth_map": _last_name(args.depth_map),
         "watermark": args.watermark,
         "asked": call | {key: value for key, value in weights.items() if value is not None},
         # Tells models of one name apart, and does not tell where they lie.
@@ -245,7 +249,8 @@ def _last_name(path: str | None) -> str | None:
 
 def _is_made(path: Path, seed: int, args: argparse.Namespace, record: dict) -> bool:
     """Whether this very image is there already; so an interrupted run can be repeated."""
-    if args.overwrite or args.image is not None or not path.is_file():
+    given = (args.image, args.depth_map)  # of which the PNG has only the name
+    if args.overwrite or given != (None, None) or not path.is_file():
         return False
     try:
         made = png.read_settings(path)

@@ -79,6 +79,8 @@ def _drawing_parser() -> Parser:
            help="decode in tiles of N cells of the latent, 64 for 512 pixels in the official"
            " models: less memory, not exact (default: no tiles)")
     option("--image", help="an image to start from; without --size its own size is kept")
+    option("--depth-map", metavar="FILE", help="for a depth model: an image in grey, larger is"
+           " nearer, of any size and range (default: made of --image)")
     option("--mask", help="where to repaint --image: light is repainted, dark and transparent are"
            " kept")
     option("--strength", type=_number(float, lambda s: 0 < s <= 1, "above 0 and at most 1"),
