@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import minisd
-from minisd import files, images
+from minisd import files
 from minisd.app import options, png, streams, watermark
 
 # By class name and most specific class first, so that a usage error need not import torch.
@@ -81,17 +81,12 @@ def draw(argv: list[str]) -> None:
         return
     if args.preview is not None:
         png.check_writable(args.preview, args.overwrite or _is_preview(args.preview))
-        taken = [("--output", path) for path, _ in plan]
-        taken += [("--image", args.image), ("--mask", args.mask), ("--depth-map", args.depth_map)]
-        for option, path in taken:
-            if path is not None and Path(args.preview).resolve() == Path(path).resolve():
+        taken: list[tuple[str, str | Path]] = [("--output", path) for path, _ in plan]
+        taken += options.image_files(args).items()
+        for option, file in taken:
+            if Path(args.preview).resolve() == Path(file).resolve():
                 raise ValueError(f"--preview and {option} are both {args.preview}")
-    if args.image is not None:
-        call["image"] = images.open_image(args.image)
-    if args.mask is not None:
-        call["mask_image"] = images.open_mask(args.mask)
-    if args.depth_map is not None:
-        call["depth_map"] = images.open_grey(args.depth_map, "the depth map")
+    call |= options.opened_images(args)
     # Not above: a usage error need not wait for torch.
     from minisd.checkpoints import checkpoint
     from minisd.request import Request
@@ -232,9 +227,7 @@ def _record(args: argparse.Namespace, call: dict) -> dict:
                "safety_checker": _last_name(args.safety_checker)}
     return {
         "model": _last_name(args.model) or "tiny",
-        "image": _last_name(args.image),
-        "mask": _last_name(args.mask),
-        "depth_map": _last_name(args.depth_map),
+        **{option: _last_name(getattr(args, option)) for option in options.IMAGES},
         "watermark": args.watermark,
         "asked": call | {key: value for key, value in weights.items() if value is not None},
         # Tells models of one name apart, and does not tell where they lie.
@@ -249,8 +242,7 @@ def _last_name(path: str | None) -> str | None:
 
 def _is_made(path: Path, seed: int, args: argparse.Namespace, record: dict) -> bool:
     """Whether this very image is there already; so an interrupted run can be repeated."""
-    given = (args.image, args.depth_map)  # of which the PNG has only the name
-    if args.overwrite or given != (None, None) or not path.is_file():
+    if args.overwrite or options.image_files(args) or not path.is_file():
         return False
     try:
         made = png.read_settings(path)
