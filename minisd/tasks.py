@@ -61,11 +61,11 @@ def check(config: Config, given: set[str]) -> None:
         raise ValueError("mask_image needs the image that it is the mask of")
     if not given.issuperset(row.all_of):
         raise ValueError(f"this is {a}: give it {_named(row.all_of, 'and')}")
+    if kind == "depth" and config.depth is None and "depth_map" not in given:
+        raise ValueError(f"this is {a} without its depth estimator: give it "
+                         f"{_named(['depth_map'], '')}, with or without an image")
     if row.one_of and not given.intersection(row.one_of):
         raise ValueError(f"this is {a}: give it {_named(row.one_of, 'or')}")
-    if kind == "depth" and config.depth is None and "depth_map" not in given:
-        raise ValueError("this is a depth model without its depth estimator: give it "
-                         f"{_named(['depth_map'], '')}, also with an image")
 
 
 def _named(names: tuple[str, ...] | list[str], word: str) -> str:
