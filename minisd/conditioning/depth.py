@@ -12,7 +12,7 @@ def start(given: Given) -> Start:
 
     It is that of the maps that are given, or what the estimator makes of the image.
     """
-    plan, cells = given.plan, given.plan.depth_map                           # (1 or B, 1, h, w)
+    plan, cells = given.plan, given.plan.depth_map
     begun = text_to_image(given) if plan.image is None else image_to_image(given)
     if cells is None:
         assert plan.image is not None
