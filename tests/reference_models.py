@@ -178,7 +178,9 @@ def official_depth_pipeline(sd: StableDiffusion) -> StableDiffusionDepth2ImgPipe
         vae=with_weights(official_vae(config.vae), sd.vae),
         text_encoder=with_weights(official_text_encoder(config.text), sd.text_encoder),
         tokenizer=official_tokenizer(config.text.pad_token_id),
-        unet=with_weights(official_unet(config.unet), sd.unet),
+        unet=with_weights(
+            official_unet(config.unet, config.sample_size // config.vae.downscale), sd.unet
+        ),
         scheduler=official_scheduler(config.schedule),
         depth_estimator=with_weights(official_dpt(config.depth), sd.depth_estimator),
         feature_extractor=DPTImageProcessorPil(
