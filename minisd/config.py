@@ -143,6 +143,7 @@ class Config:
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    depth: DPTConfig | None = None  # a depth model's estimator, if it has one
     sample_size: int = 512
     # What a call uses that does not say; diffusers has the same for all of these models.
     num_inference_steps: int = 50
@@ -212,7 +213,8 @@ SD2_INPAINT = replace(
     SD2, name="Stable Diffusion 2 inpainting", unet=replace(SD2.unet, in_channels=9)
 )
 
-SD2_DEPTH = replace(SD2, name="Stable Diffusion 2 depth", unet=replace(SD2.unet, in_channels=5))
+SD2_DEPTH = replace(SD2, name="Stable Diffusion 2 depth", unet=replace(SD2.unet, in_channels=5),
+                    depth=DPTConfig())
 
 # Stability-AI/stablediffusion, x4-upscaling.yaml. Its latents are a quarter of the image's side.
 X4_SCHEDULE = ScheduleConfig(beta_start=0.0001, beta_end=0.02, prediction_type="v_prediction")

@@ -1,15 +1,16 @@
-"""Depth maps that a caller gives, and images as the depth estimator reads them.
+"""Depth maps: as they are given, as the UNet reads them, and images as the depth estimator does.
 
 A depth map is relative inverse depth: larger is nearer. Its size and its range are free, because
-conditioning/depth.py brings it to the latent's cells and to [-1, 1].
+``normalised`` brings it to the latent's cells and to [-1, 1].
 
-B maps, H W height and width of a map or an image, h w what the estimator reads
+B maps, H W height and width of a map or an image, h w what is made of it
 """
 
 import os
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -27,12 +28,18 @@ def prepared(image: Image.Image) -> Tensor:
     by OpenCV's bicubic filter; Pillow's, which is used here, skips no pixel where it shrinks.
     diffusers makes a square of 384 of every image.
     """
-    scale = min((SIDE / image.height, SIDE / image.width), key=lambda scale: abs(1 - scale))
-    # At least one multiple: an image of 8192x64 would have no height left.
-    size = [max(1, round(scale * side / MULTIPLE)) * MULTIPLE for side in image.size]
-    pixels = np.array(image.resize((size[0], size[1]), Image.Resampling.BICUBIC))
+    size = prepared_size(image.width, image.height)
+    pixels = np.array(image.resize(size, Image.Resampling.BICUBIC))
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255        # (1, 3, h, w)
     return (x - 0.5) / 0.5
+
+
+def prepared_size(width: int, height: int) -> tuple[int, int]:
+    """The (width, height) that the estimator reads of an image of these sides."""
+    scale = min((SIDE / height, SIDE / width), key=lambda scale: abs(1 - scale))
+    # At least one multiple: an image of 8192x64 would have no height left.
+    w, h = (max(1, round(scale * side / MULTIPLE)) * MULTIPLE for side in (width, height))
+    return w, h
 
 
 def open_depth_map(source: Source | np.ndarray | Tensor) -> Tensor:
@@ -56,6 +63,26 @@ def open_depth_map(source: Source | np.ndarray | Tensor) -> Tensor:
         raise TypeError("a depth map is a path, a PIL image, or an array or a tensor of real "
                         f"numbers, not {type(source).__name__}{kind}")
     return _checked(depth)
+
+
+def normalised(depth: Tensor, size: tuple[int, int]) -> Tensor:
+    """Relative inverse depth (B, H, W), in any range -> (B, 1, h, w) in [-1, 1], size being (h, w).
+
+    First resized, then normalised, each map by itself: a cell is -1 where it is farthest, 1 where
+    nearest. The result is on the CPU, in float64. ValueError for a map that is the same everywhere,
+    also if only in these cells.
+    """
+    # In float64 on the CPU, so that a map does not depend on the device, and no range overflows.
+    exact = depth.detach().cpu().double()[:, None]                           # (B, 1, H, W)
+    cells = F.interpolate(exact, size, mode="bicubic", align_corners=False)  # (B, 1, h, w)
+    low, high = cells.amin((1, 2, 3), keepdim=True), cells.amax((1, 2, 3), keepdim=True)
+    # What resizing makes of equal values differs in the last bits.
+    if (high - low <= 1e-9 * exact.abs().amax((1, 2, 3), keepdim=True)).any():
+        raise ValueError(
+            f"the depth map is the same everywhere in the latent's {size[1]}x{size[0]} cells: "
+            "it must have near and far parts")
+    # Training added 0.001 to high - low; sampling does not, in the scripts and in diffusers.
+    return 2 * (cells - low) / (high - low) - 1                              # (B, 1, h, w)
 
 
 def _checked(depth: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """From a file or folder to a model that can be called."""
 
 from os import PathLike
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 
@@ -11,6 +11,7 @@ from minisd.checkpoints import checkpoint
 from minisd.checkpoints.tokenizer_folder import read_tokenizer
 from minisd.config import Config
 from minisd.models.clip import TextEncoder
+from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import Ops
 from minisd.models.unet import UNet
 from minisd.models.vae import VAE
@@ -81,10 +82,14 @@ class Parts(TypedDict):
     text_encoder: TextEncoder
     unet: UNet
     vae: VAE
+    depth_estimator: NotRequired[DepthEstimator]
 
 
 def build(config: Config, ops: Ops) -> Parts:
     """The networks of a model without their weights: on torch's "meta" device, no memory used."""
     with torch.device("meta"):
-        return Parts(text_encoder=TextEncoder(config.text, ops), unet=UNet(config.unet, ops),
-                     vae=VAE(config.vae, ops))
+        parts = Parts(text_encoder=TextEncoder(config.text, ops), unet=UNet(config.unet, ops),
+                      vae=VAE(config.vae, ops))
+        if config.depth is not None:
+            parts["depth_estimator"] = DepthEstimator(config.depth, ops)
+        return parts

@@ -17,7 +17,9 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-from minisd.config import Config, UNetConfig
+from minisd.config import Config, DPTConfig, UNetConfig
+from minisd.depth_maps import prepared_size
+from minisd.models.dpt import HEAD_WIDTH, PATCH
 from minisd.models.vae import VAE
 from minisd.request import Plan
 
@@ -35,12 +37,14 @@ def activations(
     config: Config, shape: tuple[int, ...], prompts: int, guided: bool, itemsize: int,
     tile: int | None = None, encodes: bool = False, decodes: bool = True,
     stores_scores: bool = False, vae_itemsize: int | None = None,
+    estimates: tuple[int, int] | None = None,
 ) -> int:
     """Bytes that a call needs beside the weights, when it needs most.
 
     ``shape`` (B, 4, h, w) of the latents; ``itemsize`` bytes of a weight; ``tile`` as of the VAE;
     ``encodes``: an image is given; ``decodes``: one is wanted; ``stores_scores``: attention keeps
-    all of q k^T, in float32, as only the reference does; ``vae_itemsize`` if the VAE's differs.
+    all of q k^T, in float32, as only the reference does; ``vae_itemsize`` if the VAE's differs;
+    ``estimates``: the sides in pixels of what the depth estimator reads, if it makes a map.
     """
     count, _, h, w = shape
     f, widths = config.vae.downscale, config.vae.block_out_channels
@@ -52,6 +56,12 @@ def activations(
     unet = count * (1 + guided) * (
         itemsize * _unet_channels(config.unet) * h * w + scores * _unet_scores(config.unet, h * w))
 
+    depth = 0.0
+    if config.depth is not None and estimates is not None:
+        n = estimates[0] * estimates[1]
+        depth = max(itemsize * _depth_channels(config.depth) * n,
+                    scores * config.depth.num_attention_heads * (n / PATCH**2) ** 2)
+
     itemsize = vae_itemsize or itemsize
     part = h * w if tile is None else min(h, tile) * min(w, tile)
     # The wide input, its norm and the copy of that, and the narrow output of a convolution.
@@ -60,7 +70,7 @@ def activations(
     if encodes:  # one image, never in tiles: two inputs, h, its norm, the copy and the output
         vae = max(vae, itemsize * 6 * widths[0] * pixels + scores * (h * w) ** 2)
     images = decodes * count * 3 * 4 * pixels  # float32; three at a time as they turn to 8 bits
-    return round(max(text, unet, vae + images, 3 * images))
+    return round(max(text, unet, depth, vae + images, 3 * images))
 
 
 def _levels(widths: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -80,6 +90,15 @@ def _unet_channels(config: UNetConfig) -> float:
         most = max(most, skips + work / 4**i)
         skips += c / 4**i
     return most
+
+
+def _depth_channels(config: DPTConfig) -> float:
+    """Channels per pixel of the estimator, which is widest in its head: half of the fused channels
+    at full size, their copy and a convolution's output; its input and what the parts before left.
+    """
+    c, (wide, wider, _) = config.fusion_hidden_size, config.hidden_sizes
+    left = c / 2**2 + wide / 4**2 + wider / 8**2 + 2 * config.hidden_size / PATCH**2
+    return 2 * (c / 2) + HEAD_WIDTH + left
 
 
 def _unet_scores(config: UNetConfig, positions: int) -> float:
@@ -157,7 +176,8 @@ def check(
     need = activations(
         r.config, r.shape, len(r.generators) // r.num_images_per_prompt, r.guided,
         dtype.itemsize, vae.tile, encodes, decodes, stores_scores,
-        vae.quant_conv.weight.itemsize)
+        vae.quant_conv.weight.itemsize,
+        prepared_size(*r.image.size) if r.image is not None and r.depth_map is None else None)
     there = free(device)
     if there is not None and need > there:
         raise MemoryError(

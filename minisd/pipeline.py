@@ -30,8 +30,10 @@ from minisd.checkpoints.save import save_model
 from minisd.conditioning import start
 from minisd.conditioning.start import Given, Keep, Noise
 from minisd.config import Config
+from minisd.depth_maps import prepared
 from minisd.errors import warn
 from minisd.models.clip import TextEncoder
+from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import REFERENCE, TORCH
 from minisd.models.unet import UNet, guidance_embedding
 from minisd.models.vae import VAE
@@ -46,14 +48,17 @@ class StableDiffusion:
     """A text encoder, a UNet and a VAE that were trained together, ready to be called.
 
     The parts are attributes (config, tokenizer, text_encoder, unet, vae) and work on their own.
-    ``safety_checker`` is None, or what tells for each of a call's images whether it is flagged.
+    ``depth_estimator`` is None but in a depth model. ``safety_checker`` is None, or what tells for
+    each of a call's images whether it is flagged.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, text_encoder: TextEncoder,
-                 unet: UNet, vae: VAE, backend: Backend = Backend(TORCH)):
+                 unet: UNet, vae: VAE, backend: Backend = Backend(TORCH),
+                 depth_estimator: DepthEstimator | None = None):
         self.config, self.tokenizer, self.backend = config, tokenizer, backend
         self.safety_checker: Callable[..., list[bool]] | None = None
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
+        self.depth_estimator = depth_estimator
         self._loaded = (unet, vae, vae.decoder)
         self._repacked = Repacked()
 
@@ -100,7 +105,8 @@ class StableDiffusion:
 
         ``depth_map``, for a depth model: how near what is drawn is, larger is nearer, in any range
         and size: a path, an image in grey, or an array or a tensor of one map or of one for each
-        image; alone, or with an ``image`` to start from. An upscaling model makes ``image`` 4 times
+        image; alone, or with an ``image`` to start from. Without it, it is made of ``image``, see
+        the method ``depth_map``. An upscaling model makes ``image`` 4 times
         as wide and high; ``noise_level``, 0 to 350, is how much of its detail may be redrawn (20).
 
         ``callback_on_step_end(sd, step, t, {"latents": x})`` may return {"latents": another x}.
@@ -150,7 +156,7 @@ class StableDiffusion:
             context = torch.cat([uncond, context])                           # (2B, 77, D)
         _finite(context, "the text encoder")
         noise = Noise(r.generators, like)
-        x, extra, keep, class_vector = start(Given(r, noise, self._encode))
+        x, extra, keep, class_vector = start(Given(r, noise, self._encode, self.depth_map))
         readable = Steps(
             self.unet, context, extra, r.sampler, self.config.schedule.prediction_type,
             r.guidance_scale if r.guided else 1.0, r.guidance_rescale,
@@ -189,7 +195,9 @@ class StableDiffusion:
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The networks, by name."""
-        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+        parts = {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae,
+                 "depth_estimator": self.depth_estimator}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def device(self) -> torch.device:
@@ -283,6 +291,21 @@ class StableDiffusion:
                              f"{room}: load with its own tokenizer (a single file's is in the "
                              "folder of config=, --config), or in Python give prompt_embeds")
         return tokenizer(texts)                                              # (prompts, 77)
+
+    @memory.explained()
+    @torch.no_grad()
+    def depth_map(self, image: Image | str | PathLike) -> Tensor:
+        """How near each part of an image is (1, H', W'), larger is nearer; for a depth model.
+
+        This is what a call makes of its ``image``, and takes as ``depth_map``. H' and W' are
+        multiples of 32, one of them about 384 (``depth_maps.prepared``). Raises ValueError for a
+        model without an estimator, and ImageError.
+        """
+        if self.depth_estimator is None:
+            raise ValueError("this model has no depth estimator")
+        x = prepared(images.open_image(image))                               # (1, 3, H', W')
+        x = x.to(self.device, torch.promote_types(self.dtype, torch.float32))
+        return _finite(self.depth_estimator(x), "the depth estimator")       # (1, H', W')
 
     @memory.explained()
     @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minisd import checks, tasks
 from minisd.config import Config
-from minisd.depth_maps import open_depth_map
+from minisd.depth_maps import normalised, open_depth_map
 from minisd.images import open_image, open_mask
 from minisd.samplers import SAMPLERS, Named, schedule
 from minisd.samplers.sampler import Sampler
@@ -81,8 +81,8 @@ class Request:
         tasks.check(config, {name for name in tasks.OPTIONS if getattr(self, name) is not None})
         noise_level = tasks.noise_level(self.noise_level, config)
         image = None if self.image is None else open_image(self.image)
-        depth_map = _depth_maps(self.depth_map, count, count * copies)
-        maps = None if depth_map is None else tasks.Sides(*depth_map.shape[1:])
+        depth = _depth_maps(self.depth_map, count, count * copies)
+        maps = None if depth is None else tasks.Sides(*depth.shape[1:])
         height, width = tasks.size(self.height, self.width, config, image or maps)
         begins = image is not None and "strength" in tasks.takes(config).arguments
         strength, left = tasks.strength(
@@ -104,7 +104,8 @@ class Request:
             guided=guidance_scale != 1.0 and config.unet.time_cond_proj_dim is None,
             guidance_scale=guidance_scale, guidance_rescale=rescale, chosen=chosen, ladder=ladder,
             sampler=sampler_on(ladder, chosen, config), strength=strength, image=image,
-            mask_image=mask_image, depth_map=depth_map, noise_level=noise_level,
+            mask_image=mask_image, noise_level=noise_level,
+            depth_map=None if depth is None else normalised(depth, shape[2:]),
             generators=generators,
             seeds=known_seeds(generators) if self.latents is None else [None] * len(generators),
             latents=None if self.latents is None else _check_latents(self.latents, shape),
@@ -158,7 +159,7 @@ class Plan:
     strength: float | None
     image: Image | None
     mask_image: Image | None
-    depth_map: Tensor | None     # (1 or B, H, W)
+    depth_map: Tensor | None     # (1 or B, 1, h, w) in [-1, 1], float64
     noise_level: int | None
     generators: list[torch.Generator]
     seeds: list[int | None]      # None where a seed alone does not make the image again

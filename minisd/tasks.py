@@ -31,7 +31,7 @@ DRAWN = ("image", "mask_image", "strength")
 TAKES = {
     "text to image": Takes(DRAWN),
     "inpainting": Takes(DRAWN, all_of=("image", "mask_image")),
-    "depth": Takes(("image", "strength", "depth_map"), one_of=("depth_map",)),
+    "depth": Takes(("image", "strength", "depth_map"), one_of=("depth_map", "image")),
     "upscaling": Takes(("image", "noise_level"), all_of=("image",), prompt=False),
 }
 # What the command line calls them.
@@ -61,6 +61,9 @@ def check(config: Config, given: set[str]) -> None:
         raise ValueError("mask_image needs the image that it is the mask of")
     if not given.issuperset(row.all_of):
         raise ValueError(f"this is {a}: give it {_named(row.all_of, 'and')}")
+    if kind == "depth" and config.depth is None and "depth_map" not in given:
+        raise ValueError(f"this is {a} without its depth estimator: give it "
+                         f"{_named(['depth_map'], '')}, with or without an image")
     if row.one_of and not given.intersection(row.one_of):
         raise ValueError(f"this is {a}: give it {_named(row.one_of, 'or')}")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from reference_models import (
+    official_dpt,
     official_pipeline,
     official_text_encoder,
     official_unet,
@@ -24,7 +25,7 @@ from reference_models import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minisd.checkpoints import names
+from minisd.checkpoints import parts
 from minisd.config import Config
 from minisd.text import tokenizer
 
@@ -45,11 +46,14 @@ def official_shapes(config: Config) -> dict[str, Shapes]:
     unet = manifest("v1_unet") | ({} if old else manifest("v2_unet_differences"))
     unet["input_blocks.0.0.weight"] = (320, config.unet.in_channels, 3, 3)
     text = "cond_stage_model.transformer." if old else "cond_stage_model.model."
-    return {
+    shapes = {
         "text_encoder": _prefixed(text, manifest("v1_text" if old else "v2_text")),
         "unet": _prefixed("model.diffusion_model.", unet),
         "vae": _prefixed("first_stage_model.", manifest("vae")),
     }
+    if config.depth:
+        shapes["depth_estimator"] = _prefixed("depth_model.model.", manifest("depth"))
+    return shapes
 
 
 def all_shapes(config: Config) -> Shapes:
@@ -63,11 +67,12 @@ def _prefixed(prefix: str, rows: dict) -> dict:
 
 def official_modules(config: Config) -> dict[str, nn.Module]:
     """The official classes in these sizes."""
-    return {
+    modules = {
         "text_encoder": official_text_encoder(config.text),
         "unet": official_unet(config.unet, config.sample_size // config.vae.downscale),
         "vae": official_vae(config.vae),
     }
+    return modules | ({"depth_estimator": official_dpt(config.depth)} if config.depth else {})
 
 
 def random_modules(config: Config) -> dict[str, nn.Module]:
@@ -78,7 +83,7 @@ def random_modules(config: Config) -> dict[str, nn.Module]:
 def as_single_file(config: Config, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
     """The modules' weights under the names of a single file, stacked as they are there."""
     tensors = {}
-    for part, rows in names.single_file(config).items():
+    for part, rows in parts.single_file(config).items():
         left = dict(modules[part].state_dict())
         for name, parameters in rows.items():
             if all(parameter in left for parameter in parameters):

@@ -10,7 +10,7 @@ from importlib import resources
 from unittest.mock import patch
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionDepth2ImgPipeline
 from diffusers.pipelines.stable_diffusion import safety_checker
 from diffusers.utils.torch_utils import randn_tensor
 from small_models import (  # noqa: F401 - for the tests
@@ -18,6 +18,7 @@ from small_models import (  # noqa: F401 - for the tests
     DENOISER,
     DEPTH,
     SMALL,
+    SMALL_DEPTH,
     SMALL_V,
     SMALL_ZERO,
     TEXT,
@@ -38,6 +39,7 @@ from transformers import (
     DPTConfig as OfficialDPTConfig,
     DPTForDepthEstimation,
 )
+from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 
 from bench.models import (
     official_scheduler as published_scheduler,
@@ -168,6 +170,27 @@ def official_pipeline(kind: type[DiffusionPipeline], sd: StableDiffusion) -> Dif
     return pipeline
 
 
+@cache
+def official_depth_pipeline(sd: StableDiffusion) -> StableDiffusionDepth2ImgPipeline:
+    """diffusers' pipeline for depth, with the weights of our model; it makes squares of images."""
+    config, side = sd.config, sd.config.depth.image_size
+    pipeline = StableDiffusionDepth2ImgPipeline(
+        vae=with_weights(official_vae(config.vae), sd.vae),
+        text_encoder=with_weights(official_text_encoder(config.text), sd.text_encoder),
+        tokenizer=official_tokenizer(config.text.pad_token_id),
+        unet=with_weights(
+            official_unet(config.unet, config.sample_size // config.vae.downscale), sd.unet
+        ),
+        scheduler=official_scheduler(config.schedule),
+        depth_estimator=with_weights(official_dpt(config.depth), sd.depth_estimator),
+        feature_extractor=DPTImageProcessorPil(
+            size={"height": side, "width": side}, resample=3, image_mean=[0.5] * 3,
+            image_std=[0.5] * 3),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def record(model: nn.Module, *args) -> dict[str, Tensor]:
     """The output of every module inside ``model`` in one forward pass, by name."""
     seen = {}
@@ -200,7 +223,7 @@ def draw_noise_in_float32(monkeypatch, *more: dict) -> None:
         return randn_tensor(shape, generator, device, torch.float32, layout).to(dtype)
 
     folder = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
-    for module in (folder, f"{folder}_img2img", f"{folder}_inpaint",
+    for module in (folder, f"{folder}_img2img", f"{folder}_inpaint", f"{folder}_depth2img",
                    "diffusers.models.autoencoders.vae", "diffusers.schedulers.scheduling_ddim"):
         monkeypatch.setattr(f"{module}.randn_tensor", drawn)
     for names in more:

@@ -20,6 +20,7 @@ from minisd.config import (
     VisionConfig,
 )
 from minisd.models.clip import TextEncoder
+from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import TORCH, Ops
 from minisd.models.unet import UNet
 from minisd.models.vae import VAE
@@ -53,6 +54,7 @@ SMALL_V = replace(
     unet=replace(DENOISER, use_linear_projection=True, num_heads=(4, 6, 10)),
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
+SMALL_DEPTH = replace(SMALL, unet=replace(DENOISER, in_channels=5), depth=DEPTH)
 # Zero terminal SNR, with the spacing that it needs.
 SMALL_ZERO = replace(SMALL_V, schedule=replace(
     SMALL_V.schedule, rescale_betas_zero_snr=True, timestep_spacing="trailing"))
@@ -85,6 +87,7 @@ def small_model(config: Config, ops: Ops = TORCH) -> StableDiffusion:
         text_encoder=randomise(TextEncoder(config.text, ops), 1),
         unet=randomise(UNet(config.unet, ops), 2), vae=randomise(VAE(config.vae, ops), 3),
         backend=Backend(ops, asked=(ops, False)),
+        depth_estimator=config.depth and randomise(DepthEstimator(config.depth, ops)),
     )
 
 

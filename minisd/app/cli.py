@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import minisd
-from minisd import files, images
+from minisd import files
 from minisd.app import options, png, streams, watermark
 
 # By class name and most specific class first, so that a usage error need not import torch.
@@ -37,7 +37,7 @@ OPTIONS = {
     "height": "--size", "guidance_scale": "--guidance", "mask_image": "--mask",
     "prediction_type": "--prediction-type", "ops": "--ops", "sampler": "--sampler",
     "spacing": "--spacing", "guidance_rescale": "--guidance-rescale", "eta": "--eta",
-    "watermark": "--watermark", "safety_checker": "--safety-checker",
+    "watermark": "--watermark", "safety_checker": "--safety-checker", "depth_map": "--depth-map",
 }
 
 
@@ -81,15 +81,12 @@ def draw(argv: list[str]) -> None:
         return
     if args.preview is not None:
         png.check_writable(args.preview, args.overwrite or _is_preview(args.preview))
-        taken = [("--output", path) for path, _ in plan]
-        taken += [("--image", args.image), ("--mask", args.mask)]
-        for option, path in taken:
-            if path is not None and Path(args.preview).resolve() == Path(path).resolve():
+        taken: list[tuple[str, str | Path]] = [("--output", path) for path, _ in plan]
+        taken += options.image_files(args).items()
+        for option, file in taken:
+            if Path(args.preview).resolve() == Path(file).resolve():
                 raise ValueError(f"--preview and {option} are both {args.preview}")
-    if args.image is not None:
-        call["image"] = images.open_image(args.image)
-    if args.mask is not None:
-        call["mask_image"] = images.open_mask(args.mask)
+    call |= options.opened_images(args)
     # Not above: a usage error need not wait for torch.
     from minisd.checkpoints import checkpoint
     from minisd.request import Request
@@ -138,7 +135,7 @@ def _is_preview(path: str) -> bool:
 
 
 def info(argv: list[str]) -> None:
-    """Say what a file is: an image's settings as JSON, or a checkpoint in five lines."""
+    """Say what a file is: an image's settings as JSON, or a checkpoint in six lines."""
     parser = options.Parser(prog="minisd info", description=info.__doc__)
     parser.add_argument("file", metavar="FILE", help="a PNG, JPEG or WebP image of minisd, "
                         "AUTOMATIC1111's web UI or ComfyUI; or what --model takes")
@@ -155,6 +152,7 @@ def info(argv: list[str]) -> None:
     zero = ", zero terminal SNR" if schedule.rescale_betas_zero_snr else ""
     _print(f"layout      {checkpoint.layout}")
     _print(f"version     {checkpoint.config.name}")
+    _print(f"kind        {checkpoint.config.kind} ({', '.join(checkpoint.parts)})")
     _print(f"dtype       {', '.join(counts)}")
     _print(f"prediction  {schedule.prediction_type}{zero} ({checkpoint.prediction_source})")
     config = checkpoint.config
@@ -194,7 +192,7 @@ def explain(argv: list[str]) -> None:
     weights = _weights(args)
     config = checkpoint.open_checkpoint(args.model, **weights).config
     if config.kind != "text to image":
-        raise ValueError(f"this is an {config.kind} model, and explain is for text to image")
+        raise ValueError(f"explain is for text to image, and this model is for {config.kind}")
     call = options.call_arguments(args) | {"seed": seed, "progress": False if args.quiet else None}
     plan = Request(prompt=args.prompt, **call).plan(config)
     words = WordMaps()
@@ -229,8 +227,7 @@ def _record(args: argparse.Namespace, call: dict) -> dict:
                "safety_checker": _last_name(args.safety_checker)}
     return {
         "model": _last_name(args.model) or "tiny",
-        "image": _last_name(args.image),
-        "mask": _last_name(args.mask),
+        **{option: _last_name(getattr(args, option)) for option in options.IMAGES},
         "watermark": args.watermark,
         "asked": call | {key: value for key, value in weights.items() if value is not None},
         # Tells models of one name apart, and does not tell where they lie.
@@ -245,7 +242,7 @@ def _last_name(path: str | None) -> str | None:
 
 def _is_made(path: Path, seed: int, args: argparse.Namespace, record: dict) -> bool:
     """Whether this very image is there already; so an interrupted run can be repeated."""
-    if args.overwrite or args.image is not None or not path.is_file():
+    if args.overwrite or options.image_files(args) or not path.is_file():
         return False
     try:
         made = png.read_settings(path)

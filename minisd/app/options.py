@@ -5,10 +5,12 @@ import os
 import re
 import secrets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import minisd
+from minisd import images
 from minisd.app import streams
 
 LAST_SEED = 2**32 - 1
@@ -19,6 +21,11 @@ CALL = {
     "negative": "negative_prompt", "steps": "num_inference_steps", "guidance": "guidance_scale",
     "guidance_rescale": "guidance_rescale", "sampler": "sampler", "spacing": "spacing",
     "eta": "eta", "strength": "strength",
+}
+# The same for those that are files with an image, and what opens it.
+IMAGES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "image": ("image", images.open_image), "mask": ("mask_image", images.open_mask),
+    "depth_map": ("depth_map", partial(images.open_grey, what="the depth map")),
 }
 
 OTHER_COMMANDS = """\
@@ -79,6 +86,8 @@ def _drawing_parser() -> Parser:
            help="decode in tiles of N cells of the latent, 64 for 512 pixels in the official"
            " models: less memory, not exact (default: no tiles)")
     option("--image", help="an image to start from; without --size its own size is kept")
+    option("--depth-map", metavar="FILE", help="for a depth model: an image in grey, larger is"
+           " nearer, of any size and range (default: made of --image)")
     option("--mask", help="where to repaint --image: light is repainted, dark and transparent are"
            " kept")
     option("--strength", type=_number(float, lambda s: 0 < s <= 1, "above 0 and at most 1"),
@@ -154,6 +163,18 @@ def call_arguments(args: argparse.Namespace) -> dict:
     call = {name: given.get(option) for option, name in CALL.items()}
     call["width"], call["height"] = args.size or (None, None)
     return {name: value for name, value in call.items() if value is not None}
+
+
+def image_files(args: argparse.Namespace) -> dict[str, str]:
+    """Option -> file, of the images that are given."""
+    given = {f"--{name.replace('_', '-')}": getattr(args, name) for name in IMAGES}
+    return {option: path for option, path in given.items() if path is not None}
+
+
+def opened_images(args: argparse.Namespace) -> dict:
+    """The arguments of the call that are images."""
+    given = ((name, use, getattr(args, option)) for option, (name, use) in IMAGES.items())
+    return {name: use(path) for name, use, path in given if path is not None}
 
 
 def names(args: argparse.Namespace, ending: str) -> list[tuple[Path, int]]:

@@ -9,6 +9,7 @@ training tools leave many in the files.
 import warnings
 from pathlib import Path
 
+from minisd.checkpoints import parts
 from minisd.checkpoints.json_file import MAX_WIDTH, JsonFile, is_width, plain
 from minisd.checkpoints.names import REJECTED_INPUTS
 from minisd.checkpoints.scheduler_config import SCHEDULER, read_schedule
@@ -65,7 +66,9 @@ def read_config(folder: Path) -> Config:
     has_schedule = (folder / SCHEDULER).is_file()
     schedule = read_schedule(folder) if has_schedule else ScheduleConfig()
     _check_fit(folder, text, unet, vae)
-    return Config("", text, unet, vae, schedule, _sample_size(folder, vae, schedule))
+    config = Config("", text, unet, vae, schedule,
+                    sample_size=_sample_size(folder, vae, schedule))
+    return parts.of_folder(config, folder)
 
 
 def _text(folder: Path) -> TextConfig:

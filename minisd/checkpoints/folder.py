@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from minisd.checkpoints import names
+from minisd.checkpoints import names, parts
 from minisd.checkpoints.diffusers_config import read_config, read_vae
 from minisd.checkpoints.found import Found, Group, tokenizer_of, unwrapped
 from minisd.checkpoints.json_file import JsonFile
@@ -21,6 +21,7 @@ PIPELINES = {
         "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
         "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
     "inpainting": ("StableDiffusionInpaintPipeline",),
+    "depth": ("StableDiffusionDepth2ImgPipeline",),
 }
 CLASSES = {
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -53,6 +54,10 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
     file.choice("_class_name", None, known)  # without it, it is the index of nothing
     for part, kind in CLASSES.items():
         file.choice(part, kind, (kind,))
+    for part, row in parts.OPTIONAL.items():
+        kind = file.choice(part, None, (row.classes[part], [None, None], None))
+        if kind == row.classes[part] and not (folder / part).is_dir():
+            raise WeightError(f"{folder / part} is missing, which {index} names")
     if prediction_type is None and not (folder / SCHEDULER).is_file():
         raise WeightError(f"{folder / SCHEDULER} is missing")
     config, source = read_config(folder), f"from {SCHEDULER}"
@@ -61,10 +66,16 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
         schedule = replace(schedule, prediction_type=prediction_type)
         source = "given by the caller"
     check_zero_snr(folder, schedule, source)
-    groups = [Group(part_tensors(folder / part, STEMS[part]), {part: rows}, {"": part})
-              for part, rows in names.folder(config).items()]
+    stem = stems(config)
+    groups = [Group(part_tensors(folder / part, stem[part]), {part: rows}, {"": part})
+              for part, rows in parts.folder(config).items()]
     config = resolve(config, schedule)
     return Found(folder, "folder", config, source, tokenizer_of(folder), groups)
+
+
+def stems(config: Config) -> dict[str, str]:
+    """Part -> the stem of its weight file."""
+    return STEMS | {part: row.stem for part, (row, _) in parts.optional(config).items()}
 
 
 def read_stand_alone_vae(path: Path, config: Config) -> Group:

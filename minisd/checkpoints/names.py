@@ -108,7 +108,7 @@ DROPPED = (
     # Always 0..76; merged files hold it as floats, in half precision, or wrong.
     r"(.*\.)?position_ids",
     r"(.*\.)?(logit_scale|text_projection|text_projection\.weight)",
-    r"depth_model\..*|low_scale_model\..*",
+    r"low_scale_model\..*",
     # Not weights but marks, see MARKERS.
     r"(model\.diffusion_model\.)?(v_pred|ztsnr)",
 )
@@ -139,7 +139,6 @@ REJECTED = {
 }
 # The same, by the number of channels that the UNet's first convolution reads.
 REJECTED_INPUTS = {
-    5: "the depth model of Stable Diffusion 2, which minisd does not compute yet",
     7: "the Stable Diffusion x4 upscaler, which minisd does not compute yet",
     8: "an instruct-pix2pix model",
 }
@@ -229,7 +228,7 @@ def folder(config: Config) -> dict[str, NameMap]:
     text = clip(config.text.num_hidden_layers)
     return {
         "text_encoder": _prefixed("text_model.", text) | text,
-        "unet": _identity(unet(config.unet)),
+        "unet": identity(unet(config.unet)),
         "vae": _diffusers_vae(config.vae),
     }
 
@@ -267,15 +266,16 @@ def rejected(names: list[str]) -> str | None:
 
 
 def _diffusers_vae(config: VAEConfig) -> NameMap:
-    names = _identity(vae(config))
+    names = identity(vae(config))
     for half in ("encoder", "decoder"):
         mid = f"{half}.mid_block.attentions.0"
         names |= _tensors(_under(mid, mid, VAE_ATTENTION))
     return names
 
 
-def _identity(names: NameMap) -> NameMap:
-    return {parameter: (parameter,) for (parameter,) in names.values()}
+def identity(names: NameMap) -> NameMap:
+    """The names where each parameter has its own, unstacked."""
+    return {ours: (ours,) for parameters in names.values() for ours in parameters}
 
 
 def _prefixed(prefix: str, names: NameMap) -> NameMap:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from minisd.checkpoints import names
+from minisd.checkpoints import names, parts
 from minisd.checkpoints.diffusers_config import read_config
 from minisd.checkpoints.found import Found, Group, tokenizer_of, unwrapped
 from minisd.checkpoints.prediction import find_schedule
@@ -18,6 +18,7 @@ from minisd.config import (
     SD1,
     SD1_INPAINT,
     SD2,
+    SD2_DEPTH,
     SD2_INPAINT,
     SD2_V,
     SD_TURBO,
@@ -27,7 +28,7 @@ from minisd.config import (
 from minisd.errors import WeightError
 
 # A row for each official model. A file is the first one whose sizes it has.
-OFFICIAL = (SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT)
+OFFICIAL = (SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT, SD2_DEPTH)
 
 UNET = "model.diffusion_model."
 CONV_IN = UNET + "input_blocks.0.0.weight"  # (width, input channels, 3, 3)
@@ -58,8 +59,8 @@ def read_file(path: Path, config: Config | Path | None, prediction_type: str | N
         schedule, source = find_schedule(
             path, folder, config, tensors, metadata, prediction_type)
     check_zero_snr(path, schedule, source)
-    config = resolve(config, schedule)
-    group = Group(tensors, names.single_file(config), names.SINGLE_FILE_PREFIXES)
+    config = parts.of_file(resolve(config, schedule), tensors)
+    group = Group(tensors, parts.single_file(config), parts.prefixes())
     return Found(path, "single file", config, source, tokenizer_of(folder), [group])
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minisd import files
-from minisd.checkpoints import names, prediction
-from minisd.checkpoints.folder import CLASSES, PIPELINES, STEMS
+from minisd.checkpoints import names, parts as networks, prediction
+from minisd.checkpoints.folder import CLASSES, PIPELINES, stems
 from minisd.checkpoints.scheduler_config import schedule_fields
 from minisd.checkpoints.tokenizer_folder import write_tokenizer
 from minisd.config import Config
@@ -25,6 +25,11 @@ from minisd.text.tokenizer import Tokenizer
 
 # In the original layout these are convolutions of 1x1, and linear layers here.
 VAE_ATTENTION = re.compile(r"first_stage_model\..*\.attn_1\.(q|k|v|proj_out)\.weight")
+# What model_index.json says of other networks, where the kind of model can have none of ours.
+NO_MORE = {
+    "feature_extractor": [None, None], "image_encoder": [None, None],
+    "requires_safety_checker": False, "safety_checker": [None, None],
+}
 
 Weights = Mapping[str, Mapping[str, Tensor]]  # part -> parameter -> tensor
 
@@ -32,7 +37,7 @@ Weights = Mapping[str, Mapping[str, Tensor]]  # part -> parameter -> tensor
 def save_model(
     path: Path, config: Config, tokenizer: Tokenizer, parts: Mapping[str, nn.Module]
 ) -> None:
-    """Write ``parts`` ("text_encoder", "unet" and "vae") whole or not at all.
+    """Write ``parts`` ("text_encoder", "unet", "vae" and what else there is) whole or not at all.
 
     ``path`` ending in .safetensors is a single file; any other is a folder, made new. An existing
     one is a FileExistsError, a full disk the OSError that names ``path``; both before any work.
@@ -43,6 +48,7 @@ def save_model(
     if os.path.lexists(path):
         raise FileExistsError(f"{path} exists: choose another name")
     weights = {part: module.state_dict() for part, module in parts.items()}
+    config = networks.only(config, parts)
     size = sum(t.nbytes for tensors in weights.values() for t in tensors.values())
     files.check_writable(path, size=size)
     with files.written_whole(path) as temporary:
@@ -57,7 +63,7 @@ def save_model(
 def original_tensors(config: Config, weights: Weights) -> dict[str, Tensor]:
     """All tensors of a model under the names, and in the shapes, of the original layout."""
     tensors: dict[str, Tensor] = {}
-    for part, rows in names.single_file(config).items():
+    for part, rows in networks.single_file(config).items():
         tensors |= _named(rows, weights[part])
     for name, tensor in tensors.items():
         if VAE_ATTENTION.fullmatch(name):
@@ -66,8 +72,8 @@ def original_tensors(config: Config, weights: Weights) -> dict[str, Tensor]:
 
 
 def _write_folder(folder: Path, config: Config, tokenizer: Tokenizer, weights: Weights) -> None:
-    rows = names.folder(config)
-    for part, stem in STEMS.items():
+    rows = networks.folder(config)
+    for part, stem in stems(config).items():
         (folder / part).mkdir(parents=True)
         place = folder / part / f"{stem}.safetensors"
         _write_tensors(place, _named(rows[part], weights[part]), {})
@@ -124,13 +130,10 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
         "model_index.json": {
             "_class_name": pipeline,
             "_diffusers_version": "0.20.0",  # not written by it, but it is looked for
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
             "scheduler": ["diffusers", schedule_fields(schedule)["_class_name"]],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             **CLASSES,
+            **(networks.index(config) or NO_MORE),
         },
         "scheduler/scheduler_config.json": schedule_fields(schedule),
         "text_encoder/config.json": {
@@ -177,4 +180,5 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
             "norm_num_groups": vae.norm_num_groups,
             "scaling_factor": vae.scaling_factor,
         },
+        **networks.json_files(config),
     }

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from minisd import images
@@ -44,6 +45,7 @@ class Given:
     plan: Plan
     noise: Noise
     encode: Callable[[Tensor, Tensor], Tensor]  # (image, noise) -> latents (B, 4, h, w)
+    estimate: Callable[[Image], Tensor]         # image -> its depth (1, H', W')
 
     @cached_property
     def image(self) -> Tensor:

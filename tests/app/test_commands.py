@@ -25,9 +25,10 @@ def test_info_of_an_image_is_its_settings(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == settings
 
 
-def test_info_of_a_checkpoint_is_five_lines(capsys, monkeypatch):
+def test_info_of_a_checkpoint_is_six_lines(capsys, monkeypatch):
     checkpoint = SimpleNamespace(layout="folder", config=SD2_V, dtypes=Counter(F16=1200, F32=1),
-                                 prediction_source="its scheduler_config.json")
+                                 prediction_source="its scheduler_config.json",
+                                 parts=dict.fromkeys(["text_encoder", "unet", "vae"]))
     opened = []
     mock = SimpleNamespace(
         open_checkpoint=lambda path, config: opened.append((path, config)) or checkpoint)
@@ -37,6 +38,7 @@ def test_info_of_a_checkpoint_is_five_lines(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == [
         "layout      folder",
         "version     Stable Diffusion 2 v",
+        "kind        text to image (text_encoder, unet, vae)",
         "dtype       F16 (1,200 tensors), F32 (1 tensors)",
         "prediction  v_prediction (its scheduler_config.json)",
         "sampler     ddim, leading timesteps, steps 50, guidance 7.5",

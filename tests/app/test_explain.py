@@ -170,7 +170,7 @@ def test_bad_input_is_one_sentence_before_the_model_is_loaded(
 def test_a_model_that_needs_an_image_is_rejected(model, monkeypatch):
     monkeypatch.setattr("minisd.checkpoints.checkpoint.open_checkpoint",
                         lambda *_, **__: SimpleNamespace(config=SD1_INPAINT))
-    fails(["explain", "x"], 2, "this is an inpainting model, and explain is for text to image")
+    fails(["explain", "x"], 2, "explain is for text to image, and this model is for inpainting")
     assert model.loaded == []
 
 

@@ -295,6 +295,15 @@ def test_repositories_that_minisd_cannot_read(files, words):
         wanted(files)
 
 
+def test_the_depth_estimator_is_fetched_where_there_is_one():
+    depth = ["depth_estimator/config.json", "depth_estimator/model.safetensors"]
+    others = ["depth_estimator/pytorch_model.bin", "feature_extractor/preprocessor_config.json"]
+    without = wanted(SETTINGS + OTHERS + [FULL])
+    assert set(wanted(SETTINGS + OTHERS + [FULL] + depth + others)) == {*without, *depth}
+    with pytest.raises(HubError, match="no safetensors weights for the depth_estimator"):
+        wanted(SETTINGS + OTHERS + [FULL] + depth[:1] + others)
+
+
 def test_no_file_leaves_its_folder():
     strange = ["tokenizer/../../x.json", "tokenizer\\..\\x.json", "x/unet/config.json"]
     assert not set(strange) & set(wanted(SETTINGS + OTHERS + [FULL] + strange))

@@ -1,7 +1,6 @@
 """Official tensors and parameters map one to one."""
 
 import math
-import re
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ from diffusers.loaders.single_file_utils import (
 )
 from files import (
     as_single_file,
-    manifest,
     official_modules,
     official_shapes,
     random_modules,
@@ -21,16 +19,13 @@ from files import (
 )
 from reference_models import SMALL, SMALL_V
 
-from minisd.checkpoints import names, names_depth
-from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, DPTConfig
-from minisd.models.clip import TextEncoder
-from minisd.models.dpt import DepthEstimator
+from minisd.checkpoints import names, parts
+from minisd.config import SD1, SD1_INPAINT, SD2, SD2_DEPTH, SD2_INPAINT
+from minisd.loading import build
 from minisd.models.ops import TORCH
-from minisd.models.unet import UNet
-from minisd.models.vae import VAE
 
 OFFICIAL = pytest.mark.parametrize(
-    "config", [SD1, SD1_INPAINT, SD2, SD2_INPAINT], ids=lambda config: config.name
+    "config", [SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_DEPTH], ids=lambda config: config.name
 )
 # Other numbers of levels, of blocks in a level, and levels without attention (which change the
 # index of the upsampler).
@@ -59,8 +54,9 @@ def shapes(module):
 
 @OFFICIAL
 def test_single_file_is_a_bijection_onto_the_official_models(config):
-    modules, dropped = on_meta(config), names.dropped(config)
-    for part, rows in names.single_file(config).items():
+    modules, dropped = on_meta(config), parts.dropped(config)
+    assert modules.keys() == parts.single_file(config).keys()
+    for part, rows in parts.single_file(config).items():
         found = {}
         for name, shape in official_shapes(config)[part].items():
             if dropped.fullmatch(name):
@@ -75,39 +71,27 @@ def test_single_file_is_a_bijection_onto_the_official_models(config):
         assert found == shapes(modules[part])
 
 
-def test_the_depth_estimator_is_a_bijection_too():
-    """But for timm's classifier. That each name means its tensor: tests/models/test_dpt.py."""
-    with torch.device("meta"):
-        module = DepthEstimator(DPTConfig(), TORCH)
-    rows, found, dropped = names_depth.depth(DPTConfig()), {}, 0
-    official = {f"depth_model.model.{name}": shape for name, shape in manifest("depth").items()}
-    for name, shape in official.items():
-        if re.fullmatch(names_depth.DROPPED, name):
-            assert name not in rows
-            dropped += math.prod(shape)
-            continue
-        for parameter in rows[name]:
-            assert parameter not in found
-            found[parameter] = (shape[0] // len(rows[name]), *shape[1:])
-    assert found == shapes(module)
-    assert (len(official), len(found), dropped) == (368, 414, 769_000)
+def test_of_the_depth_estimator_only_timms_classifier_is_dropped():
+    """That each of its names means its tensor: tests/models/test_dpt.py."""
+    official = official_shapes(SD2_DEPTH)["depth_estimator"]
+    gone = {name for name in official if parts.dropped(SD2_DEPTH).fullmatch(name)}
+    head = "depth_model.model.pretrained.model.head"
+    assert gone == {f"{head}.weight", f"{head}.bias"}
+    assert sum(math.prod(official[name]) for name in gone) == 769_000
+    assert (len(official), sum(map(math.prod, official.values()))) == (368, 123_146_985)
+    assert all(parts.dropped(replace(SD2_DEPTH, depth=None)).fullmatch(name) for name in official)
 
 
 @OFFICIAL
 def test_our_models_have_the_official_parameters(config):
-    with torch.device("meta"):
-        ours = {
-            "text_encoder": TextEncoder(config.text, TORCH),
-            "unet": UNet(config.unet, TORCH),
-            "vae": VAE(config.vae, TORCH),
-        }
+    ours = build(config, TORCH)
     for part, module in on_meta(config).items():
         assert shapes(ours[part]) == shapes(module)
 
 
 @OFFICIAL
 def test_folder_names_are_ours_but_for_the_text_prefix_and_old_attention(config):
-    rows = names.folder(config)
+    rows = parts.folder(config)
     for part, module in on_meta(config).items():
         for name in module.state_dict():
             assert rows[part][name] == (name,)
@@ -128,7 +112,7 @@ def test_folder_names_are_ours_but_for_the_text_prefix_and_old_attention(config)
     ids=["SD1", "SD2"],
 )
 def test_only_these_official_tensors_are_dropped(config, unused):
-    dropped = names.dropped(config)
+    dropped = parts.dropped(config)
     text, *others = official_shapes(config).values()
     assert not any(dropped.fullmatch(name) for part in others for name in part)
     last = "cond_stage_model.model.transformer.resblocks.23."
@@ -174,7 +158,7 @@ def same(state, module):
     ],
 )
 def test_training_state_is_dropped(name):
-    assert names.dropped(SD2).fullmatch(name)
+    assert parts.dropped(SD2).fullmatch(name)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +170,10 @@ def test_training_state_is_dropped(name):
     ],
 )
 def test_nothing_else_is_dropped(name):
-    assert not names.dropped(SD2).fullmatch(name)
+    assert not parts.dropped(SD2).fullmatch(name)
 
 
 def test_no_official_tensor_looks_like_another_model():
-    for config in (SD1, SD2):
+    for config in (SD1, SD2, SD2_DEPTH):
         for part in official_shapes(config).values():
             assert names.rejected(list(part)) is None

@@ -9,7 +9,7 @@ from files import all_shapes, header, official_modules, write
 
 from minisd.checkpoints.checkpoint import check, open_checkpoint
 from minisd.checkpoints.recognise import COND_PROJ
-from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V
+from minisd.config import SD1, SD1_INPAINT, SD2, SD2_DEPTH, SD2_INPAINT, SD2_V
 from minisd.errors import WeightError
 
 TELLTALE = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -32,7 +32,8 @@ def official(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("config", [SD1, SD1_INPAINT, SD2, SD2_INPAINT], ids=lambda c: c.name)
+@pytest.mark.parametrize("config", [SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_DEPTH],
+                         ids=lambda c: c.name)
 def test_official_models_are_recognised_and_complete(config, official):
     found = open_checkpoint(official(config))
     assert found.config == config

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import minisd
 from minisd.checkpoints import save
 from minisd.checkpoints.checkpoint import check, open_checkpoint
-from minisd.config import SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_V
+from minisd.config import SD1, SD1_INPAINT, SD2, SD2_DEPTH, SD2_INPAINT, SD2_V
 from minisd.loading import build
 from minisd.models.ops import TORCH
 from minisd.samplers import schedule
@@ -200,7 +200,7 @@ def test_what_other_tools_write_is_believed(said, meant, tmp_path):
     assert again.config.schedule.prediction_type == meant
 
 
-@pytest.mark.parametrize("config", [SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT],
+@pytest.mark.parametrize("config", [SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT, SD2_DEPTH],
                          ids=lambda config: config.name)
 def test_a_saved_file_of_official_size_needs_no_config(config, tmp_path):
     """Without its weights: its names and shapes are written as a header over zeros."""

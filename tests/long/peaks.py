@@ -1,6 +1,7 @@
 """Predicted and measured peak memory of a call: `python -m tests.long.peaks 256 384 512`.
 
 SD1.5's sizes in float32 on the CPU, weights included, in a new process for each side in pixels.
+With `depth` instead: the depth estimator alone, for images of three aspects.
 """
 
 import subprocess
@@ -11,8 +12,9 @@ from torch import nn
 
 from bench.timing import CLEAR, resident
 from minisd import memory
-from minisd.config import SD1
+from minisd.config import SD1, SD2_DEPTH, DPTConfig
 from minisd.models.clip import TextEncoder
+from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import TORCH
 from minisd.models.unet import UNet
 from minisd.models.vae import VAE
@@ -63,9 +65,29 @@ def whole(side: int) -> None:
           f"ratio {need / measured:.3f}", flush=True)
 
 
+@torch.no_grad()
+def estimator() -> None:
+    with torch.device("meta"):
+        model = DepthEstimator(DPTConfig(), TORCH)
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.fill_(0.001)
+    for height, width in ((64, 64), (384, 384), (384, 768), (384, 1536)):  # the first is a warm-up
+        CLEAR.write_text("5")
+        before = resident("VmRSS")
+        model(torch.zeros(1, 3, height, width))
+        measured = resident("VmHWM") - before
+        need = memory.activations(
+            SD2_DEPTH, (1, 4, 1, 1), 1, True, 4, estimates=(height, width), decodes=False)
+        print(f"DPT-hybrid, {width}x{height}: predicted {need / 1e6:.0f} MB, measured "
+              f"{measured / 1e6:.0f} MB, ratio {need / measured:.3f}", flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if len(sys.argv) == 2:
+    if sys.argv[1:] == ["depth"]:
+        estimator()
+    elif len(sys.argv) == 2:
         whole(int(sys.argv[1]))
     for each in sys.argv[1:] if len(sys.argv) > 2 else ():
         subprocess.run([sys.executable, "-m", "tests.long.peaks", each], check=True)

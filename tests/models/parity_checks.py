@@ -31,10 +31,12 @@ from reference_models import (
     DENOISER,
     DEPTH,
     SMALL,
+    SMALL_DEPTH,
     TEXT,
     VISION,
     error,
     official_depth,
+    official_depth_pipeline,
     official_dpt,
     official_flags,
     official_pipeline,
@@ -412,6 +414,10 @@ TASKS = {
         StableDiffusionInpaintPipeline, [INPAINT, SMALL],
         dict(image=DRAWING, mask_image=MASK, strength=1.0),
     ),
+    "depth_to_image": (
+        StableDiffusionDepth2ImgPipeline, [SMALL_DEPTH],
+        dict(image=DRAWING, depth_map=randn(4, 5, 7), strength=1.0),
+    ),
 }
 
 
@@ -419,18 +425,21 @@ TASKS = {
 def official_latents(task, model):
     kind, _, call = TASKS[task]
     call = CALL | call
-    if task == "image_to_image":  # which takes the size of the image
+    if task in ("image_to_image", "depth_to_image"):  # which take the size of the image
         call = {k: v for k, v in call.items() if k not in ("width", "height")}
     if task == "inpainting":  # which encodes as many images as it is given
         call = call | dict(image=[DRAWING] * 4, mask_image=[MASK] * 4)
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
-    return official_pipeline(kind, small_model(model))(PROMPTS, generator=generators, **call).images
+    sd = small_model(model)
+    pipeline = official_depth_pipeline(sd) if model.depth else official_pipeline(kind, sd)
+    return pipeline(PROMPTS, generator=generators, **call).images
 
 
 TAKEN = [(request_file, "SAMPLERS"), (pipeline, "Noise"), (pipeline, "Steps"),
          (conditioning, "image_to_image"),
          (conditioning, "text_to_image")]
 INPAINTS = {"by_blending": "text to image", "by_channels": "inpainting"}
+KINDS = {"minisd.conditioning.depth": "depth"}
 
 
 def loop(task):
@@ -448,6 +457,9 @@ def loop(task):
                     if hasattr(module, name):
                         patched.enter_context(
                             patch.dict(conditioning.STARTS, {kind: getattr(module, name)}))
+                if starts := KINDS.get(module.__name__):
+                    patched.enter_context(
+                        patch.dict(conditioning.STARTS, {starts: module.start}))
                 ours = sd(PROMPTS, seed=0, **CALL, **TASKS[task][2]).images
             errors.append(error(ours, official_latents(task, model)))
         return max(errors)

@@ -17,14 +17,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from PIL import Image
-from reference_models import SMALL, randn, small_model
+from reference_models import SMALL, SMALL_DEPTH, randn, small_model
 
 import minisd
 from minisd import numpy_sd
-from minisd.conditioning.depth import normalised
 from minisd.conditioning.unclip import augmented
 from minisd.config import SD1, SD2, VIT_H, VIT_L, X4_SCHEDULE, DPTConfig
-from minisd.depth_maps import open_depth_map, prepared
+from minisd.depth_maps import normalised, open_depth_map, prepared
 from minisd.models.clip import TextEncoder
 from minisd.models.clip_vision import VisionTower
 from minisd.models.dpt import DepthEstimator
@@ -163,14 +162,14 @@ def test_the_models():
 
 
 def test_the_loop():
-    model, inpaint, depth = (
-        small_model(replace(SMALL, unet=replace(SMALL.unet, in_channels=channels)))
-        for channels in (4, 9, 5))
+    model, inpaint, depth = map(small_model, (
+        SMALL, replace(SMALL, unet=replace(SMALL.unet, in_channels=9)), SMALL_DEPTH))
     upscaler = small_model(replace(
         SMALL, unet=replace(SMALL.unet, in_channels=7, num_class_embeds=9),
         low_res_schedule=X4_SCHEDULE, max_noise_level=8))
     call = dict(num_images_per_prompt=2, num_inference_steps=2, width=24, height=16, seed=0)
     grey = dict(image=Image.new("RGB", (24, 16)), mask_image=Image.new("L", (24, 16), 255))
+    coloured = Image.effect_noise((24, 16), 80).convert("RGB")
     broken = copy.deepcopy(model)
     for part in (broken.text_encoder, broken.unet, broken.vae):
         part.half()
@@ -187,6 +186,7 @@ def test_the_loop():
         with pytest.raises(ArithmeticError):
             broken("a heart", **call)
         depth("a heart", depth_map=randn(5, 7), **call)
+        depth("a heart", image=coloured, **call)
         upscaler(image=grey["image"], num_inference_steps=2)
         prepared(grey["image"])
         open_depth_map(grey["mask_image"])

@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 from reference_models import DEPTH, error, randn, randomise
 
-from minisd.conditioning.depth import normalised
-from minisd.depth_maps import open_depth_map, prepared
+from minisd.depth_maps import normalised, open_depth_map, prepared
 from minisd.errors import ImageError
 from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import TORCH
@@ -138,9 +137,9 @@ def test_scale_and_shift_do_not_matter():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_the_dtype_stays(dtype):
+def test_no_dtype_is_too_narrow(dtype):
     depth = randn(1, 9, 14, dtype=dtype)
-    assert normalised(depth, (4, 6)).dtype == dtype
+    assert error(normalised(depth, (4, 6)), normalised(depth.double(), (4, 6))) == 0
     largest = torch.finfo(dtype).max * depth.sign()
     assert normalised(largest, (4, 6)).isfinite().all()
 
@@ -185,4 +184,4 @@ def test_from_an_image_to_what_the_unet_is_shown():
     noise = Image.fromarray((255 * randn(30, 20, 3).sigmoid()).byte().numpy())
     estimator = randomise(DepthEstimator(DEPTH, TORCH)).float()
     cells = normalised(estimator(prepared(noise)), (6, 4))
-    assert cells.shape == (1, 1, 6, 4) and cells.dtype == torch.float32
+    assert cells.shape == (1, 1, 6, 4) and cells.dtype == torch.float64

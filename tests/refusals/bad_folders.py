@@ -91,7 +91,6 @@ FIELDS = [  # file, its changed fields, words of the error
     ("model_index.json", {"text_encoder": ["transformers", "T5EncoderModel"]}, "T5EncoderModel"),
     ("unet/config.json", {"in_channels": 8}, "instruct-pix2pix"),
     ("unet/config.json", {"in_channels": 7}, "x4 upscaler"),
-    ("unet/config.json", {"in_channels": 5}, "depth"),
     ("unet/config.json", {"in_channels": 6}, "6 input channels"),
     ("unet/config.json", {"out_channels": 8}, "8 output channels"),
     ("unet/config.json", {"block_out_channels": [MANY] * 3}, "block_out_channels"),
