@@ -49,11 +49,14 @@ def activations(
     text = prompts * itemsize * config.text.max_position_embeddings * 4 * (
         config.text.intermediate_size + config.text.hidden_size)
 
+    part = h * w if tile is None else min(h, tile) * min(w, tile)
+    seen = part if config.unet_in_tiles else h * w
     unet = count * (1 + guided) * (
-        itemsize * _unet_channels(config.unet) * h * w + scores * _unet_scores(config.unet, h * w))
+        itemsize * _unet_channels(config.unet) * seen + scores * _unet_scores(config, seen))
+    if seen < h * w:  # beside a tile: the inputs of the whole grid, and the predictions
+        unet += count * (1 + guided) * 4 * h * w * 2 * (config.unet.in_channels + 4)
 
     itemsize = vae_itemsize or itemsize
-    part = h * w if tile is None else min(h, tile) * min(w, tile)
     # The wide input, its norm and the copy of that, and the narrow output of a convolution.
     decoder = max((3 * wide + c) / 4**i for i, (c, wide) in enumerate(_levels(widths)))
     vae = decodes * (itemsize * decoder * f * f * part + scores * part**2)
@@ -82,10 +85,17 @@ def _unet_channels(config: UNetConfig) -> float:
     return most
 
 
-def _unet_scores(config: UNetConfig, positions: int) -> float:
+def _unet_scores(config: Config, positions: int) -> float:
     """The entries of the largest q k^T of an image, all heads together."""
-    levels = enumerate(zip(config.num_heads, config.has_attention))
-    return max((n * (positions / 4**i) ** 2 for i, (n, on) in levels if on), default=0.0)
+    unet, tokens = config.unet, config.text.max_position_embeddings
+    last, most = len(unet.num_heads) - 1, 0.0
+    only_cross = unet.only_cross_attention or (False,) * len(unet.num_heads)
+    levels = [*enumerate(zip(unet.num_heads, unet.has_attention, only_cross)),
+              (last, (unet.num_heads[-1], True, False))]  # the middle
+    for i, (heads, attends, only) in levels:
+        queries = positions / 4**i
+        most = max(most, attends * heads * queries * (tokens if only else queries))
+    return most
 
 
 def free(device: torch.device) -> int | None:

@@ -22,7 +22,7 @@ from reference_models import SMALL, randn, small_model
 import minisd
 from minisd.conditioning.depth import normalised
 from minisd.conditioning.unclip import augmented
-from minisd.config import SD1, SD2, VIT_H, VIT_L, X4_SCHEDULE, DPTConfig
+from minisd.config import SD1, SD2, VIT_H, VIT_L, X4_LOW_RES, DPTConfig
 from minisd.depth_maps import open_depth_map, prepared
 from minisd.models.clip import TextEncoder
 from minisd.models.clip_vision import VisionTower
@@ -167,7 +167,7 @@ def test_the_loop():
         for channels in (4, 9, 5))
     upscaler = small_model(replace(
         SMALL, unet=replace(SMALL.unet, in_channels=7, num_class_embeds=9),
-        low_res_schedule=X4_SCHEDULE, max_noise_level=8))
+        low_res_schedule=X4_LOW_RES, max_noise_level=8))
     call = dict(num_images_per_prompt=2, num_inference_steps=2, width=24, height=16, seed=0)
     grey = dict(image=Image.new("RGB", (24, 16)), mask_image=Image.new("L", (24, 16), 255))
     broken = copy.deepcopy(model)
