@@ -48,7 +48,7 @@ UNET_FIXED: dict[str, tuple] = {
     **{"act_fn": SILU, "norm_eps": (1e-5,), "mid_block_type": ("UNetMidBlock2DCrossAttn",)},
     **{"center_input_sample": (False, None), "flip_sin_to_cos": (True,), "freq_shift": (0,)},
     **{"downsample_padding": (1,), "conv_in_kernel": (3,), "conv_out_kernel": (3,)},
-    **{"mid_block_scale_factor": (1,), "mid_block_only_cross_attention": (None, False)},
+    **{"mid_block_scale_factor": (1,)},
     **{"dual_cross_attention": (False, None), "attention_type": ("default", None)},
     **{"transformer_layers_per_block": (1,), "reverse_transformer_layers_per_block": (None, 1)},
     **{"resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",)},
@@ -163,12 +163,12 @@ def _unet(folder: Path) -> UNetConfig:
 
 
 def _only_cross(file: JsonFile, levels: int) -> tuple[bool, ...]:
-    """For each level; a single true would mean the middle block too, which minisd does not have."""
+    """For each level; the middle block has self-attention whatever the file says."""
     value = file.fields.get("only_cross_attention", False)
     values = value if isinstance(value, list) else [value] * levels
-    if value is True or len(values) != levels or not all(type(v) is bool for v in values):
-        raise file.fault("only_cross_attention", f"False, or one truth value for each of {levels}"
-                         " levels")
+    if len(values) != levels or any(type(v) is not bool for v in values):
+        each = f"for each of {levels} levels"
+        raise file.fault("only_cross_attention", f"true or false, or one of them {each}")
     return tuple(values) if any(values) else ()
 
 
