@@ -38,7 +38,8 @@ def activations(
 ) -> int:
     """Bytes that a call needs beside the weights, when it needs most.
 
-    ``shape`` (B, 4, h, w) of the latents; ``itemsize`` bytes of a weight; ``tile`` as of the VAE;
+    ``shape`` (B, 4, h, w) of the latents; ``itemsize`` bytes of a weight; ``tile`` as of the VAE,
+    and of an upscaler's UNet;
     ``encodes``: an image is given; ``decodes``: one is wanted; ``stores_scores``: attention keeps
     all of q k^T, in float32, as only the reference does; ``vae_itemsize`` if the VAE's differs.
     """
@@ -53,13 +54,15 @@ def activations(
     seen = part if config.unet_in_tiles else h * w
     unet = count * (1 + guided) * (
         itemsize * _unet_channels(config.unet) * seen + scores * _unet_scores(config, seen))
-    if seen < h * w:  # beside a tile: the inputs of the whole grid, and the predictions
-        unet += count * (1 + guided) * 4 * h * w * 2 * (config.unet.in_channels + 4)
+    if seen < h * w:  # beside a tile: the whole inputs and predictions, each twice
+        unet += count * (1 + guided) * 4 * h * w * 2 * (config.unet.in_channels + shape[1])
 
     itemsize = vae_itemsize or itemsize
     # The wide input, its norm and the copy of that, and the narrow output of a convolution.
     decoder = max((3 * wide + c) / 4**i for i, (c, wide) in enumerate(_levels(widths)))
     vae = decodes * (itemsize * decoder * f * f * part + scores * part**2)
+    if part < h * w:  # beside a tile: the image, and the sum of the fades
+        vae += decodes * itemsize * 4 * pixels
     if encodes:  # one image, never in tiles: two inputs, h, its norm, the copy and the output
         vae = max(vae, itemsize * 6 * widths[0] * pixels + scores * (h * w) ** 2)
     images = decodes * count * 3 * 4 * pixels  # float32; three at a time as they turn to 8 bits

@@ -10,8 +10,6 @@ from minisd.pipeline import StableDiffusion
 from minisd.samplers import schedule
 
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-
-
 @cache
 def official_upscaler(sd: StableDiffusion) -> StableDiffusionUpscalePipeline:
     """Its second schedule is that of the published low_res_scheduler, in float64."""

@@ -26,6 +26,12 @@ from minisd.text.tokenizer import Tokenizer
 # In the original layout these are convolutions of 1x1, and linear layers here.
 VAE_ATTENTION = re.compile(r"first_stage_model\..*\.attn_1\.(q|k|v|proj_out)\.weight")
 
+# What diffusers' pipelines of text to image and of inpainting can have beside; not all know them.
+WITHOUT = {
+    "feature_extractor": [None, None], "image_encoder": [None, None],
+    "requires_safety_checker": False, "safety_checker": [None, None],
+}
+
 Weights = Mapping[str, Mapping[str, Tensor]]  # part -> parameter -> tensor
 
 
@@ -124,10 +130,7 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
         "model_index.json": {
             "_class_name": pipeline,
             "_diffusers_version": "0.20.0",  # not written by it, but it is looked for
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
+            **(WITHOUT if config.kind in ("text to image", "inpainting") else {}),
             "scheduler": ["diffusers", schedule_fields(schedule)["_class_name"]],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             **CLASSES,
