@@ -5,7 +5,7 @@ from that of the whole: norms and attention see a tile alone. For the UNet this 
 Diffusers" (Jimenez 2023, https://arxiv.org/abs/2302.02412): tiles of one latent, and so of one
 noise, whose predictions are joined at every step.
 
-B batch, C channels, h w height and width of a map
+B batch, C channels of the result, h w height and width of a map, H W of the result
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from torch import Tensor
 
 def in_tiles(network: Callable[[Tensor], Tensor], x: Tensor, side: int, channels: int,
              scale: int = 1) -> Tensor:
-    """network(x), (B, channels, scale * h, scale * w), from tiles of x (B, C, h, w).
+    """network(x) from tiles of x (B, ..., h, w), whose side is given in cells of x.
 
-    ``side`` is that of a tile, in cells of x.
+    Returns (B, channels, scale * h, scale * w).
     """
     side, (h, w) = max(side, 1), x.shape[2:]
-    joined = x.new_zeros(len(x), channels, scale * h, scale * w)
-    total = x.new_zeros(scale * h, scale * w)
+    joined = x.new_zeros(len(x), channels, scale * h, scale * w)             # (B, C, H, W)
+    total = x.new_zeros(scale * h, scale * w)                                # (H, W)
     for top in starts(h, side):
         for left in starts(w, side):
             part = network(x[:, :, top : top + side, left : left + side])
@@ -31,7 +31,7 @@ def in_tiles(network: Callable[[Tensor], Tensor], x: Tensor, side: int, channels
                     slice(scale * left, scale * (left + side)))
             joined[:, :, *here] += fade * part
             total[here] += fade
-    return joined / total
+    return joined / total                                                    # (B, C, H, W)
 
 
 def starts(length: int, side: int) -> list[int]:

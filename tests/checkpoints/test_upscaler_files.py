@@ -3,14 +3,18 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from command_line import fails, run
 from diffusers import StableDiffusionUpscalePipeline
 from files import all_shapes, header, write
+from PIL import Image
 from reference_models import SMALL_X4, error, small_model
 from upscalers import image
 
 import minisd
+from minisd.app.png import read_settings
 from minisd.checkpoints.checkpoint import check, open_checkpoint
 from minisd.checkpoints.folder import STEMS
 from minisd.config import X4_UPSCALER
@@ -102,11 +106,9 @@ def test_what_a_folder_cannot_say(name, fields, words, published):
 def test_a_vae_of_its_own(published):
     assert open_checkpoint(published, vae=published / "vae").config == X4_UPSCALER
     edit(published, "vae/config.json", scaling_factor=0.18215)
-    own = published / "vae"
-    (published / "model.safetensors").unlink(missing_ok=True)
     path = write(published / "m.safetensors", header(all_shapes(X4_UPSCALER)))
     with pytest.raises(WeightError, match="another scaling_factor"):
-        open_checkpoint(path, vae=own)
+        open_checkpoint(path, vae=published / "vae")
 
 
 def test_the_published_file(tmp_path):
@@ -148,7 +150,7 @@ def drawn_by(pipeline):
 
 
 @pytest.mark.parametrize("layout", ["folder", "file"])
-def test_what_is_saved_draws_the_same(layout, model, tmp_path, caplog):
+def test_what_is_saved_draws_the_same(layout, model, tmp_path):
     folder = tmp_path / "model"
     model.save(folder)
     if layout == "folder":
@@ -165,4 +167,22 @@ def test_what_is_saved_draws_the_same(layout, model, tmp_path, caplog):
     ours = model(seed=3, **CALL).images
     assert torch.equal(again(seed=3, **CALL).images, ours)
     assert error(drawn_by(official), ours) < 1e-5
-    print(caplog.text)
+
+
+def test_on_the_command_line(model, tmp_path):
+    model.save(tmp_path / "x4")
+    image(9, 6).convert("RGBA").save(tmp_path / "small.png")
+    line = ["a cat", "-m", f"{tmp_path}/x4", "--image", f"{tmp_path}/small.png", "--quiet"]
+    drawn = [*line, "--steps", "2", "--seed", "1", "--noise-level", "7", "-o", f"{tmp_path}/a.png"]
+    assert run(drawn)[0] == 0
+    made = read_settings(tmp_path / "a.png")
+    assert made["noise_level"] == 7 and (made["width"], made["height"]) == (36, 24)
+    call = dict(num_inference_steps=2, seed=1, noise_level=7)
+    alone = model("a cat", image=tmp_path / "small.png", **call).images[0]
+    assert np.array_equal(np.array(alone), np.array(Image.open(tmp_path / "a.png")))
+    fails([*line, "--noise-level", "351"], 2, "--noise-level: noise_level must be an integer from ")
+    fails([*line, "--noise-level", "-1"], 2, "--noise-level: -1 must be 0 or more")
+    fails([*line, "--size", "36x24"], 2, "--size: height and width: an upscaling model makes")
+    fails(line[:3], 2, "this is an upscaling model: give it image (--image)")
+    fails(["a", *line[3:], "--noise-level", "3"], 2, "takes no noise_level (--noise-level)")
+    assert "unusual size (upscaling)\n" in run(["info", f"{tmp_path}/x4"])[1]

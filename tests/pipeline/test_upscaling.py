@@ -169,6 +169,16 @@ def test_the_repacked_model_is_the_same():
     assert error(again(fused=True)(**SOME | {"output_type": "pt"}).images, exact) <= BOUND
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_coverage(fused):
+    """Where only the prompt is read, both attentions of a block have its 77 keys."""
+    calls = again(fused=fused).coverage()
+    assert {call.took for call in calls} == {"torch"}
+    keys = [call.sizes.split("x")[-1] for call in calls if call.function == "attention"]
+    # Two levels of 2 + 3 blocks, and that at an eighth of the side and the middle.
+    assert keys.count("77") == 2 * 10 + 6 and keys.count("4") == 6
+
+
 def test_tiles_are_cut_from_one_latent():
     """Of a function of each cell alone, tiles make exactly the whole."""
     def cells(x, t, context, class_vector):
