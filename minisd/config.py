@@ -18,6 +18,7 @@ class Kind(NamedTuple):
 
     extra: Callable[[int], int]  # the channels that it reads after those of x, a latent's n
     classes: str = ""            # the field of UNetConfig that says what a class is, if it has any
+    in_tiles: bool = False       # whether a part of a latent says enough of what belongs there
 
 
 KINDS = {
@@ -25,7 +26,7 @@ KINDS = {
     "inpainting": Kind(lambda n: 1 + n),  # the mask, and the latent of the masked image
     "depth": Kind(lambda n: 1),
     # The small image in colours, and how much noise was added to it.
-    "upscaling": Kind(lambda n: 3, "num_class_embeds"),
+    "upscaling": Kind(lambda n: 3, "num_class_embeds", in_tiles=True),
 }
 CLASSES = ("num_class_embeds", "projection_class_embeddings_input_dim")
 
@@ -161,6 +162,11 @@ class Config:
         told = (self.unet.in_channels - n, classes)
         return next((kind for kind, row in KINDS.items() if (row.extra(n), row[1]) == told), "")
 
+    @property
+    def unet_in_tiles(self) -> bool:
+        """Whether its UNet may be shown large latents in tiles, as any VAE may."""
+        return bool(self.kind) and KINDS[self.kind].in_tiles
+
 
 VIT_L = VisionConfig()  # OpenAI's CLIP ViT-L/14
 
@@ -217,7 +223,7 @@ SD2_DEPTH = replace(SD2, name="Stable Diffusion 2 depth", unet=replace(SD2.unet,
                     depth=DPTConfig())
 
 # Stability-AI/stablediffusion, x4-upscaling.yaml. Its latents are a quarter of the image's side.
-X4_SCHEDULE = ScheduleConfig(beta_start=0.0001, beta_end=0.02, prediction_type="v_prediction")
+X4_LOW_RES = ScheduleConfig(beta_start=0.0001, beta_end=0.02, sampler="ddpm")
 X4_UPSCALER = Config(
     "Stable Diffusion x4 upscaler",
     text=SD2.text,
@@ -229,8 +235,8 @@ X4_UPSCALER = Config(
     ),
     vae=VAEConfig(
         block_out_channels=(128, 256, 512), scaling_factor=0.08333, force_float32=True),
-    schedule=X4_SCHEDULE,
-    low_res_schedule=X4_SCHEDULE,
+    schedule=ScheduleConfig(beta_start=0.0001, beta_end=0.02, prediction_type="v_prediction"),
+    low_res_schedule=X4_LOW_RES,
     noise_level=20,
     max_noise_level=350,
     num_inference_steps=75,

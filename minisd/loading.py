@@ -14,7 +14,7 @@ from minisd.models.clip import TextEncoder
 from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import Ops
 from minisd.models.unet import UNet
-from minisd.models.vae import VAE
+from minisd.models.vae import VAE, vae_dtype
 from minisd.pipeline import StableDiffusion
 from minisd.safety import SafetyChecker
 from minisd.text.tokenizer import Tokenizer
@@ -36,11 +36,13 @@ def load(
     unusual sizes. ``vae``: a VAE to use instead: a file, a folder, or a name as above, of a VAE
     alone or of a whole model. ``prediction_type``: "epsilon" or "v_prediction", whatever the file
     says. ``tile``: decode what is larger than this in tiles of this side, in cells of the latent
-    (64 is 512 pixels in the official models), to save memory; not exact. ``safety_checker``: a
-    folder that `SafetyChecker.load` takes; `Output.nsfw` then tells which images it flags.
+    (64 is 512 pixels in the official models), to save memory; not exact. The x4 upscaler, whose
+    cells are the pixels of the given image, also draws in tiles: take 128 or more, as in its
+    training. ``safety_checker``: a folder that `SafetyChecker.load` takes; `Output.nsfw` then tells
+    which images it flags.
 
     ``device`` "auto" is cuda, then mps, then cpu; ``dtype`` "auto" is float16 on a GPU and
-    float32 on a CPU.
+    float32 on a CPU. The x4 upscaler's VAE is float32 at least, because it overflows in float16.
 
     ``ops``, which functions compute attention and norms: "torch", "reference" (the formulas written
     out), "triton" (the GPU kernels, which raise rather than fall back), an `Ops` of your own, or
@@ -70,7 +72,8 @@ def load(
     if safety_checker is not None:
         sd.safety_checker = SafetyChecker.load(safety_checker, device, dtype)
     for part, module in parts:
-        checkpoint.fill(found, part, module, dtype, device)
+        own = vae_dtype(found.config.vae, dtype) if part == "vae" else dtype
+        checkpoint.fill(found, part, module, own, device)
         module.eval().requires_grad_(False)
     sd.vae.tile = tile
     return sd

@@ -41,7 +41,8 @@ def activations(
 ) -> int:
     """Bytes that a call needs beside the weights, when it needs most.
 
-    ``shape`` (B, 4, h, w) of the latents; ``itemsize`` bytes of a weight; ``tile`` as of the VAE;
+    ``shape`` (B, 4, h, w) of the latents; ``itemsize`` bytes of a weight; ``tile`` as of the VAE,
+    and of an upscaler's UNet;
     ``encodes``: an image is given; ``decodes``: one is wanted; ``stores_scores``: attention keeps
     all of q k^T, in float32, as only the reference does; ``vae_itemsize`` if the VAE's differs;
     ``estimates``: the sides in pixels of what the depth estimator reads, if it makes a map.
@@ -53,8 +54,12 @@ def activations(
     text = prompts * itemsize * config.text.max_position_embeddings * 4 * (
         config.text.intermediate_size + config.text.hidden_size)
 
+    part = h * w if tile is None else min(h, tile) * min(w, tile)
+    seen = part if config.unet_in_tiles else h * w
     unet = count * (1 + guided) * (
-        itemsize * _unet_channels(config.unet) * h * w + scores * _unet_scores(config.unet, h * w))
+        itemsize * _unet_channels(config.unet) * seen + scores * _unet_scores(config, seen))
+    if seen < h * w:  # beside a tile: the whole inputs and predictions, each twice
+        unet += count * (1 + guided) * 4 * h * w * 2 * (config.unet.in_channels + shape[1])
 
     depth = 0.0
     if config.depth is not None and estimates is not None:
@@ -63,10 +68,11 @@ def activations(
                     scores * config.depth.num_attention_heads * (n / PATCH**2) ** 2)
 
     itemsize = vae_itemsize or itemsize
-    part = h * w if tile is None else min(h, tile) * min(w, tile)
     # The wide input, its norm and the copy of that, and the narrow output of a convolution.
     decoder = max((3 * wide + c) / 4**i for i, (c, wide) in enumerate(_levels(widths)))
     vae = decodes * (itemsize * decoder * f * f * part + scores * part**2)
+    if part < h * w:  # beside a tile: the image, and the sum of the fades
+        vae += decodes * itemsize * 4 * pixels
     if encodes:  # one image, never in tiles: two inputs, h, its norm, the copy and the output
         vae = max(vae, itemsize * 6 * widths[0] * pixels + scores * (h * w) ** 2)
     images = decodes * count * 3 * 4 * pixels  # float32; three at a time as they turn to 8 bits
@@ -101,10 +107,17 @@ def _depth_channels(config: DPTConfig) -> float:
     return 2 * (c / 2) + HEAD_WIDTH + left
 
 
-def _unet_scores(config: UNetConfig, positions: int) -> float:
+def _unet_scores(config: Config, positions: int) -> float:
     """The entries of the largest q k^T of an image, all heads together."""
-    levels = enumerate(zip(config.num_heads, config.has_attention))
-    return max((n * (positions / 4**i) ** 2 for i, (n, on) in levels if on), default=0.0)
+    unet, tokens = config.unet, config.text.max_position_embeddings
+    last, most = len(unet.num_heads) - 1, 0.0
+    only_cross = unet.only_cross_attention or (False,) * len(unet.num_heads)
+    levels = [*enumerate(zip(unet.num_heads, unet.has_attention, only_cross)),
+              (last, (unet.num_heads[-1], True, False))]  # the middle
+    for i, (heads, attends, only) in levels:
+        queries = positions / 4**i
+        most = max(most, attends * heads * queries * (tokens if only else queries))
+    return most
 
 
 def free(device: torch.device) -> int | None:

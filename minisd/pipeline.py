@@ -35,8 +35,9 @@ from minisd.errors import warn
 from minisd.models.clip import TextEncoder
 from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import REFERENCE, TORCH
+from minisd.models.tiles import tiled_unet
 from minisd.models.unet import UNet, guidance_embedding
-from minisd.models.vae import VAE
+from minisd.models.vae import VAE, vae_dtype
 from minisd.output import Output, Step
 from minisd.progress import counted
 from minisd.request import Callback, Maps, Picture, Plan, Prompts, Request
@@ -157,12 +158,16 @@ class StableDiffusion:
         _finite(context, "the text encoder")
         noise = Noise(r.generators, like)
         x, extra, keep, class_vector = start(Given(r, noise, self._encode, self.depth_map))
+        unet: Callable[..., Tensor] = self.unet
+        fused, tile = self._fused(), self.vae.tile
+        if r.config.unet_in_tiles and tile is not None and max(r.shape[2:]) > tile:
+            unet, fused = tiled_unet(fused.unet if fused else unet, tile, r.shape[1]), None
         readable = Steps(
-            self.unet, context, extra, r.sampler, self.config.schedule.prediction_type,
+            unet, context, extra, r.sampler, self.config.schedule.prediction_type,
             r.guidance_scale if r.guided else 1.0, r.guidance_rescale,
             self._told(r, class_vector))
         steps: Callable[..., Tensor] = readable
-        if fused := self._fused():
+        if fused:
             steps = fused.steps(readable)
 
         draws, shown = readable.draws, r.sampler.shown
@@ -225,7 +230,7 @@ class StableDiffusion:
         self.backend, before = self.backend.at(device, dtype), self.backend
         self.release()
         for part in modules:
-            part.to(device, dtype)
+            part.to(device, vae_dtype(self.config.vae, dtype) if part is self.vae else dtype)
             for module in part.modules():
                 if getattr(module, "ops", None) == before.ops:
                     setattr(module, "ops", self.backend.ops)

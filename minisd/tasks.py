@@ -105,8 +105,11 @@ def size(
         if height is not None or width is not None:
             raise ValueError(f"height and width: an upscaling model makes images {f} times as wide "
                              "and high as the given one")
-        return (checks.side("height", f * image.height, f, usual),
-                checks.side("width", f * image.width, f, usual))
+        if f * max(image.height, image.width) > checks.MAX_SIDE:
+            raise ValueError(f"image of {image.width}x{image.height} pixels: an upscaling model "
+                             f"makes images {f} times as wide and high as the given one, and "
+                             f"{checks.MAX_SIDE} pixels a side at most")
+        return f * image.height, f * image.width
     if image is None or (height is not None and width is not None):
         return checks.side("height", height, f, usual), checks.side("width", width, f, usual)
     if height is not None:

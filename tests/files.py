@@ -43,13 +43,16 @@ def manifest(name: str) -> Shapes:
 def official_shapes(config: Config) -> dict[str, Shapes]:
     """Part -> the tensors of an official single file, under their full names."""
     old = config.unet.cross_attention_dim == 768
-    unet = manifest("v1_unet") | ({} if old else manifest("v2_unet_differences"))
-    unet["input_blocks.0.0.weight"] = (320, config.unet.in_channels, 3, 3)
+    upscaler = config.kind == "upscaling"
+    unet = manifest("x4_unet") if upscaler else manifest("v1_unet") | (
+        {} if old else manifest("v2_unet_differences"))
+    unet["input_blocks.0.0.weight"] = (
+        config.unet.block_out_channels[0], config.unet.in_channels, 3, 3)
     text = "cond_stage_model.transformer." if old else "cond_stage_model.model."
     shapes = {
         "text_encoder": _prefixed(text, manifest("v1_text" if old else "v2_text")),
         "unet": _prefixed("model.diffusion_model.", unet),
-        "vae": _prefixed("first_stage_model.", manifest("vae")),
+        "vae": _prefixed("first_stage_model.", manifest("x4_vae" if upscaler else "vae")),
     }
     if config.depth:
         shapes["depth_estimator"] = _prefixed("depth_model.model.", manifest("depth"))

@@ -20,6 +20,7 @@ from small_models import (  # noqa: F401 - for the tests
     SMALL,
     SMALL_DEPTH,
     SMALL_V,
+    SMALL_X4,
     SMALL_ZERO,
     TEXT,
     VISION,
@@ -224,6 +225,7 @@ def draw_noise_in_float32(monkeypatch, *more: dict) -> None:
 
     folder = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
     for module in (folder, f"{folder}_img2img", f"{folder}_inpaint", f"{folder}_depth2img",
+                   f"{folder}_upscale",
                    "diffusers.models.autoencoders.vae", "diffusers.schedulers.scheduling_ddim"):
         monkeypatch.setattr(f"{module}.randn_tensor", drawn)
     for names in more:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minisd.backends import Backend
 from minisd.config import (
+    X4_UPSCALER,
     Config,
     DPTConfig,
     ScheduleConfig,
@@ -58,6 +59,14 @@ SMALL_DEPTH = replace(SMALL, unet=replace(DENOISER, in_channels=5), depth=DEPTH)
 # Zero terminal SNR, with the spacing that it needs.
 SMALL_ZERO = replace(SMALL_V, schedule=replace(
     SMALL_V.schedule, rescale_betas_zero_snr=True, timestep_spacing="trailing"))
+# Where the context is as wide as a level, weights of only_cross_attention fit without it too.
+SMALL_X4 = replace(
+    X4_UPSCALER, name="small x4", text=SMALL_V.text, sample_size=64,
+    unet=replace(
+        X4_UPSCALER.unet, block_out_channels=(16, 20, 24, 40), num_heads=(2, 4, 3, 5),
+        cross_attention_dim=20, norm_num_groups=4),
+    vae=replace(X4_UPSCALER.vae, block_out_channels=(16, 24, 40), norm_num_groups=4),
+)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

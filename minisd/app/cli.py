@@ -38,6 +38,7 @@ OPTIONS = {
     "prediction_type": "--prediction-type", "ops": "--ops", "sampler": "--sampler",
     "spacing": "--spacing", "guidance_rescale": "--guidance-rescale", "eta": "--eta",
     "watermark": "--watermark", "safety_checker": "--safety-checker", "depth_map": "--depth-map",
+    "noise_level": "--noise-level", "image": "--image",
 }
 
 

@@ -20,7 +20,7 @@ CONFIG_HELP = "for a .safetensors file of unusual sizes: a diffusers folder that
 CALL = {
     "negative": "negative_prompt", "steps": "num_inference_steps", "guidance": "guidance_scale",
     "guidance_rescale": "guidance_rescale", "sampler": "sampler", "spacing": "spacing",
-    "eta": "eta", "strength": "strength",
+    "eta": "eta", "strength": "strength", "noise_level": "noise_level",
 }
 # The same for those that are files with an image, and what opens it.
 IMAGES: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -84,14 +84,19 @@ def _drawing_parser() -> Parser:
            " out; triton, the GPU kernels; fused; or auto (default: %(default)s)")
     option("--tile", type=_number(int, lambda n: 1 <= n <= 8192, "from 1 to 8192"), metavar="N",
            help="decode in tiles of N cells of the latent, 64 for 512 pixels in the official"
-           " models: less memory, not exact (default: no tiles)")
-    option("--image", help="an image to start from; without --size its own size is kept")
+           " models: less memory, not exact (default: no tiles); an upscaling model, whose cells"
+           " are the pixels of --image, draws in tiles too")
+    option("--image", help="an image to start from; without --size its own size is kept."
+           " An upscaling model makes it 4 times as wide and high")
     option("--depth-map", metavar="FILE", help="for a depth model: an image in grey, larger is"
            " nearer, of any size and range (default: made of --image)")
     option("--mask", help="where to repaint --image: light is repainted, dark and transparent are"
            " kept")
     option("--strength", type=_number(float, lambda s: 0 < s <= 1, "above 0 and at most 1"),
            help="how far to leave --image (default: 0.8; with --mask 1)")
+    option("--noise-level", type=_number(int, lambda n: n >= 0, "0 or more"), metavar="N",
+           help="for an upscaling model: how much noise is added to --image first, 0 to 350; more"
+           " redraws more of its detail (default: 20)")
     option("--guidance-rescale", metavar="SHARE", type=_number(
         float, lambda r: 0 <= r <= 1, "from 0 to 1"),
         help="how much of the contrast that guidance adds is taken back; 0.7 for models of zero"

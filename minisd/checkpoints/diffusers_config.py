@@ -7,13 +7,29 @@ training tools leave many in the files.
 """
 
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from minisd.checkpoints import parts
 from minisd.checkpoints.json_file import MAX_WIDTH, JsonFile, is_width, plain
 from minisd.checkpoints.names import REJECTED_INPUTS
-from minisd.checkpoints.scheduler_config import SCHEDULER, read_schedule
-from minisd.config import KINDS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from minisd.checkpoints.scheduler_config import (
+    LOW_RES_SCHEDULER,
+    SCHEDULER,
+    read_schedule,
+    schedule_of,
+)
+from minisd.config import (
+    CLASSES,
+    KINDS,
+    X4_UPSCALER,
+    Config,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from minisd.errors import WeightError
 
 # The blocks, and whether they attend; names of 2022 begin with UNetRes.
@@ -33,15 +49,16 @@ UNET_FIXED: dict[str, tuple] = {
     **{"act_fn": SILU, "norm_eps": (1e-5,), "mid_block_type": ("UNetMidBlock2DCrossAttn",)},
     **{"center_input_sample": (False, None), "flip_sin_to_cos": (True,), "freq_shift": (0,)},
     **{"downsample_padding": (1,), "conv_in_kernel": (3,), "conv_out_kernel": (3,)},
-    **{"mid_block_scale_factor": (1,), "only_cross_attention": (False,)},
+    **{"mid_block_scale_factor": (1,)},
     **{"dual_cross_attention": (False, None), "attention_type": ("default", None)},
     **{"transformer_layers_per_block": (1,), "reverse_transformer_layers_per_block": (None, 1)},
     **{"resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",)},
     **{"time_embedding_act_fn": (None,), "timestep_post_act": (None,)},
-    **{"class_embed_type": (None,), "num_class_embeds": (None,)},
     **{"class_embeddings_concat": (False, None), "addition_embed_type": (None,)},
     **{"encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,)},
 }
+# class_embed_type -> the field that says how many classes the UNet may be told, or how wide one is.
+CLASS_FIELDS = {None: "num_class_embeds"}
 VAE_FIXED: dict[str, tuple] = {
     **{"act_fn": SILU, "in_channels": (3,), "out_channels": (3,)},
     **{"mid_block_add_attention": (True,), "use_quant_conv": (True,)},
@@ -50,6 +67,8 @@ VAE_FIXED: dict[str, tuple] = {
     **{"down_block_types": ("DownEncoderBlock2D", "UNetResDownEncoderBlock2D")},
     **{"up_block_types": ("UpDecoderBlock2D", "UNetResUpDecoderBlock2D")},
 }
+# The VAEs of kinds of models that differ in what their files do not say.
+USUAL_VAES = {"upscaling": X4_UPSCALER.vae}
 TEXT_FIXED: dict[str, tuple] = {"layer_norm_eps": (1e-5,)}
 # transformers' names of the two functions.
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_python": "gelu"}
@@ -66,9 +85,28 @@ def read_config(folder: Path) -> Config:
     has_schedule = (folder / SCHEDULER).is_file()
     schedule = read_schedule(folder) if has_schedule else ScheduleConfig()
     _check_fit(folder, text, unet, vae)
-    config = Config("", text, unet, vae, schedule,
-                    sample_size=_sample_size(folder, vae, schedule))
-    return parts.of_folder(config, folder)
+    config = parts.of_folder(Config("", text, unet, vae, schedule,
+                                    sample_size=_sample_size(folder, vae, schedule)), folder)
+    return OF_KIND.get(config.kind, lambda _, config: config)(folder, config)
+
+
+def _upscaling(folder: Path, config: Config) -> Config:
+    """The same with what only an upscaler has; what its files do not say is the official one's."""
+    usual, low_res = X4_UPSCALER, schedule_of(JsonFile(folder / LOW_RES_SCHEDULER))
+    levels = min(config.unet.num_class_embeds or 0, low_res.num_train_timesteps)
+    most = min(usual.max_noise_level, levels - 1)
+    if (index := folder / "model_index.json").is_file():  # not beside the sizes of a single file
+        most = JsonFile(index).whole("max_noise_level", most, 0, levels - 1)
+    return replace(
+        config, vae=read_vae(folder / "vae" / "config.json", config.kind),
+        schedule=config.schedule if (folder / SCHEDULER).is_file() else usual.schedule,
+        low_res_schedule=low_res, max_noise_level=most,
+        noise_level=min(usual.noise_level, most), guidance_scale=usual.guidance_scale,
+        num_inference_steps=usual.num_inference_steps)
+
+
+# What the config of a kind of model has more than others.
+OF_KIND: dict[str, Callable[[Path, Config], Config]] = {"upscaling": _upscaling}
 
 
 def _text(folder: Path) -> TextConfig:
@@ -120,8 +158,27 @@ def _unet(folder: Path) -> UNetConfig:
         use_linear_projection=bool(
             file.choice("use_linear_projection", False, (True, False, None))),
         norm_num_groups=_groups(file, widths),
+        only_cross_attention=_only_cross(file, levels),
         time_cond_proj_dim=_even(file, "time_cond_proj_dim"),
+        **_classes(file),
     )
+
+
+def _only_cross(file: JsonFile, levels: int) -> tuple[bool, ...]:
+    """For each level; the middle block has self-attention whatever the file says."""
+    value = file.fields.get("only_cross_attention", False)
+    values = value if isinstance(value, list) else [value] * levels
+    if len(values) != levels or any(type(v) is not bool for v in values):
+        each = f"for each of {levels} levels"
+        raise file.fault("only_cross_attention", f"true or false, or one of them {each}")
+    return tuple(values) if any(values) else ()
+
+
+def _classes(file: JsonFile) -> dict[str, int]:
+    """The field of UNetConfig that says what classes the UNet is told; none where it is told none.
+    """
+    name = CLASS_FIELDS[file.choice("class_embed_type", None, CLASS_FIELDS)]
+    return {} if file.fields.get(name) is None else {name: file.whole(name, 0, 1, 10**5)}
 
 
 def _even(file: JsonFile, name: str) -> int | None:
@@ -152,8 +209,10 @@ def _heads(
     return heads
 
 
-def read_vae(path: Path) -> VAEConfig:
-    """The VAE that a config.json describes; WeightError, naming the field, if we have none such."""
+def read_vae(path: Path, kind: str = "") -> VAEConfig:
+    """The VAE that a config.json describes, of a kind of model; WeightError, naming the field, if
+    we have none such."""
+    usual = USUAL_VAES.get(kind, VAEConfig())
     file = JsonFile(path)
     widths = file.widths("block_out_channels", (64,))
     file.fixed(VAE_FIXED, len(widths))
@@ -162,7 +221,8 @@ def read_vae(path: Path) -> VAEConfig:
         layers_per_block=file.whole("layers_per_block", 1, 1, 8, len(widths)),
         latent_channels=file.whole("latent_channels", 4, 1, 1024),
         norm_num_groups=_groups(file, widths),
-        scaling_factor=file.real("scaling_factor", 0.18215, 1e-6, 1e6),
+        scaling_factor=file.real("scaling_factor", usual.scaling_factor, 1e-6, 1e6),
+        force_float32=usual.force_float32,
     )
 
 
@@ -183,6 +243,11 @@ def _check_fit(folder: Path, text: TextConfig, unet: UNetConfig, vae: VAEConfig)
         fault = f"has {unet.out_channels} output channels, but the VAE's latents have {latent}"
     elif unet.in_channels not in inputs:
         fault = f"has {unet.in_channels} input channels, not {' or '.join(map(str, inputs))}"
+    elif not Config("", text, unet, vae).kind:
+        classes = " and ".join(
+            f"{name} {n}" for name in CLASSES if (n := getattr(unet, name)) is not None)
+        fault = (f"has {unet.in_channels} input channels and {classes or 'no classes'}, which no "
+                 "model has that minisd computes")
     else:
         return
     raise WeightError(f"{folder}: the UNet {fault}")

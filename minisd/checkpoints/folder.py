@@ -22,6 +22,7 @@ PIPELINES = {
         "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
     "inpainting": ("StableDiffusionInpaintPipeline",),
     "depth": ("StableDiffusionDepth2ImgPipeline",),
+    "upscaling": ("StableDiffusionUpscalePipeline",),
 }
 CLASSES = {
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -93,7 +94,8 @@ def read_stand_alone_vae(path: Path, config: Config) -> Group:
         raise WeightError(f"{path} looks like {what}, not like a VAE")
     if any(name.startswith("model.diffusion_model.") for name in tensors):
         tensors = {name: t for name, t in tensors.items() if name.startswith("first_stage_model.")}
-    if (path / "config.json").is_file() and read_vae(path / "config.json") != config.vae:
+    if (path / "config.json").is_file() and read_vae(
+            path / "config.json", config.kind) != config.vae:
         raise WeightError(f"{path} has a VAE of other sizes or another scaling_factor")
     return Group(tensors, {"vae": names.stand_alone_vae(config.vae)}, {"": "vae"})
 

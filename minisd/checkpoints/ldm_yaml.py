@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from minisd.config import Config
 from minisd.errors import WeightError
 
 MAX_BYTES = 128 * 2**10  # the official ones have 2 kB,
@@ -21,9 +22,6 @@ MAX_EVENTS = 20_000      # and 200 keys and values
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
 # Stability's later code, sgm, names a class where LDM has one of these words.
 SCALINGS = {"EpsScaling": "eps", "VScaling": "v"}
-# What all official configs have, under LDM's names.
-OFFICIAL = {"linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000,
-            "scale_factor": 0.18215}
 REMEDY = "take it away, or give prediction_type= (--prediction-type)"
 
 Tree = str | list | dict
@@ -60,9 +58,14 @@ def prediction_of(path: Path, params: dict[str, Tree]) -> str:
     return PREDICTIONS[word]
 
 
-def check_official(path: Path, params: dict[str, Tree]) -> None:
-    """WeightError where the params give another noise schedule, or scale of the latents."""
-    for name, want in OFFICIAL.items():
+def check_official(path: Path, params: dict[str, Tree], config: Config) -> None:
+    """WeightError where the params give another noise schedule, or scale of the latents, than the
+    official model has."""
+    schedule = config.schedule
+    official = {"linear_start": schedule.beta_start, "linear_end": schedule.beta_end,
+                "timesteps": schedule.num_train_timesteps,
+                "scale_factor": config.vae.scaling_factor}
+    for name, want in official.items():
         value = params.get(name, str(want))
         if not isinstance(value, str) or not _is(value, want):
             raise WeightError(f"{path}: {name} is {repr(value)[:80]}, not {want} as in Stable "

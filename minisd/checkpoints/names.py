@@ -139,7 +139,6 @@ REJECTED = {
 }
 # The same, by the number of channels that the UNet's first convolution reads.
 REJECTED_INPUTS = {
-    7: "the Stable Diffusion x4 upscaler, which minisd does not compute yet",
     8: "an instruct-pix2pix model",
 }
 

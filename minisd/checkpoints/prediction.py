@@ -77,7 +77,8 @@ def find_schedule(
     if scheduler is not None:
         found, source = schedule.prediction_type, f"from {scheduler}"
     else:
-        found, source = _sidecar(path, folder) or _itself(path, own) or _guess(config, tensors)
+        found, source = (
+            _sidecar(path, folder, config) or _itself(path, own) or _guess(config, tensors))
     schedule = replace(schedule, prediction_type=found)
     _warn_of_contradiction(path, own, schedule, source)
     return schedule, source
@@ -94,14 +95,14 @@ def _beside(
     return config.schedule, None
 
 
-def _sidecar(path: Path, folder: Path | None) -> tuple[str, str] | None:
+def _sidecar(path: Path, folder: Path | None, config: Config) -> tuple[str, str] | None:
     """What a yaml file of the same name says."""
     place = next((p for p in map(path.with_suffix, (".yaml", ".yml")) if p.is_file()), None)
     if place is None:
         return None
     params = ldm_yaml.read_params(place)
     if folder is None:
-        ldm_yaml.check_official(place, params)
+        ldm_yaml.check_official(place, params, config)
     return ldm_yaml.prediction_of(place, params), f"from {place}"
 
 
@@ -142,7 +143,7 @@ def _itself(path: Path, own: list[Said]) -> tuple[str, str] | None:
 def _guess(config: Config, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:
     unet = config.unet
     if (unet.cross_attention_dim, unet.in_channels) != (1024, 4) or TELLTALE not in tensors:
-        return "epsilon", "the default, as nothing says otherwise"
+        return config.schedule.prediction_type, "the default, as nothing says otherwise"
     bias = read_tensor(tensors[TELLTALE], torch.float32)
     std = bias.std(correction=0).item()
     guess = "v_prediction" if std > TELLTALE_STD else "epsilon"

@@ -22,17 +22,18 @@ from minisd.config import (
     SD2_INPAINT,
     SD2_V,
     SD_TURBO,
+    X4_UPSCALER,
     Config,
     ScheduleConfig,
+    UNetConfig,
 )
 from minisd.errors import WeightError
 
 # A row for each official model. A file is the first one whose sizes it has.
-OFFICIAL = (SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT, SD2_DEPTH)
+OFFICIAL = (SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT, SD2_DEPTH, X4_UPSCALER)
 
 UNET = "model.diffusion_model."
-CONV_IN = UNET + "input_blocks.0.0.weight"  # (width, input channels, 3, 3)
-CONTEXT_KEY = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"  # (width, context)
+CONV_IN = UNET + "input_blocks.0.0.weight"
 COND_PROJ = UNET + "time_embed.cond_proj.weight"
 # SD2's is 1024 wide, that of the SDXL refiner, which has the same names, 1280.
 OTHER_OPENCLIP = "conditioner.embedders.0.model.ln_final.weight"
@@ -80,19 +81,29 @@ def reject(path: Path, tensors: Tensors) -> None:
 
 def recognise(path: Path, tensors: Tensors) -> Config:
     """The official model of these sizes; WeightError if there is none."""
-    shapes = {name: getattr(tensors.get(name), "shape", None) for name in (CONV_IN, CONTEXT_KEY)}
     for config in OFFICIAL:
-        width = config.unet.block_out_channels[0]
-        inputs, context = config.unet.in_channels, config.unet.cross_attention_dim
-        if tuple(shapes.values()) == ((width, inputs, 3, 3), (width, context)):
+        sizes = _sizes(config.unet)
+        if all(name in tensors and tensors[name].shape == sizes[name] for name in sizes):
             return _told_the_guidance(path, config, tensors)
     found = " and ".join(
-        f"no {name}" if shape is None else f"{name} {list(shape)}" for name, shape in shapes.items()
+        f"{name} {list(tensors[name].shape)}" if name in tensors else f"no {name}"
+        for name in _sizes(SD1.unet)
     )
     raise WeightError(
         f"{path} has {found}, which is no official Stable Diffusion 1 or 2; for a model of other "
         "sizes give config= (--config), a folder of diffusers JSON files"
     )
+
+
+def _sizes(unet: UNetConfig) -> dict[str, tuple[int, ...]]:
+    """The two tensors, and their shapes, that tell this UNet from the other official ones."""
+    level = unet.has_attention.index(True)
+    block = 1 + level * (unet.layers_per_block + 1)  # the first that reads the context
+    context_key = f"{UNET}input_blocks.{block}.1.transformer_blocks.0.attn2.to_k.weight"
+    return {
+        CONV_IN: (unet.block_out_channels[0], unet.in_channels, 3, 3),
+        context_key: (unet.block_out_channels[level], unet.cross_attention_dim),
+    }
 
 
 def _told_the_guidance(path: Path, config: Config, tensors: Tensors) -> Config:
@@ -122,7 +133,8 @@ def resolve(config: Config, schedule: ScheduleConfig) -> Config:
     sizes = (config.text, replace(config.unet, time_cond_proj_dim=None), config.vae)
     same = [known for known in OFFICIAL if (known.text, known.unet, known.vae) == sizes]
     same.sort(key=lambda known: known.schedule.prediction_type != schedule.prediction_type)
-    name = config.name or (same[0].name if same else "Stable Diffusion of unusual size")
+    kind = "" if config.kind == "text to image" else f" ({config.kind})"
+    name = config.name or (same[0].name if same else f"Stable Diffusion of unusual size{kind}")
     if told and not config.name:
         name = f"latent consistency model of {name}"
     return replace(config, schedule=schedule, name=name)

@@ -7,7 +7,7 @@ names are those of names.py, read the other way round.
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minisd import files
 from minisd.checkpoints import names, parts as networks, prediction
 from minisd.checkpoints.folder import CLASSES, PIPELINES, stems
-from minisd.checkpoints.scheduler_config import schedule_fields
+from minisd.checkpoints.scheduler_config import LOW_RES_SCHEDULER, schedule_fields
 from minisd.checkpoints.tokenizer_folder import write_tokenizer
 from minisd.config import Config
 from minisd.errors import WeightError
@@ -27,6 +27,12 @@ from minisd.text.tokenizer import Tokenizer
 VAE_ATTENTION = re.compile(r"first_stage_model\..*\.attn_1\.(q|k|v|proj_out)\.weight")
 # What model_index.json says of other networks, where the kind of model can have none of ours.
 NO_MORE = {
+    "feature_extractor": [None, None], "image_encoder": [None, None],
+    "requires_safety_checker": False, "safety_checker": [None, None],
+}
+
+# What diffusers' pipelines of text to image and of inpainting can have beside; not all know them.
+WITHOUT = {
     "feature_extractor": [None, None], "image_encoder": [None, None],
     "requires_safety_checker": False, "safety_checker": [None, None],
 }
@@ -126,7 +132,7 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
     lcm = unet.time_cond_proj_dim is not None
     pipeline = "LatentConsistencyModelPipeline" if lcm else PIPELINES[config.kind][0]
     ups = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in unet.has_attention[::-1]]
-    return {
+    files: dict[str, dict] = {
         "model_index.json": {
             "_class_name": pipeline,
             "_diffusers_version": "0.20.0",  # not written by it, but it is looked for
@@ -165,6 +171,8 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
             "cross_attention_dim": unet.cross_attention_dim,
             "use_linear_projection": unet.use_linear_projection,
             "norm_num_groups": unet.norm_num_groups,
+            "only_cross_attention": unet.only_cross_attention or False,
+            "num_class_embeds": unet.num_class_embeds,
             "time_cond_proj_dim": unet.time_cond_proj_dim,
         },
         "vae/config.json": {
@@ -182,3 +190,22 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
         },
         **networks.json_files(config),
     }
+    for file, fields in OF_KIND.get(config.kind, lambda config: {})(config).items():
+        files[file] = files.get(file, {}) | fields
+    return files
+
+
+def _upscaling(config: Config) -> dict[str, dict]:
+    assert config.low_res_schedule is not None
+    low_res = schedule_fields(config.low_res_schedule)
+    return {
+        "model_index.json": {
+            "low_res_scheduler": ["diffusers", low_res["_class_name"]],
+            "max_noise_level": config.max_noise_level,
+        },
+        LOW_RES_SCHEDULER.as_posix(): low_res,
+    }
+
+
+# What a kind of model has more: file -> fields.
+OF_KIND: dict[str, Callable[[Config], dict[str, dict]]] = {"upscaling": _upscaling}

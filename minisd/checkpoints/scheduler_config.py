@@ -13,6 +13,8 @@ from minisd.config import PREDICTION_TYPES, ScheduleConfig
 from minisd.errors import WeightError
 
 SCHEDULER = Path("scheduler", "scheduler_config.json")
+# Of an upscaler: how the noise of the small image is added.
+LOW_RES_SCHEDULER = Path("low_res_scheduler", "scheduler_config.json")
 FIXED = {"trained_betas": (None,)}
 # diffusers' class -> the name of the sampler here, and the spacing that an absent field means.
 CLASSES = {

@@ -23,11 +23,17 @@ from torch import Tensor, nn
 
 from minisd.config import VAEConfig
 from minisd.models.ops import Ops
+from minisd.models.tiles import in_tiles
 
 # Not torch's 1e-5, which the UNet's res blocks have (CompVis ldm/modules/diffusionmodules).
 NORM_EPS = 1e-6
 # Bounds of the log variance, so that exp() stays finite (CompVis ldm/modules/distributions).
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+
+
+def vae_dtype(config: VAEConfig, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the VAE of a model in that dtype: float32 at least, where it would overflow."""
+    return torch.promote_types(dtype, torch.float32) if config.force_float32 else dtype
 
 
 class ResBlock(nn.Module):
@@ -201,7 +207,8 @@ class VAE(nn.Module):
     Its methods take any float dtype and any device, work in the VAE's own, and answer in the given.
 
     ``tile``, None unless set, is the side, in cells of the latent, of the tiles in which larger
-    latents are decoded: this takes the memory of one tile, and gives nearly the same image.
+    latents are decoded: this takes the memory of one tile, and gives nearly the same image. An
+    upscaler's UNet is shown them in the same tiles.
     """
 
     tile: int | None
@@ -249,34 +256,5 @@ class VAE(nn.Module):
         z = self.post_quant_conv(own / self.config.scaling_factor)           # (B, 4, h, w)
         if self.tile is None or max(z.shape[2:]) <= self.tile:
             return decoder(z).to(latent)
-        return self._tiled(z, max(self.tile, 1), decoder).to(latent)
-
-    def _tiled(self, z: Tensor, side: int, decoder: Callable[[Tensor], Tensor]) -> Tensor:
-        """Tiles share at least a quarter of their side, and there one fades into the next.
-
-        The result differs a little from that of the whole latent: each tile's norms and attention
-        see that tile alone, so its brightness may differ from its neighbours'.
-        """
-        f, (height, width) = self.config.downscale, z.shape[2:]
-        image = z.new_zeros(len(z), 3, f * height, f * width)
-        total = z.new_zeros(f * height, f * width)
-        for y in _starts(height, side):
-            for x in _starts(width, side):
-                part = decoder(z[:, :, y : y + side, x : x + side])
-                fade = _tent(part.shape[2], z)[:, None] * _tent(part.shape[3], z)
-                here = slice(f * y, f * (y + side)), slice(f * x, f * (x + side))
-                image[:, :, *here] += fade * part
-                total[here] += fade
-        return image / total
-
-
-def _starts(length: int, side: int) -> list[int]:
-    """Where tiles of a side begin that cover a length evenly and share a quarter or more."""
-    steps = max(0, -(-4 * (length - side) // (3 * side)))
-    return sorted({i * (length - side) // max(steps, 1) for i in range(steps + 1)})
-
-
-def _tent(length: int, like: Tensor) -> Tensor:
-    """1 in the middle, falling to nearly 0 over a quarter at both ends: (length,)."""
-    rise = (torch.arange(length, device=like.device) + 1) / (length / 4)
-    return torch.minimum(rise, rise.flip(0)).clamp(max=1).to(like)
+        image = in_tiles(decoder, z, self.tile, 3, self.config.downscale)
+        return image.to(latent)

@@ -304,6 +304,11 @@ def test_the_depth_estimator_is_fetched_where_there_is_one():
         wanted(SETTINGS + OTHERS + [FULL] + depth[:1] + others)
 
 
+def test_the_second_schedule_of_an_upscaler():
+    low_res = "low_res_scheduler/scheduler_config.json"
+    assert low_res in wanted(SETTINGS + OTHERS + [FULL, low_res])
+
+
 def test_no_file_leaves_its_folder():
     strange = ["tokenizer/../../x.json", "tokenizer\\..\\x.json", "x/unet/config.json"]
     assert not set(strange) & set(wanted(SETTINGS + OTHERS + [FULL] + strange))

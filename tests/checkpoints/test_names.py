@@ -17,21 +17,23 @@ from files import (
     random_modules,
     with_unet,
 )
-from reference_models import SMALL, SMALL_V
+from reference_models import SMALL, SMALL_V, SMALL_X4
 
 from minisd.checkpoints import names, parts
-from minisd.config import SD1, SD1_INPAINT, SD2, SD2_DEPTH, SD2_INPAINT
+from minisd.config import SD1, SD1_INPAINT, SD2, SD2_DEPTH, SD2_INPAINT, X4_UPSCALER
 from minisd.loading import build
 from minisd.models.ops import TORCH
 
 OFFICIAL = pytest.mark.parametrize(
-    "config", [SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_DEPTH], ids=lambda config: config.name
+    "config", [SD1, SD1_INPAINT, SD2, SD2_INPAINT, SD2_DEPTH, X4_UPSCALER],
+    ids=lambda config: config.name
 )
 # Other numbers of levels, of blocks in a level, and levels without attention (which change the
 # index of the upsampler).
 SHAPES = [
     SMALL,
     SMALL_V,
+    SMALL_X4,
     with_unet(SMALL, layers_per_block=1, has_attention=(False, True, False)),
     replace(
         with_unet(SMALL, layers_per_block=3, has_attention=(False, False, True)),
@@ -87,6 +89,9 @@ def test_our_models_have_the_official_parameters(config):
     ours = build(config, TORCH)
     for part, module in on_meta(config).items():
         assert shapes(ours[part]) == shapes(module)
+    if config is X4_UPSCALER:
+        counts = [sum(p.numel() for p in part.parameters()) for part in ours.values()]
+        assert counts[1:] == [473_398_020, 55_325_927] and sum(counts) == 869_111_787
 
 
 @OFFICIAL
@@ -124,7 +129,8 @@ def test_only_these_official_tensors_are_dropped(config, unused):
 def test_unet_and_vae_names_are_those_of_the_diffusers_converter(config):
     modules = random_modules(config)
     tensors = as_single_file(config, modules)
-    settings = {"layers_per_block": config.unet.layers_per_block}
+    settings = {"layers_per_block": config.unet.layers_per_block,
+                "num_class_embeds": config.unet.num_class_embeds}
     assert same(convert_ldm_unet_checkpoint(tensors, settings), modules["unet"])
     levels = [""] * len(config.vae.block_out_channels)  # it only counts them
     settings = {"down_block_types": levels, "up_block_types": levels}
@@ -174,6 +180,6 @@ def test_nothing_else_is_dropped(name):
 
 
 def test_no_official_tensor_looks_like_another_model():
-    for config in (SD1, SD2, SD2_DEPTH):
+    for config in (SD1, SD2, SD2_DEPTH, X4_UPSCALER):
         for part in official_shapes(config).values():
             assert names.rejected(list(part)) is None

@@ -141,9 +141,9 @@ MUTANTS = [
     ("checkpoints/hub", "hub", "    if kind != VAE:", "    if False:"),
     ("memory", "memory", "count * (1 + guided) * (", "count * ("),
     ("memory", "memory", "part = h * w if tile is None else", "part = h * w if True else"),
-    ("models/vae", "vae tiny", "_tent(part.shape[2], z)[:, None] * _tent(part.shape[3], z)",
-     "_tent(part.shape[3], z)[:, None] * _tent(part.shape[2], z)"),
-    ("models/vae", "vae", "4 * (length - side) // (3 * side)", "(length - side) // side"),
+    ("models/tiles", "vae tiny", "tent(part.shape[2], x)[:, None] * tent(part.shape[3], x)",
+     "tent(part.shape[3], x)[:, None] * tent(part.shape[2], x)"),
+    ("models/tiles", "vae", "4 * (length - side) // (3 * side)", "(length - side) // side"),
 ]
 
 

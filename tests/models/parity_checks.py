@@ -15,6 +15,7 @@ import midas
 import numpy as np
 import official_samplers
 import torch
+import upscalers
 import watermarked
 from diffusers import (
     DDPMScheduler,
@@ -32,6 +33,7 @@ from reference_models import (
     DEPTH,
     SMALL,
     SMALL_DEPTH,
+    SMALL_X4,
     TEXT,
     VISION,
     error,
@@ -76,6 +78,15 @@ PUBLISHED = {  # from the JSON files of the official models, by the field's plac
     "vae.scaling_factor": (0.18215, 0.18215),
     "schedule.beta_start": (0.00085, 0.00085),
     "schedule.beta_end": (0.012, 0.012),
+}
+
+PUBLISHED_X4 = {
+    "text.num_hidden_layers": 23, "text.hidden_act": "gelu", "unet.num_heads": (8, 8, 8, 8),
+    "unet.only_cross_attention": (True, True, True, False), "vae.scaling_factor": 0.08333,
+    "vae.force_float32": True, "schedule.beta_start": 0.0001, "schedule.beta_end": 0.02,
+    "schedule.prediction_type": "v_prediction", "low_res_schedule.beta_start": 0.0001,
+    "low_res_schedule.beta_end": 0.02, "noise_level": 20, "max_noise_level": 350,
+    "num_inference_steps": 75, "guidance_scale": 9.0,
 }
 
 
@@ -216,6 +227,21 @@ def names_depth(module):
     stacked = {name: torch.cat([tensors[p] for p in parameters])
                for name, parameters in module.depth(DEPTH).items() if parameters[0] in tensors}
     return error(midas.depth(stacked, image, DEPTH), official_depth(official, image))
+
+
+@cache
+def upscaled():
+    """A call of the small upscaler, and what diffusers makes of it."""
+    call = dict(prompt="a heart", image=upscalers.image(8, 4), num_inference_steps=2,
+                output_type="latent")
+    pipeline = upscalers.official_upscaler(small_model(SMALL_X4))
+    return call, pipeline(**call, generator=torch.Generator().manual_seed(3)).images
+
+
+def upscale(module):
+    call, official = upscaled()
+    with patch.dict(conditioning.STARTS, {"upscaling": module.start}):
+        return error(small_model(SMALL_X4)(seed=3, **call).images, official)
 
 
 def depth_config(module):
@@ -385,6 +411,11 @@ def config(module):
         for field, values in PUBLISHED.items()
         for model, value in zip((module.SD1, module.SD2), values)
     )
+
+
+def x4_config(module):
+    x4 = module.X4_UPSCALER
+    return sum(attrgetter(field)(x4) != value for field, value in PUBLISHED_X4.items())
 
 
 def watermark(module) -> float:

@@ -22,13 +22,14 @@ from reference_models import SMALL, SMALL_DEPTH, randn, small_model
 import minisd
 from minisd import numpy_sd
 from minisd.conditioning.unclip import augmented
-from minisd.config import SD1, SD2, VIT_H, VIT_L, X4_SCHEDULE, DPTConfig
+from minisd.config import SD1, SD2, VIT_H, VIT_L, X4_LOW_RES, DPTConfig
 from minisd.depth_maps import normalised, open_depth_map, prepared
 from minisd.models.clip import TextEncoder
 from minisd.models.clip_vision import VisionTower
 from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import REFERENCE, TORCH
 from minisd.models.safety import ConceptScores
+from minisd.models.tiles import in_tiles
 from minisd.models.unet import UNet, guidance_embedding
 from minisd.models.vae import VAE
 
@@ -36,7 +37,7 @@ MINISD = Path(minisd.__file__).parent
 # The files; and the letters for height and width of an argument x, where nothing binds them later.
 MODELS = {MINISD / f"models/{name}.py": letters for name, letters in {
     "ops": "", "clip": "", "clip_vision": "", "safety": "", "transformer": "hw", "unet": "hw",
-    "vae": "HW", "bit": "HW", "dpt": ""}.items()}
+    "vae": "HW", "bit": "HW", "dpt": "", "tiles": "hw"}.items()}
 LOOP = {MINISD / f"{name}.py": "" for name in (
     "pipeline", "steps", "conditioning/start", "conditioning/inpaint", "text/tokenizer",
     "depth_maps", "conditioning/depth",
@@ -156,6 +157,7 @@ def test_the_models():
         calls.append((unet, x, ids[:, 0], context, ids[:, 0], torch.zeros(2, 256)))
         calls.append((DepthEstimator(DPTConfig(), TORCH), torch.zeros(2, 3, 384, 512)))
     calls.append((guidance_embedding, 7.5, 256))
+    calls.append((in_tiles, lambda x: x[:, :3].repeat(1, 1, 2, 2), randn(2, 4, 9, 5), 4, 3, 2))
     image = torch.zeros(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
     calls.append((TORCH.group_norm_silu, image, torch.ones(8), torch.zeros(8), 4, 1e-5, True))
     assert trace(MODELS, lambda: [f(*args) for f, *args in calls]) == []
@@ -166,7 +168,7 @@ def test_the_loop():
         SMALL, replace(SMALL, unet=replace(SMALL.unet, in_channels=9)), SMALL_DEPTH))
     upscaler = small_model(replace(
         SMALL, unet=replace(SMALL.unet, in_channels=7, num_class_embeds=9),
-        low_res_schedule=X4_SCHEDULE, max_noise_level=8))
+        low_res_schedule=X4_LOW_RES, max_noise_level=8))
     call = dict(num_images_per_prompt=2, num_inference_steps=2, width=24, height=16, seed=0)
     grey = dict(image=Image.new("RGB", (24, 16)), mask_image=Image.new("L", (24, 16), 255))
     coloured = Image.effect_noise((24, 16), 80).convert("RGB")

@@ -17,7 +17,8 @@ from reference_models import (
 
 from minisd.config import SD1
 from minisd.models.ops import REFERENCE, TORCH
-from minisd.models.vae import VAE, ResBlock, _starts
+from minisd.models.tiles import starts
+from minisd.models.vae import VAE, ResBlock
 
 PAIR = pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=["reference", "torch"])
 DTYPES = pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -120,9 +121,9 @@ def test_tiles_cover_the_image_evenly(size, side):
     vae.tile = side
     assert error(vae.decode(latent), whole) <= 1e-12
     for length in size:
-        starts = _starts(length, side)
-        assert starts[0] == 0 and length - side <= starts[-1] <= max(0, length - side)
-        assert all(0 < 4 * (b - a) <= 3 * side + 3 for a, b in zip(starts, starts[1:]))
+        begins = starts(length, side)
+        assert begins[0] == 0 and length - side <= begins[-1] <= max(0, length - side)
+        assert all(0 < 4 * (b - a) <= 3 * side + 3 for a, b in zip(begins, begins[1:]))
 
 
 def test_decoding_in_tiles():

@@ -13,7 +13,7 @@ from reference_models import SMALL, small_model
 import minisd
 from minisd import memory
 from minisd.app.cli import main
-from minisd.config import SD1
+from minisd.config import SD1, X4_UPSCALER
 
 ROOT = Path(minisd.__file__).parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
@@ -48,6 +48,44 @@ def test_predicted_memory_is_measured_memory():
     # By default glibc keeps freed blocks below 32 MB, which are not the model's.
     for need, measured in child(MEASURED, MALLOC_MMAP_THRESHOLD_="65536"):
         assert 0.75 <= need / measured <= 1.25
+
+
+UPSCALER = """
+import json, sys
+sys.path.insert(0, "tests")
+from dataclasses import replace
+from PIL import Image
+from small_models import SMALL_X4, small_model
+from tests.long.peaks import growth
+wide = replace(  # activations that are large beside what torch itself takes
+    SMALL_X4, vae=replace(SMALL_X4.vae, block_out_channels=(32, 64, 128)), unet=replace(
+        SMALL_X4.unet, block_out_channels=(64, 128, 128, 256), num_heads=(2, 4, 4, 8)))
+sd = small_model(wide).to(dtype="float32")
+image = lambda width, height: Image.new("RGB", (width, height))
+growth(sd, image=image(8, 8))  # warm-up of the libraries
+sizes = [growth(sd, image=image(64, 48))]
+sd.vae.tile = 32
+sizes += [growth(sd, image=image(64, 64)),                        # the VAE needs most
+          growth(sd, image=image(64, 48), output_type="latent")]  # the UNet does
+print(json.dumps(sizes))
+"""
+
+
+@linux
+def test_predicted_memory_of_an_upscaler_in_tiles_too():
+    for need, measured in child(UPSCALER, MALLOC_MMAP_THRESHOLD_="65536"):
+        assert 0.75 <= need / measured <= 1.25
+
+
+def test_scores_of_cross_attention_alone_are_few():
+    """The x4 upscaler's self-attention is at an eighth of its image's side only."""
+    def need(**options):
+        return memory.activations(X4_UPSCALER, (1, 4, 512, 512), 1, True, 2, decodes=False,
+                                  **options)
+
+    assert need() < need(stores_scores=True) < 3 * need()
+    tiles = [need(tile=tile) for tile in (512, 256, 128)]
+    assert tiles[0] == need() > 2.5 * tiles[1] > 6 * tiles[2]
 
 
 def test_the_prediction_depends_on_every_argument():

@@ -82,7 +82,6 @@ OTHERS = {
     "ControlNet ": {"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3)},
     "unCLIP": {UNET + "label_emb.0.0.weight": (1280, 2048), "noise_augmentor.a": (1,)},
     "instruct-pix2pix": {UNET + "input_blocks.0.0.weight": (320, 8, 3, 3)},
-    "x4 upscaler": {UNET + "input_blocks.0.0.weight": (256, 7, 3, 3)},
     "Flux": {"double_blocks.0.img_attn.qkv.weight": (1,)},
     "Flux ": {"single_transformer_blocks.0.proj_out.weight": (1,)},
     "UNet alone": {"time_embedding.linear_1.weight": (1280, 320)},
