@@ -25,12 +25,6 @@ from minisd.text.tokenizer import Tokenizer
 
 # In the original layout these are convolutions of 1x1, and linear layers here.
 VAE_ATTENTION = re.compile(r"first_stage_model\..*\.attn_1\.(q|k|v|proj_out)\.weight")
-# What model_index.json says of other networks, where the kind of model can have none of ours.
-NO_MORE = {
-    "feature_extractor": [None, None], "image_encoder": [None, None],
-    "requires_safety_checker": False, "safety_checker": [None, None],
-}
-
 # What diffusers' pipelines of text to image and of inpainting can have beside; not all know them.
 WITHOUT = {
     "feature_extractor": [None, None], "image_encoder": [None, None],
@@ -139,7 +133,8 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
             "scheduler": ["diffusers", schedule_fields(schedule)["_class_name"]],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             **CLASSES,
-            **(networks.index(config) or NO_MORE),
+            **networks.index(config),
+            **(WITHOUT if config.kind in ("text to image", "inpainting") else {}),
         },
         "scheduler/scheduler_config.json": schedule_fields(schedule),
         "text_encoder/config.json": {
