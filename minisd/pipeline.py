@@ -106,8 +106,8 @@ class StableDiffusion:
 
         ``depth_map``, for a depth model: how near what is drawn is, larger is nearer, in any range
         and size: a path, an image in grey, or an array or a tensor of one map or of one for each
-        image; alone, or with an ``image`` to start from. Without it, it is made of ``image``, see
-        the method ``depth_map``. An upscaling model makes ``image`` 4 times
+        image; alone, or with an ``image`` to start from. If it is not given, the method
+        ``depth_map`` makes it of ``image``. An upscaling model makes ``image`` 4 times
         as wide and high; ``noise_level``, 0 to 350, is how much of its detail may be redrawn (20).
 
         ``callback_on_step_end(sd, step, t, {"latents": x})`` may return {"latents": another x}.
