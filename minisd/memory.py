@@ -41,8 +41,7 @@ def activations(
 ) -> int:
     """Bytes that a call needs beside the weights, when it needs most.
 
-    ``shape`` (B, 4, h, w) of the latents; ``itemsize`` bytes of a weight; ``tile`` as of the VAE,
-    and of an upscaler's UNet;
+    ``shape`` (B, 4, h, w) of the latents; ``itemsize`` bytes of a weight; ``tile`` as of the VAE;
     ``encodes``: an image is given; ``decodes``: one is wanted; ``stores_scores``: attention keeps
     all of q k^T, in float32, as only the reference does; ``vae_itemsize`` if the VAE's differs;
     ``estimates``: the sides in pixels of what the depth estimator reads, if it makes a map.

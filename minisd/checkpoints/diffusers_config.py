@@ -91,7 +91,7 @@ def read_config(folder: Path) -> Config:
 
 
 def _upscaling(folder: Path, config: Config) -> Config:
-    """The same with what only an upscaler has; what its files do not say is the official one's."""
+    """The config with what only an upscaler has; what no file says is the official one's."""
     usual, low_res = X4_UPSCALER, schedule_of(JsonFile(folder / LOW_RES_SCHEDULER))
     levels = min(config.unet.num_class_embeds or 0, low_res.num_train_timesteps)
     most = min(usual.max_noise_level, levels - 1)
@@ -169,8 +169,8 @@ def _only_cross(file: JsonFile, levels: int) -> tuple[bool, ...]:
     value = file.fields.get("only_cross_attention", False)
     values = value if isinstance(value, list) else [value] * levels
     if len(values) != levels or any(type(v) is not bool for v in values):
-        each = f"for each of {levels} levels"
-        raise file.fault("only_cross_attention", f"true or false, or one of them {each}")
+        raise file.fault(
+            "only_cross_attention", f"true or false, or one of them for each of {levels} levels")
     return tuple(values) if any(values) else ()
 
 

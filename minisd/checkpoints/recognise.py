@@ -133,7 +133,7 @@ def resolve(config: Config, schedule: ScheduleConfig) -> Config:
     sizes = (config.text, replace(config.unet, time_cond_proj_dim=None), config.vae)
     same = [known for known in OFFICIAL if (known.text, known.unet, known.vae) == sizes]
     same.sort(key=lambda known: known.schedule.prediction_type != schedule.prediction_type)
-    kind = "" if config.kind == "text to image" else f" ({config.kind})"
+    kind = "" if config.kind in ("", "text to image") else f" ({config.kind})"
     name = config.name or (same[0].name if same else f"Stable Diffusion of unusual size{kind}")
     if told and not config.name:
         name = f"latent consistency model of {name}"
