@@ -144,7 +144,6 @@ class Config:
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    depth: DPTConfig | None = None  # a depth model's estimator, if it has one
     sample_size: int = 512
     # What a call uses that does not say; diffusers has the same for all of these models.
     num_inference_steps: int = 50
@@ -153,6 +152,7 @@ class Config:
     low_res_schedule: ScheduleConfig | None = None
     noise_level: int = 0
     max_noise_level: int = 0
+    depth: DPTConfig | None = None  # a depth model's estimator, if it has one
 
     @property
     def kind(self) -> str:
