@@ -236,7 +236,7 @@ def test_bad_input(line, code, words, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("unet, schedule", [
     ({"in_channels": 9}, {}),
     ({"time_cond_proj_dim": 8}, {}),
-    ({"num_class_embeds": 9}, {}),
+    ({"in_channels": 5}, {}),
     ({}, {"timestep_spacing": "trailing"}),
     ({}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
 ])
