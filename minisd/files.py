@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 # A scheme has two letters at least: C:/ is a drive. pathlib writes the two slashes as one.
 ADDRESS = re.compile(r"(?i)data:|[a-z][a-z0-9+.-]+:/")
@@ -51,6 +52,15 @@ def written_whole(path: str | os.PathLike, overwrite: bool = False) -> Iterator[
         raise
     finally:
         _remove(temporary)
+
+
+@contextmanager
+def new_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """A file to write to, as `written_whole` has it; it is on the disk before it gets its name."""
+    with written_whole(path, overwrite) as temporary, open(temporary, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _publish(temporary: Path, path: Path, overwrite: bool) -> None:

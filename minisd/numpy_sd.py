@@ -503,8 +503,8 @@ def main(argv: list[str] | None = None) -> int:
         files.check_writable(args.output, args.overwrite)
         model = load(args.model, args.prediction_type)
         image = draw(model, args.prompt, args.steps, args.guidance, args.seed)
-        with files.written_whole(args.output, args.overwrite) as temporary:
-            Image.fromarray((255 * image).round().astype(np.uint8)).save(temporary, "PNG")
+        with files.new_file(args.output, args.overwrite) as file:
+            Image.fromarray((255 * image).round().astype(np.uint8)).save(file, "PNG")
     except (OSError, ValueError, ArithmeticError, KeyError) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         lacks = f"{args.model} lacks the tensors of " if isinstance(error, KeyError) else ""

@@ -201,11 +201,8 @@ def explain(argv: list[str]) -> None:
                      **weights)
     run = watched(sd, words, args.prompt, plan, **call)
     page = explain_page.page(run, options.again(args, seed))
-    with files.written_whole(path, args.overwrite) as temporary, open(
-            temporary, "x", encoding="utf-8") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
+    with files.new_file(path, args.overwrite) as file:
+        file.write(page.encode())
     _print(f"{path}  seed {seed}")
 
 

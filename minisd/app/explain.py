@@ -179,12 +179,13 @@ def _moment(sd: Any, i: int, level: Level, x: Tensor, answers: tuple[Tensor, ...
     if len(answers) == 2:
         uncond, cond = (predicted_x0_eps(x.to(x0), half.to(x0), level.abar, prediction_type)[0]
                         for half in answers)                                 # (1, C, h, w)
-        halves = [_decoded(sd, uncond), _decoded(sd, cond)]
+        halves = [decoded(sd, uncond), decoded(sd, cond)]
         change = _array((cond - uncond)[0].norm(dim=0))
-    return Moment(i, level, _decoded(sd, x), _decoded(sd, x0), halves, change)
+    return Moment(i, level, decoded(sd, x), decoded(sd, x0), halves, change)
 
 
-def _decoded(sd: Any, latent: Tensor) -> Image:
+def decoded(sd: Any, latent: Tensor) -> Image:
+    """The image of a latent (1, C, h, w)."""
     pixels = (sd.vae.decode(latent) / 2 + 0.5).clamp(0, 1)                   # (1, 3, H, W)
     return images.to_pil(pixels)[0]
 

@@ -40,10 +40,8 @@ def save(
     chunks.add_text("parameters", infotext.write(settings))
     # ASCII with \u escapes: the only form that also keeps lone surrogates, as in odd file names.
     chunks.add_itxt("minisd", json.dumps(settings))
-    with files.written_whole(path, overwrite) as temporary, open(temporary, "xb") as file:
+    with files.new_file(path, overwrite) as file:
         image.save(file, "PNG", pnginfo=chunks)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_settings(path: str | os.PathLike) -> dict:

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 import minisd
-from minisd.app.explain import WordMaps
+from minisd.app.explain import WordMaps, decoded
+from minisd.images import to_pil
 from minisd.samplers import schedule
 from tests.models.traps import TRAPS
 
@@ -76,8 +77,8 @@ def forward(names: dict) -> Image.Image:
 
 
 def guidance(names: dict) -> Image.Image:
-    return strip([pixels(names["sd"](names["prompt"], seed=0, guidance_scale=scale,
-                                     output_type="pt", progress=False).images)
+    return strip([names["sd"](names["prompt"], seed=0, guidance_scale=scale,
+                              progress=False).images[0]
                   for scale in (0.0, 1.0, 3.0, 7.5, 15.0)])
 
 
@@ -91,15 +92,7 @@ def steps(names: dict) -> Image.Image:
 
 
 def latent(names: dict) -> Image.Image:
-    return strip([grey(channel) for channel in names["x"][0]] + [pixels(names["image"])])
-
-
-def decoded(sd, z: Tensor) -> Image.Image:
-    return pixels((sd.vae.decode(z) / 2 + 0.5).clamp(0, 1))
-
-
-def pixels(image: Tensor) -> Image.Image:
-    return Image.fromarray((255 * image[0]).round().byte().permute(1, 2, 0).numpy())
+    return strip([grey(channel) for channel in names["x"][0]] + to_pil(names["image"]))
 
 
 def grey(x: Tensor) -> Image.Image:
@@ -111,7 +104,7 @@ def grey(x: Tensor) -> Image.Image:
 def mix(shares: Tensor, image: Tensor) -> Image.Image:
     """The image, light where the root of the shares (h, w) is large."""
     light = F.interpolate(shares[None, None].sqrt(), size=image.shape[2:], mode="bicubic")
-    return pixels(image * (0.1 + 1.8 * light.clamp(0, 0.5)))
+    return to_pil(image * (0.1 + 1.8 * light.clamp(0, 0.5)))[0]
 
 
 def shares_of_words(names: dict) -> list[Tensor]:

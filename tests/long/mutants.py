@@ -127,7 +127,7 @@ MUTANTS = [
     ("images", "image", ">= 0.5).float()", ">= 0.49).float()"),
     ("files", "save", "if os.path.lexists(path) and not overwrite:",
      "if os.path.exists(path) and not overwrite:"),
-    ("app/png", "save", "        os.fsync(file.fileno())\n", ""),
+    ("files", "save", "        os.fsync(file.fileno())\n", ""),
     ("files", "save", "        path.unlink(missing_ok=True)", "        pass"),
     ("app/infotext", "save", 'if settings.get("negative_prompt"):', "if False:"),
     ("app/infotext", "infotext", "lambda found: found[0].lower()", "lambda found: found[0]"),
