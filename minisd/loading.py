@@ -1,7 +1,7 @@
 """From a file or folder to a model that can be called."""
 
 from os import PathLike
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 
@@ -11,6 +11,7 @@ from minisd.checkpoints import checkpoint
 from minisd.checkpoints.tokenizer_folder import read_tokenizer
 from minisd.config import Config
 from minisd.models.clip import TextEncoder
+from minisd.models.clip_vision import ImageNormalizer, VisionTower
 from minisd.models.ops import Ops
 from minisd.models.unet import UNet
 from minisd.models.vae import VAE
@@ -65,11 +66,15 @@ def load(
                          backend=backend)
     parts = sd.parts.items()
     for part, module in parts:  # all of them, before any weight is read
-        checkpoint.check(found, part, module)
+        if part in found.parts:
+            checkpoint.check(found, part, module)
     if safety_checker is not None:
         sd.safety_checker = SafetyChecker.load(safety_checker, device, dtype)
     for part, module in parts:
-        checkpoint.fill(found, part, module, dtype, device)
+        if part in found.parts:
+            checkpoint.fill(found, part, module, dtype, device)
+        else:
+            module.to(device, dtype)
         module.eval().requires_grad_(False)
     sd.vae.tile = tile
     return sd
@@ -81,10 +86,21 @@ class Parts(TypedDict):
     text_encoder: TextEncoder
     unet: UNet
     vae: VAE
+    image_encoder: NotRequired[VisionTower]
+    image_normalizer: NotRequired[ImageNormalizer]
 
 
 def build(config: Config, ops: Ops) -> Parts:
-    """The networks of a model without their weights: on torch's "meta" device, no memory used."""
+    """The networks of a model without their weights: on torch's "meta" device, no memory used.
+
+    An image_normalizer has values: those of Stable unCLIP H, of which single files hold none.
+    """
     with torch.device("meta"):
-        return Parts(text_encoder=TextEncoder(config.text, ops), unet=UNet(config.unet, ops),
-                     vae=VAE(config.vae, ops))
+        parts = Parts(text_encoder=TextEncoder(config.text, ops), unet=UNet(config.unet, ops),
+                      vae=VAE(config.vae, ops))
+        if config.vision is not None:
+            parts["image_encoder"] = VisionTower(config.vision, ops)
+    if config.vision is not None and config.max_noise_level:  # else the statistics are not known
+        with torch.device("cpu"):
+            parts["image_normalizer"] = ImageNormalizer(config.vision.projection_dim)
+    return parts

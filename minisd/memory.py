@@ -49,6 +49,11 @@ def activations(
     text = prompts * itemsize * config.text.max_position_embeddings * 4 * (
         config.text.intermediate_size + config.text.hidden_size)
 
+    if (tower := config.vision) is not None:  # one image at a time, see models/clip_vision.py
+        tokens = 1 + (tower.image_size // tower.patch_size) ** 2
+        seen = itemsize * tokens * 4 * (tower.intermediate_size + tower.hidden_size)
+        text = max(text, seen + scores * tower.num_attention_heads * tokens**2)
+
     unet = count * (1 + guided) * (
         itemsize * _unet_channels(config.unet) * h * w + scores * _unet_scores(config.unet, h * w))
 

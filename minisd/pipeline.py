@@ -13,7 +13,7 @@ B images, H W height and width in pixels, h w of the latent, D width of the cont
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -32,6 +32,7 @@ from minisd.conditioning.start import Given, Keep, Noise
 from minisd.config import Config
 from minisd.errors import warn
 from minisd.models.clip import TextEncoder
+from minisd.models.clip_vision import ImageNormalizer, VisionTower
 from minisd.models.ops import REFERENCE, TORCH
 from minisd.models.unet import UNet, guidance_embedding
 from minisd.models.vae import VAE
@@ -45,15 +46,19 @@ from minisd.text.tokenizer import Tokenizer
 class StableDiffusion:
     """A text encoder, a UNet and a VAE that were trained together, ready to be called.
 
-    The parts are attributes (config, tokenizer, text_encoder, unet, vae) and work on their own.
+    The parts are attributes (config, tokenizer, text_encoder, unet, vae) and work on their own;
+    unCLIP models have image_encoder and image_normalizer too, which are None in others.
     ``safety_checker`` is None, or what tells for each of a call's images whether it is flagged.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, text_encoder: TextEncoder,
-                 unet: UNet, vae: VAE, backend: Backend = Backend(TORCH)):
+                 unet: UNet, vae: VAE, image_encoder: VisionTower | None = None,
+                 image_normalizer: ImageNormalizer | None = None,
+                 backend: Backend = Backend(TORCH)):
         self.config, self.tokenizer, self.backend = config, tokenizer, backend
         self.safety_checker: Callable[..., list[bool]] | None = None
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
+        self.image_encoder, self.image_normalizer = image_encoder, image_normalizer
         self._loaded = (unet, vae, vae.decoder)
         self._repacked = Repacked()
 
@@ -69,6 +74,7 @@ class StableDiffusion:
         negative_prompt_embeds: Tensor | None = None,
         image: Picture = None, mask_image: Picture = None, strength: float | None = None,
         depth_map: Maps = None, noise_level: int | None = None,
+        image_embeds: Tensor | None = None,
         output_type: str = "pil", callback_on_step_end: Callback | None = None,
         progress: bool | None = None,
     ) -> Output:
@@ -102,6 +108,9 @@ class StableDiffusion:
         and size: a path, an image in grey, or an array or a tensor of one map or of one for each
         image; alone, or with an ``image`` to start from. An upscaling model makes ``image`` 4 times
         as wide and high; ``noise_level``, 0 to 350, is how much of its detail may be redrawn (20).
+        An unCLIP model draws variations of ``image``, which may do without a prompt;
+        ``noise_level``, 0 to 999, is how far they may be from it (0). ``image_embeds``, (D,) or one
+        row each, are `vision`'s of images instead, or a mixture of such.
 
         ``callback_on_step_end(sd, step, t, {"latents": x})`` may return {"latents": another x}.
         ``progress``: whether to draw a bar; None draws one on a terminal only.
@@ -150,7 +159,8 @@ class StableDiffusion:
             context = torch.cat([uncond, context])                           # (2B, 77, D)
         _finite(context, "the text encoder")
         noise = Noise(r.generators, like)
-        x, extra, keep, class_vector = start(Given(r, noise, self._encode))
+        x, extra, keep, class_vector = start(
+            Given(r, noise, self._encode, self.vision, self.image_normalizer))
         readable = Steps(
             self.unet, context, extra, r.sampler, self.config.schedule.prediction_type,
             r.guidance_scale if r.guided else 1.0, r.guidance_rescale,
@@ -189,7 +199,25 @@ class StableDiffusion:
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The networks, by name."""
-        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+        parts = {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae,
+                 "image_encoder": self.image_encoder, "image_normalizer": self.image_normalizer}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @torch.no_grad()
+    def vision(
+        self, source: images.Source | Sequence[images.Source] | Tensor | np.ndarray
+    ) -> Tensor:
+        """Images, as images.open_images takes them -> CLIP's embeddings (B, D), as they are.
+
+        They mix: ``sd(image_embeds=0.7 * sd.vision("a.png") + 0.3 * sd.vision("b.png"))``.
+        """
+        if self.image_encoder is None or self.config.vision is None:
+            raise ValueError("this model has no image encoder: unCLIP models have one")
+        seen = [images.to_clip(each, self.config.vision.image_size)
+                for each in images.open_images(source)]                      # each (1, 3, 224, 224)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        embeds = [self.image_encoder(x.to(self.device, wide)) for x in seen]
+        return _finite(torch.cat(embeds), "the image encoder")               # (B, D)
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,7 @@ from small_models import (  # noqa: F401 - for the tests
     DENOISER,
     DEPTH,
     SMALL,
+    SMALL_UNCLIP,
     SMALL_V,
     SMALL_ZERO,
     TEXT,

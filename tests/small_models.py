@@ -20,6 +20,7 @@ from minisd.config import (
     VisionConfig,
 )
 from minisd.models.clip import TextEncoder
+from minisd.models.clip_vision import ImageNormalizer, VisionTower
 from minisd.models.ops import TORCH, Ops
 from minisd.models.unet import UNet
 from minisd.models.vae import VAE
@@ -53,6 +54,12 @@ SMALL_V = replace(
     unet=replace(DENOISER, use_linear_projection=True, num_heads=(4, 6, 10)),
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
+SMALL_UNCLIP = replace(
+    SMALL_V,
+    unet=replace(SMALL_V.unet, projection_class_embeddings_input_dim=2 * VISION.projection_dim),
+    vision=replace(VISION, hidden_act="gelu"), max_noise_level=999, num_inference_steps=20,
+    guidance_scale=10.0,
+)
 # Zero terminal SNR, with the spacing that it needs.
 SMALL_ZERO = replace(SMALL_V, schedule=replace(
     SMALL_V.schedule, rescale_betas_zero_snr=True, timestep_spacing="trailing"))
@@ -80,11 +87,16 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 @cache
 def small_model(config: Config, ops: Ops = TORCH) -> StableDiffusion:
     """A whole model of minisd with random weights, in float64."""
+    more = {}
+    if config.vision is not None:
+        more["image_encoder"] = randomise(VisionTower(config.vision, ops), 4)
+        more["image_normalizer"] = randomise(ImageNormalizer(config.vision.projection_dim), 5)
+        more["image_normalizer"].std.exp_()
     return StableDiffusion(
         config, Tokenizer.clip(config.text.pad_token_id),
         text_encoder=randomise(TextEncoder(config.text, ops), 1),
         unet=randomise(UNet(config.unet, ops), 2), vae=randomise(VAE(config.vae, ops), 3),
-        backend=Backend(ops, asked=(ops, False)),
+        backend=Backend(ops, asked=(ops, False)), **more,
     )
 
 

@@ -38,6 +38,7 @@ OPTIONS = {
     "prediction_type": "--prediction-type", "ops": "--ops", "sampler": "--sampler",
     "spacing": "--spacing", "guidance_rescale": "--guidance-rescale", "eta": "--eta",
     "watermark": "--watermark", "safety_checker": "--safety-checker",
+    "noise_level": "--noise-level",
 }
 
 
@@ -154,7 +155,8 @@ def info(argv: list[str]) -> None:
     schedule = checkpoint.config.schedule
     zero = ", zero terminal SNR" if schedule.rescale_betas_zero_snr else ""
     _print(f"layout      {checkpoint.layout}")
-    _print(f"version     {checkpoint.config.name}")
+    kind = checkpoint.config.kind
+    _print(f"version     {checkpoint.config.name}" + f", {kind}" * (kind != "text to image"))
     _print(f"dtype       {', '.join(counts)}")
     _print(f"prediction  {schedule.prediction_type}{zero} ({checkpoint.prediction_source})")
     config = checkpoint.config

@@ -18,7 +18,7 @@ CONFIG_HELP = "for a .safetensors file of unusual sizes: a diffusers folder that
 CALL = {
     "negative": "negative_prompt", "steps": "num_inference_steps", "guidance": "guidance_scale",
     "guidance_rescale": "guidance_rescale", "sampler": "sampler", "spacing": "spacing",
-    "eta": "eta", "strength": "strength",
+    "eta": "eta", "strength": "strength", "noise_level": "noise_level",
 }
 
 OTHER_COMMANDS = """\
@@ -78,11 +78,14 @@ def _drawing_parser() -> Parser:
     option("--tile", type=_number(int, lambda n: 1 <= n <= 8192, "from 1 to 8192"), metavar="N",
            help="decode in tiles of N cells of the latent, 64 for 512 pixels in the official"
            " models: less memory, not exact (default: no tiles)")
-    option("--image", help="an image to start from; without --size its own size is kept")
+    option("--image", help="an image to start from; without --size its own size is kept; of an"
+           " unCLIP model, the image to make variations of")
     option("--mask", help="where to repaint --image: light is repainted, dark and transparent are"
            " kept")
     option("--strength", type=_number(float, lambda s: 0 < s <= 1, "above 0 and at most 1"),
            help="how far to leave --image (default: 0.8; with --mask 1)")
+    option("--noise-level", type=int, metavar="N", help="noise on what the model is shown of"
+           " --image: how far an unCLIP model may leave it, from 0 to 999 (default: 0)")
     option("--guidance-rescale", metavar="SHARE", type=_number(
         float, lambda r: 0 <= r <= 1, "from 0 to 1"),
         help="how much of the contrast that guidance adds is taken back; 0.7 for models of zero"
@@ -116,7 +119,7 @@ def explaining_parser() -> Parser:
 
 def _say_what(option: Callable[..., Any]) -> None:
     """Declare what is drawn, and by which model."""
-    option("prompt", help="what to draw, in quotes")
+    option("prompt", help='what to draw, in quotes; "" for nothing')
     option("-m", "--model", help="a .safetensors file, a diffusers folder, or the NAME that"
            " `minisd download` has fetched (default: the shipped tiny model)")
     option("--config", metavar="FOLDER", help=CONFIG_HELP)

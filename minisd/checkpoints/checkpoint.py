@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisd.checkpoints import hub, names
+from minisd.checkpoints import hub, layouts, names_vision
 from minisd.checkpoints.folder import read_folder, read_stand_alone_vae
 from minisd.checkpoints.found import Group
 from minisd.checkpoints.recognise import read_file
 from minisd.checkpoints.safetensors_file import DTYPES, StoredTensor, read_tensor
+from minisd.checkpoints.unclip_statistics import with_statistics
 from minisd.config import PREDICTION_TYPES, Config
 from minisd.errors import WeightError
 from minisd.files import is_address
@@ -37,7 +38,8 @@ SHOWN = 5  # how many names an error lists
 class Checkpoint:
     """What a file or folder holds, before any weight is read.
 
-    ``parts`` maps "text_encoder", "unet" and "vae" to parameter name -> place in a file.
+    ``parts`` maps "text_encoder", "unet" and "vae", and others that the model has, to parameter
+    name -> place in a file.
     """
 
     path: Path
@@ -74,7 +76,8 @@ def open_checkpoint(
     if not place.is_dir():
         if config is not None and not isinstance(config, Config):
             config = locate(config)
-        found = read_file(place, config, prediction_type)
+        found = with_statistics(read_file(place, config, prediction_type),
+                                None if isinstance(config, Config) else config)
     elif config is None:
         found = read_folder(place, prediction_type)
     else:
@@ -187,21 +190,23 @@ def _assign(group: Group, config: Config) -> dict[str, dict[str, StoredTensor]]:
     """
     tensors, rows, prefixes = group
     parts: dict[str, dict[str, StoredTensor]] = {part: {} for part in rows}
-    dropped, unknown = names.dropped(config), []
+    dropped, unknown = layouts.dropped(config), []
     table = {name: (part, ours) for part, row in rows.items() for name, ours in row.items()}
     for name, tensor in tensors.items():
         if dropped.fullmatch(name):
             continue
-        part = next((part for prefix, part in prefixes.items() if name.startswith(prefix)), None)
-        if part is None:
+        beside = ((part, (name,)) for prefix, part in prefixes.items() if name.startswith(prefix))
+        place = table.get(name) or next(beside, None)
+        if place is None:
             unknown.append(tensor)
             continue
-        part, parameters = table.get(name, (part, (name,)))
+        part, parameters = place
         for parameter, piece in zip(parameters, tensor.unstack(len(parameters)), strict=True):
             if parameter in parts[part]:
                 twice = f"{parts[part][parameter].name} and {name}"
                 raise WeightError(f"{tensor.path} has one tensor twice: {twice}")
             linear = part == "vae" and ".attentions." in parameter
+            piece = piece.transpose() if name in names_vision.TRANSPOSED else piece
             parts[part][parameter] = _as_linear(piece) if linear else piece
     if unknown:
         rest = _first([tensor.name for tensor in unknown])
@@ -226,7 +231,7 @@ def _official_names(checkpoint: Checkpoint, part: str) -> dict[str, str]:
     """Parameter name -> what the file calls it, or would."""
     if checkpoint.layout == "single file" and _home(checkpoint, part) != checkpoint.path:
         return {}
-    layout = names.single_file if checkpoint.layout == "single file" else names.folder
+    layout = layouts.single_file if checkpoint.layout == "single file" else layouts.folder
     rows = layout(checkpoint.config)[part]
     return {ours: name for name, parameters in reversed(rows.items()) for ours in parameters}
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from minisd.checkpoints.json_file import MAX_WIDTH, JsonFile, is_width, plain
 from minisd.checkpoints.names import REJECTED_INPUTS
 from minisd.checkpoints.scheduler_config import SCHEDULER, read_schedule
+from minisd.checkpoints.unclip_config import class_width, read_unclip
+from minisd.checkpoints.vision_config import ACTIVATIONS
 from minisd.config import KINDS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from minisd.errors import WeightError
 
@@ -37,7 +39,7 @@ UNET_FIXED: dict[str, tuple] = {
     **{"transformer_layers_per_block": (1,), "reverse_transformer_layers_per_block": (None, 1)},
     **{"resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",)},
     **{"time_embedding_act_fn": (None,), "timestep_post_act": (None,)},
-    **{"class_embed_type": (None,), "num_class_embeds": (None,)},
+    **{"class_embed_type": (None, "projection"), "num_class_embeds": (None,)},
     **{"class_embeddings_concat": (False, None), "addition_embed_type": (None,)},
     **{"encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,)},
 }
@@ -50,8 +52,6 @@ VAE_FIXED: dict[str, tuple] = {
     **{"up_block_types": ("UpDecoderBlock2D", "UNetResUpDecoderBlock2D")},
 }
 TEXT_FIXED: dict[str, tuple] = {"layer_norm_eps": (1e-5,)}
-# transformers' names of the two functions.
-ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_python": "gelu"}
 
 
 def read_config(folder: Path) -> Config:
@@ -65,7 +65,8 @@ def read_config(folder: Path) -> Config:
     has_schedule = (folder / SCHEDULER).is_file()
     schedule = read_schedule(folder) if has_schedule else ScheduleConfig()
     _check_fit(folder, text, unet, vae)
-    return Config("", text, unet, vae, schedule, _sample_size(folder, vae, schedule))
+    return Config("", text, unet, vae, schedule, _sample_size(folder, vae, schedule),
+                  vision=read_unclip(folder, unet, vae))
 
 
 def _text(folder: Path) -> TextConfig:
@@ -118,6 +119,7 @@ def _unet(folder: Path) -> UNetConfig:
             file.choice("use_linear_projection", False, (True, False, None))),
         norm_num_groups=_groups(file, widths),
         time_cond_proj_dim=_even(file, "time_cond_proj_dim"),
+        projection_class_embeddings_input_dim=class_width(file),
     )
 
 

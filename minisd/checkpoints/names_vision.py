@@ -24,8 +24,15 @@ ENDS = {
 # Stored as (width, embedding), where the weight of a linear layer is (embedding, width).
 TRANSPOSED = (f"{PREFIX}proj",)
 
-# What the single file holds of CLIP that no image needs. Matches a whole name.
-DROPPED = re.compile(r"embedder\.(mean|std|model\.(?!visual\.).*)|(.*\.)?position_ids")
+# What the single file holds of CLIP and of the embedding's noise that no image needs. Matches a
+# whole name.
+DROPPED = re.compile(
+    r"embedder\.(mean|std|model\.(?!visual\.).*)|(.*\.)?position_ids"
+    r"|noise_augmentor\.(betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*)")
+# The statistics, which the original code has under these names and does not store; minisd does.
+NORMALIZER: NameMap = {
+    "noise_augmentor.data_mean": ("mean",), "noise_augmentor.data_std": ("std",),
+}
 
 # What the published safety checker has for "vision_model."; transformers 5 writes the latter.
 SAFETY_PREFIX = "vision_model.vision_model."

@@ -140,9 +140,10 @@ def _itself(path: Path, own: list[Said]) -> tuple[str, str] | None:
 
 
 def _guess(config: Config, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:
-    unet = config.unet
-    if (unet.cross_attention_dim, unet.in_channels) != (1024, 4) or TELLTALE not in tensors:
-        return "epsilon", "the default, as nothing says otherwise"
+    unet, own = config.unet, config.schedule.prediction_type
+    guessable = (unet.cross_attention_dim, unet.in_channels, config.vision) == (1024, 4, None)
+    if not guessable or TELLTALE not in tensors:
+        return own, "the default, as nothing says otherwise"
     bias = read_tensor(tensors[TELLTALE], torch.float32)
     std = bias.std(correction=0).item()
     guess = "v_prediction" if std > TELLTALE_STD else "epsilon"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minisd import files
-from minisd.checkpoints import names, prediction
+from minisd.checkpoints import layouts, names, names_vision, prediction, unclip_config
 from minisd.checkpoints.folder import CLASSES, PIPELINES, STEMS
 from minisd.checkpoints.scheduler_config import schedule_fields
 from minisd.checkpoints.tokenizer_folder import write_tokenizer
@@ -25,6 +25,9 @@ from minisd.text.tokenizer import Tokenizer
 
 # In the original layout these are convolutions of 1x1, and linear layers here.
 VAE_ATTENTION = re.compile(r"first_stage_model\..*\.attn_1\.(q|k|v|proj_out)\.weight")
+# What the index of a folder names beside the networks.
+NO_CHECKER = {"feature_extractor": [None, None], "image_encoder": [None, None],
+              "requires_safety_checker": False, "safety_checker": [None, None]}
 
 Weights = Mapping[str, Mapping[str, Tensor]]  # part -> parameter -> tensor
 
@@ -32,7 +35,7 @@ Weights = Mapping[str, Mapping[str, Tensor]]  # part -> parameter -> tensor
 def save_model(
     path: Path, config: Config, tokenizer: Tokenizer, parts: Mapping[str, nn.Module]
 ) -> None:
-    """Write ``parts`` ("text_encoder", "unet" and "vae") whole or not at all.
+    """Write ``parts`` ("text_encoder", "unet", "vae" and what else there is) whole or not at all.
 
     ``path`` ending in .safetensors is a single file; any other is a folder, made new. An existing
     one is a FileExistsError, a full disk the OSError that names ``path``; both before any work.
@@ -42,6 +45,10 @@ def save_model(
         raise ValueError(f"{path}: a file's name must end in .safetensors")
     if os.path.lexists(path):
         raise FileExistsError(f"{path} exists: choose another name")
+    if config.vision is not None and "image_normalizer" not in parts and suffix != ".safetensors":
+        raise ValueError(f"{path}: a folder of an unCLIP model has an image_normalizer, which this "
+                         "model was loaded without: save a .safetensors file, or load it with "
+                         "config= (--config), a folder that has one")
     weights = {part: module.state_dict() for part, module in parts.items()}
     size = sum(t.nbytes for tensors in weights.values() for t in tensors.values())
     files.check_writable(path, size=size)
@@ -57,20 +64,21 @@ def save_model(
 def original_tensors(config: Config, weights: Weights) -> dict[str, Tensor]:
     """All tensors of a model under the names, and in the shapes, of the original layout."""
     tensors: dict[str, Tensor] = {}
-    for part, rows in names.single_file(config).items():
-        tensors |= _named(rows, weights[part])
+    for part, rows in layouts.single_file(config).items():
+        tensors |= _named(rows, weights.get(part, {}))
     for name, tensor in tensors.items():
+        if name in names_vision.TRANSPOSED:
+            tensors[name] = tensor.mT                                        # (width, embedding)
         if VAE_ATTENTION.fullmatch(name):
             tensors[name] = tensor[:, :, None, None]                         # (C, C, 1, 1)
     return tensors
 
 
 def _write_folder(folder: Path, config: Config, tokenizer: Tokenizer, weights: Weights) -> None:
-    rows = names.folder(config)
-    for part, stem in STEMS.items():
+    for part, rows in layouts.folder(config).items():
         (folder / part).mkdir(parents=True)
-        place = folder / part / f"{stem}.safetensors"
-        _write_tensors(place, _named(rows[part], weights[part]), {})
+        place = folder / part / f"{STEMS[part]}.safetensors"
+        _write_tensors(place, _named(rows, weights[part]), {})
     for file, fields in folder_configs(config, tokenizer).items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(json.dumps(fields, indent=2) + "\n")
@@ -119,18 +127,16 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
     attends = ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in unet.has_attention]
     lcm = unet.time_cond_proj_dim is not None
     pipeline = "LatentConsistencyModelPipeline" if lcm else PIPELINES[config.kind][0]
+    classes = unet.projection_class_embeddings_input_dim
     ups = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in unet.has_attention[::-1]]
     return {
         "model_index.json": {
             "_class_name": pipeline,
             "_diffusers_version": "0.20.0",  # not written by it, but it is looked for
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
+            **(NO_CHECKER if config.vision is None else unclip_config.INDEX),
             "scheduler": ["diffusers", schedule_fields(schedule)["_class_name"]],
             "tokenizer": ["transformers", "CLIPTokenizer"],
-            **CLASSES,
+            **{part: CLASSES[part] for part in layouts.folder(config)},
         },
         "scheduler/scheduler_config.json": schedule_fields(schedule),
         "text_encoder/config.json": {
@@ -163,6 +169,8 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
             "use_linear_projection": unet.use_linear_projection,
             "norm_num_groups": unet.norm_num_groups,
             "time_cond_proj_dim": unet.time_cond_proj_dim,
+            "class_embed_type": None if classes is None else "projection",
+            "projection_class_embeddings_input_dim": classes,
         },
         "vae/config.json": {
             "_class_name": "AutoencoderKL",
@@ -177,4 +185,5 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
             "norm_num_groups": vae.norm_num_groups,
             "scaling_factor": vae.scaling_factor,
         },
+        **({} if config.vision is None else unclip_config.written(config.vision)),
     }

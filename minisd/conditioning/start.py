@@ -12,9 +12,11 @@ from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from minisd import images
+from minisd.models.clip_vision import ImageNormalizer
 from minisd.request import Plan
 from minisd.samplers import schedule
 
@@ -44,6 +46,8 @@ class Given:
     plan: Plan
     noise: Noise
     encode: Callable[[Tensor, Tensor], Tensor]  # (image, noise) -> latents (B, 4, h, w)
+    embed: Callable[[Image], Tensor]            # an image -> what CLIP makes of it (1, D)
+    image_normalizer: ImageNormalizer | None = None
 
     @cached_property
     def image(self) -> Tensor:
