@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisd.checkpoints import hub, layouts, names_vision
+from minisd.checkpoints import hub, names_vision, parts
 from minisd.checkpoints.folder import read_folder, read_stand_alone_vae
 from minisd.checkpoints.found import Group
 from minisd.checkpoints.recognise import read_file
@@ -38,8 +38,8 @@ SHOWN = 5  # how many names an error lists
 class Checkpoint:
     """What a file or folder holds, before any weight is read.
 
-    ``parts`` maps "text_encoder", "unet" and "vae", and others that the model has, to parameter
-    name -> place in a file.
+    ``parts`` maps "text_encoder", "unet", "vae" and what else the model has to parameter name ->
+    place in a file.
     """
 
     path: Path
@@ -76,19 +76,19 @@ def open_checkpoint(
     if not place.is_dir():
         if config is not None and not isinstance(config, Config):
             config = locate(config)
-        found = with_statistics(read_file(place, config, prediction_type),
-                                None if isinstance(config, Config) else config)
+        found = with_statistics(read_file(place, config, prediction_type), config)
     elif config is None:
         found = read_folder(place, prediction_type)
     else:
         raise ValueError(f"config= (--config) is for single files; the folder {place} has its own")
-    parts: dict[str, dict[str, StoredTensor]] = {}
-    for group in found.groups:
-        parts |= _assign(group, found.config)
+    groups = list(found.groups)
     if vae is not None:
-        parts |= _assign(read_stand_alone_vae(locate(vae), found.config), found.config)
+        groups.append(read_stand_alone_vae(locate(vae), found.config))
+    places: dict[str, dict[str, StoredTensor]] = {}
+    for group in groups:
+        places |= _assign(group, found.config)
     return Checkpoint(found.path, found.layout, found.config, found.prediction_source,
-                      found.tokenizer_folder, parts)
+                      found.tokenizer_folder, places)
 
 
 def locate(path: str | PathLike) -> Path:
@@ -183,35 +183,34 @@ def copy_into(module: nn.Module, have: Mapping[str, StoredTensor], dtype: torch.
 
 
 def _assign(group: Group, config: Config) -> dict[str, dict[str, StoredTensor]]:
-    """Part -> parameter -> place, by the rows of names.py.
+    """Part -> parameter -> place, by the rows of names.py and of parts.py.
 
     An unknown tensor under a part's prefix stays with that part under its own name, so that
     ``check`` can report it beside what is missing.
     """
     tensors, rows, prefixes = group
-    parts: dict[str, dict[str, StoredTensor]] = {part: {} for part in rows}
-    dropped, unknown = layouts.dropped(config), []
+    places: dict[str, dict[str, StoredTensor]] = {part: {} for part in rows}
+    dropped, unknown = parts.dropped(config), []
     table = {name: (part, ours) for part, row in rows.items() for name, ours in row.items()}
     for name, tensor in tensors.items():
         if dropped.fullmatch(name):
             continue
-        beside = ((part, (name,)) for prefix, part in prefixes.items() if name.startswith(prefix))
-        place = table.get(name) or next(beside, None)
-        if place is None:
+        beside = next((part for prefix, part in prefixes.items() if name.startswith(prefix)), "")
+        if not beside and name not in table:
             unknown.append(tensor)
             continue
-        part, parameters = place
+        part, parameters = table.get(name, (beside, (name,)))
         for parameter, piece in zip(parameters, tensor.unstack(len(parameters)), strict=True):
-            if parameter in parts[part]:
-                twice = f"{parts[part][parameter].name} and {name}"
+            if parameter in places[part]:
+                twice = f"{places[part][parameter].name} and {name}"
                 raise WeightError(f"{tensor.path} has one tensor twice: {twice}")
             linear = part == "vae" and ".attentions." in parameter
             piece = piece.transpose() if name in names_vision.TRANSPOSED else piece
-            parts[part][parameter] = _as_linear(piece) if linear else piece
+            places[part][parameter] = _as_linear(piece) if linear else piece
     if unknown:
         rest = _first([tensor.name for tensor in unknown])
         raise WeightError(f"{unknown[0].path} has {len(unknown)} unexpected: {rest}")
-    return parts
+    return places
 
 
 def _as_linear(tensor: StoredTensor) -> StoredTensor:
@@ -231,7 +230,7 @@ def _official_names(checkpoint: Checkpoint, part: str) -> dict[str, str]:
     """Parameter name -> what the file calls it, or would."""
     if checkpoint.layout == "single file" and _home(checkpoint, part) != checkpoint.path:
         return {}
-    layout = layouts.single_file if checkpoint.layout == "single file" else layouts.folder
+    layout = parts.single_file if checkpoint.layout == "single file" else parts.folder
     rows = layout(checkpoint.config)[part]
     return {ours: name for name, parameters in reversed(rows.items()) for ours in parameters}
 

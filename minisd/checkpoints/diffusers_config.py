@@ -7,14 +7,16 @@ training tools leave many in the files.
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from minisd.checkpoints.json_file import MAX_WIDTH, JsonFile, is_width, plain
 from minisd.checkpoints.names import REJECTED_INPUTS
 from minisd.checkpoints.scheduler_config import SCHEDULER, read_schedule
-from minisd.checkpoints.unclip_config import class_width, read_unclip
+from minisd.checkpoints.unclip_config import read_unclip
 from minisd.checkpoints.vision_config import ACTIVATIONS
-from minisd.config import KINDS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from minisd.config import CLASSES, KINDS, Config, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from minisd.errors import WeightError
 
 # The blocks, and whether they attend; names of 2022 begin with UNetRes.
@@ -39,10 +41,11 @@ UNET_FIXED: dict[str, tuple] = {
     **{"transformer_layers_per_block": (1,), "reverse_transformer_layers_per_block": (None, 1)},
     **{"resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",)},
     **{"time_embedding_act_fn": (None,), "timestep_post_act": (None,)},
-    **{"class_embed_type": (None, "projection"), "num_class_embeds": (None,)},
     **{"class_embeddings_concat": (False, None), "addition_embed_type": (None,)},
     **{"encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,)},
 }
+# class_embed_type -> the field that says how many classes the UNet may be told, or how wide one is.
+CLASS_FIELDS = {None: "num_class_embeds", "projection": "projection_class_embeddings_input_dim"}
 VAE_FIXED: dict[str, tuple] = {
     **{"act_fn": SILU, "in_channels": (3,), "out_channels": (3,)},
     **{"mid_block_add_attention": (True,), "use_quant_conv": (True,)},
@@ -65,8 +68,12 @@ def read_config(folder: Path) -> Config:
     has_schedule = (folder / SCHEDULER).is_file()
     schedule = read_schedule(folder) if has_schedule else ScheduleConfig()
     _check_fit(folder, text, unet, vae)
-    return Config("", text, unet, vae, schedule, _sample_size(folder, vae, schedule),
-                  vision=read_unclip(folder, unet, vae))
+    config = Config("", text, unet, vae, schedule, _sample_size(folder, vae, schedule))
+    return OF_KIND.get(config.kind, lambda _, config: config)(folder, config)
+
+
+# What the config of a kind of model has more than others.
+OF_KIND: dict[str, Callable[[Path, Config], Config]] = {"image variation": read_unclip}
 
 
 def _text(folder: Path) -> TextConfig:
@@ -119,8 +126,15 @@ def _unet(folder: Path) -> UNetConfig:
             file.choice("use_linear_projection", False, (True, False, None))),
         norm_num_groups=_groups(file, widths),
         time_cond_proj_dim=_even(file, "time_cond_proj_dim"),
-        projection_class_embeddings_input_dim=class_width(file),
+        **_classes(file),
     )
+
+
+def _classes(file: JsonFile) -> dict[str, Any]:
+    """The field of UNetConfig that says what classes the UNet is told; none where it is told none.
+    """
+    name = CLASS_FIELDS[file.choice("class_embed_type", None, CLASS_FIELDS)]
+    return {} if file.fields.get(name) is None else {name: file.whole(name, 0, 1, 10**5)}
 
 
 def _even(file: JsonFile, name: str) -> int | None:
@@ -182,6 +196,11 @@ def _check_fit(folder: Path, text: TextConfig, unet: UNetConfig, vae: VAEConfig)
         fault = f"has {unet.out_channels} output channels, but the VAE's latents have {latent}"
     elif unet.in_channels not in inputs:
         fault = f"has {unet.in_channels} input channels, not {' or '.join(map(str, inputs))}"
+    elif not Config("", text, unet, vae).kind:
+        classes = " and ".join(
+            f"{name} {n}" for name in CLASSES if (n := getattr(unet, name)) is not None)
+        fault = (f"has {unet.in_channels} input channels and {classes or 'no classes'}, which no "
+                 "model has that minisd computes")
     else:
         return
     raise WeightError(f"{folder}: the UNet {fault}")

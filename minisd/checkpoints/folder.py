@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from minisd.checkpoints import layouts, names
+from minisd.checkpoints import names, parts
 from minisd.checkpoints.diffusers_config import read_config, read_vae
 from minisd.checkpoints.found import Found, Group, tokenizer_of, unwrapped
 from minisd.checkpoints.json_file import JsonFile
@@ -66,11 +66,10 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
         schedule = replace(schedule, prediction_type=prediction_type)
         source = "given by the caller"
     check_zero_snr(folder, schedule, source)
-    parts = layouts.folder(config)
-    for part in parts:  # those that not every model has
+    for part in parts.folder(config):  # also those that not every model has
         file.choice(part, CLASSES[part], (CLASSES[part],))
     groups = [Group(part_tensors(folder / part, STEMS[part]), {part: rows}, {"": part})
-              for part, rows in parts.items()]
+              for part, rows in parts.folder(config).items()]
     config = resolve(config, schedule)
     return Found(folder, "folder", config, source, tokenizer_of(folder), groups)
 

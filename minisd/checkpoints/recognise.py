@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from minisd.checkpoints import layouts, names
+from minisd.checkpoints import names, parts
 from minisd.checkpoints.diffusers_config import read_config
 from minisd.checkpoints.found import Found, Group, tokenizer_of, unwrapped
 from minisd.checkpoints.prediction import find_schedule
@@ -25,6 +25,7 @@ from minisd.config import (
     SD_TURBO,
     Config,
     ScheduleConfig,
+    UNetConfig,
 )
 from minisd.errors import WeightError
 
@@ -32,9 +33,8 @@ from minisd.errors import WeightError
 OFFICIAL = (SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT, SD2_UNCLIP_H, SD2_UNCLIP_L)
 
 UNET = "model.diffusion_model."
-CONV_IN = UNET + "input_blocks.0.0.weight"  # (width, input channels, 3, 3)
-CONTEXT_KEY = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"  # (width, context)
-CLASS_KEY = UNET + "label_emb.0.0.weight"  # (4 width, width of the class vector)
+CONV_IN = UNET + "input_blocks.0.0.weight"
+CLASS_KEY = UNET + "label_emb.0.0.weight"
 COND_PROJ = UNET + "time_embed.cond_proj.weight"
 # SD2's is 1024 wide, that of the SDXL refiner, which has the same names, 1280.
 OTHER_OPENCLIP = "conditioner.embedders.0.model.ln_final.weight"
@@ -62,7 +62,7 @@ def read_file(path: Path, config: Config | Path | None, prediction_type: str | N
             path, folder, config, tensors, metadata, prediction_type)
     check_zero_snr(path, schedule, source)
     config = resolve(config, schedule)
-    group = Group(tensors, layouts.single_file(config), layouts.SINGLE_FILE_PREFIXES)
+    group = Group(tensors, parts.single_file(config), parts.prefixes())
     return Found(path, "single file", config, source, tokenizer_of(folder), [group])
 
 
@@ -73,8 +73,8 @@ def reject(path: Path, tensors: Tensors) -> None:
         what = "the SDXL refiner"
     if CONV_IN in tensors and len(tensors[CONV_IN].shape) == 4:
         what = what or names.REJECTED_INPUTS.get(tensors[CONV_IN].shape[1])
-    if CLASS_KEY in tensors:
-        what = what or names.REJECTED_CLASSES.get(tensors[CLASS_KEY].shape[-1])
+    if CLASS_KEY in tensors and len(tensors[CLASS_KEY].shape) == 2:
+        what = what or names.REJECTED_CLASSES.get(tensors[CLASS_KEY].shape[1])
     if what:
         raise WeightError(f"{path} looks like {what}; minisd loads Stable Diffusion 1 and 2")
     if not any(name.startswith(UNET) for name in tensors):
@@ -84,23 +84,30 @@ def reject(path: Path, tensors: Tensors) -> None:
 
 def recognise(path: Path, tensors: Tensors) -> Config:
     """The official model of these sizes; WeightError if there is none."""
-    shapes = {name: getattr(tensors.get(name), "shape", None)
-              for name in (CONV_IN, CONTEXT_KEY, CLASS_KEY)}
     for config in OFFICIAL:
-        width = config.unet.block_out_channels[0]
-        inputs, context = config.unet.in_channels, config.unet.cross_attention_dim
-        n = config.unet.projection_class_embeddings_input_dim
-        classes = None if n is None else (4 * width, n)
-        if tuple(shapes.values()) == ((width, inputs, 3, 3), (width, context), classes):
+        sizes = _sizes(config.unet)
+        if all(getattr(tensors.get(name), "shape", None) == sizes[name] for name in sizes):
             return _told_the_guidance(path, config, tensors)
     found = " and ".join(
-        f"no {name}" if shape is None else f"{name} {list(shape)}" for name, shape in shapes.items()
-        if shape or name != CLASS_KEY
+        f"{name} {list(tensors[name].shape)}" if name in tensors else f"no {name}"
+        for name in _sizes(SD1.unet) if name in tensors or name != CLASS_KEY
     )
     raise WeightError(
         f"{path} has {found}, which is no official Stable Diffusion 1 or 2; for a model of other "
         "sizes give config= (--config), a folder of diffusers JSON files"
     )
+
+
+def _sizes(unet: UNetConfig) -> dict[str, tuple[int, ...] | None]:
+    """The tensors, and their shapes, that tell this UNet from the other official ones; None for one
+    that it does not have."""
+    width, n = unet.block_out_channels[0], unet.projection_class_embeddings_input_dim
+    context_key = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    return {
+        CONV_IN: (width, unet.in_channels, 3, 3),
+        context_key: (width, unet.cross_attention_dim),
+        CLASS_KEY: None if n is None else (4 * width, n),
+    }
 
 
 def _told_the_guidance(path: Path, config: Config, tensors: Tensors) -> Config:
@@ -120,10 +127,6 @@ def resolve(config: Config, schedule: ScheduleConfig) -> Config:
     the guidance that it is made for."""
     if config == SD2 and schedule.prediction_type == "v_prediction":
         return replace(SD2_V, schedule=schedule)
-    if config.kind == "image variation":
-        config = replace(config, num_inference_steps=SD2_UNCLIP_H.num_inference_steps,
-                         guidance_scale=SD2_UNCLIP_H.guidance_scale,
-                         max_noise_level=SD2_UNCLIP_H.max_noise_level)
     told = config.unet.time_cond_proj_dim is not None
     if told:
         config = replace(config, num_inference_steps=4, guidance_scale=8.5)  # as in diffusers

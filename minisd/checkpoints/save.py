@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minisd import files
-from minisd.checkpoints import layouts, names, names_vision, prediction, unclip_config
+from minisd.checkpoints import names, names_vision, parts as networks, prediction
 from minisd.checkpoints.folder import CLASSES, PIPELINES, STEMS
 from minisd.checkpoints.scheduler_config import schedule_fields
 from minisd.checkpoints.tokenizer_folder import write_tokenizer
@@ -25,9 +25,11 @@ from minisd.text.tokenizer import Tokenizer
 
 # In the original layout these are convolutions of 1x1, and linear layers here.
 VAE_ATTENTION = re.compile(r"first_stage_model\..*\.attn_1\.(q|k|v|proj_out)\.weight")
-# What the index of a folder names beside the networks.
-NO_CHECKER = {"feature_extractor": [None, None], "image_encoder": [None, None],
-              "requires_safety_checker": False, "safety_checker": [None, None]}
+# What model_index.json says of other networks, where the kind of model can have none of ours.
+NO_MORE = {
+    "feature_extractor": [None, None], "image_encoder": [None, None],
+    "requires_safety_checker": False, "safety_checker": [None, None],
+}
 
 Weights = Mapping[str, Mapping[str, Tensor]]  # part -> parameter -> tensor
 
@@ -64,7 +66,7 @@ def save_model(
 def original_tensors(config: Config, weights: Weights) -> dict[str, Tensor]:
     """All tensors of a model under the names, and in the shapes, of the original layout."""
     tensors: dict[str, Tensor] = {}
-    for part, rows in layouts.single_file(config).items():
+    for part, rows in networks.single_file(config).items():
         tensors |= _named(rows, weights.get(part, {}))
     for name, tensor in tensors.items():
         if name in names_vision.TRANSPOSED:
@@ -75,7 +77,7 @@ def original_tensors(config: Config, weights: Weights) -> dict[str, Tensor]:
 
 
 def _write_folder(folder: Path, config: Config, tokenizer: Tokenizer, weights: Weights) -> None:
-    for part, rows in layouts.folder(config).items():
+    for part, rows in networks.folder(config).items():
         (folder / part).mkdir(parents=True)
         place = folder / part / f"{STEMS[part]}.safetensors"
         _write_tensors(place, _named(rows, weights[part]), {})
@@ -133,10 +135,10 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
         "model_index.json": {
             "_class_name": pipeline,
             "_diffusers_version": "0.20.0",  # not written by it, but it is looked for
-            **(NO_CHECKER if config.vision is None else unclip_config.INDEX),
             "scheduler": ["diffusers", schedule_fields(schedule)["_class_name"]],
             "tokenizer": ["transformers", "CLIPTokenizer"],
-            **{part: CLASSES[part] for part in layouts.folder(config)},
+            **(networks.index(config) or NO_MORE),
+            **{part: CLASSES[part] for part in networks.folder(config)},
         },
         "scheduler/scheduler_config.json": schedule_fields(schedule),
         "text_encoder/config.json": {
@@ -185,5 +187,5 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
             "norm_num_groups": vae.norm_num_groups,
             "scaling_factor": vae.scaling_factor,
         },
-        **({} if config.vision is None else unclip_config.written(config.vision)),
+        **networks.json_files(config),
     }

@@ -3,12 +3,12 @@
 They say how an image is seen, and how noise is added to what CLIP makes of it.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from minisd.checkpoints.json_file import MAX_WIDTH, JsonFile
+from minisd.checkpoints.json_file import JsonFile
 from minisd.checkpoints.vision_config import read_vision
-from minisd.config import UNetConfig, VAEConfig, VisionConfig
+from minisd.config import SD2_UNCLIP_H, Config, VisionConfig
 from minisd.errors import WeightError
 
 PREPROCESSING = "feature_extractor/preprocessor_config.json"
@@ -24,22 +24,12 @@ INDEX = {"feature_extractor": ["transformers", "CLIPImageProcessor"],
          "image_noising_scheduler": ["diffusers", "DDPMScheduler"]}
 
 
-def class_width(file: JsonFile) -> int | None:
-    """Of the vector that a UNet's config says it is told as its class; None for no such UNet."""
-    if file.fields.get("class_embed_type") is None:
-        return None
-    return file.whole("projection_class_embeddings_input_dim", 0, 4, 2 * MAX_WIDTH)
+def read_unclip(folder: Path, config: Config) -> Config:
+    """The config of a folder with what only Stable unCLIP has.
 
-
-def read_unclip(folder: Path, unet: UNetConfig, vae: VAEConfig) -> VisionConfig | None:
-    """The image tower of a Stable unCLIP folder; None where the UNet is told nothing of images.
-
-    WeightError for other noise, for images that are seen in another way, and for parts that do not
-    fit each other.
+    WeightError for other noise, for images that are seen in another way, and for a tower that the
+    UNet does not fit.
     """
-    width = unet.projection_class_embeddings_input_dim
-    if width is None:
-        return None
     vision = read_vision(JsonFile(folder / "image_encoder" / "config.json"))
     noising = JsonFile(folder / NOISING)
     if noising.fields.get("beta_schedule") != BETAS:  # absent means another one
@@ -47,12 +37,14 @@ def read_unclip(folder: Path, unet: UNetConfig, vae: VAEConfig) -> VisionConfig 
     noising.fixed(NOISING_FIXED)
     if (folder / PREPROCESSING).is_file():
         JsonFile(folder / PREPROCESSING).fixed(_preprocessing(vision))
-    if width != 2 * vision.projection_dim or unet.in_channels != vae.latent_channels:
-        raise WeightError(
-            f"{folder}: the UNet has {unet.in_channels} input channels and classes of width {width}"
-            f", not {vae.latent_channels} and {2 * vision.projection_dim}, twice the image "
-            "encoder's")
-    return vision
+    width = config.unet.projection_class_embeddings_input_dim
+    if width != 2 * vision.projection_dim:
+        raise WeightError(f"{folder}: the UNet is told classes of width {width}, not twice the "
+                          f"image encoder's {vision.projection_dim}")
+    usual = SD2_UNCLIP_H
+    return replace(config, vision=vision, max_noise_level=usual.max_noise_level,
+                   num_inference_steps=usual.num_inference_steps,
+                   guidance_scale=usual.guidance_scale)
 
 
 def written(vision: VisionConfig) -> dict[str, dict]:

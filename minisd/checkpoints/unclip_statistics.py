@@ -6,25 +6,25 @@ The original code has them, if at all, in a file of their own. That of minisd.sa
 from dataclasses import replace
 from pathlib import Path
 
-from minisd.checkpoints import layouts, names_vision
+from minisd.checkpoints import names_vision, parts
 from minisd.checkpoints.folder import STEMS, part_tensors
 from minisd.checkpoints.found import Found, Group
-from minisd.config import VIT_H
+from minisd.config import VIT_H, Config
 
 PART = "image_normalizer"
 
 
-def with_statistics(found: Found, folder: Path | None) -> Found:
-    """A single file with what it lacks: with the statistics of the caller's ``folder``, if it has
-    them; as it is for ViT-H/14, of which they are 0 and 1; else without the part, and without noise
-    above level 0."""
+def with_statistics(found: Found, given: Config | Path | None) -> Found:
+    """A single file with what it lacks: with the statistics of the folder that was ``given``, if it
+    has them; as it is for ViT-H/14, of which they are 0 and 1; else without the part, and with no
+    noise above level 0."""
     (group,) = found.groups
     if PART not in group.rows or not names_vision.NORMALIZER.keys().isdisjoint(group.tensors):
         return found
     groups = [group._replace(rows={p: rows for p, rows in group.rows.items() if p != PART})]
-    if folder is not None and any((folder / PART).glob("*.safetensors")):
-        own = layouts.folder(found.config)[PART]
-        groups.append(Group(part_tensors(folder / PART, STEMS[PART]), {PART: own}, {"": PART}))
+    if isinstance(given, Path) and any((given / PART).glob("*.safetensors")):
+        own = parts.folder(found.config)[PART]
+        groups.append(Group(part_tensors(given / PART, STEMS[PART]), {PART: own}, {"": PART}))
     elif found.config.vision != VIT_H:
         return found._replace(config=replace(found.config, max_noise_level=0), groups=groups)
     return found._replace(groups=groups)
