@@ -45,10 +45,16 @@ def official_shapes(config: Config) -> dict[str, Shapes]:
     unet = manifest("v1_unet") | ({} if old else manifest("v2_unet_differences"))
     unet["input_blocks.0.0.weight"] = (320, config.unet.in_channels, 3, 3)
     text = "cond_stage_model.transformer." if old else "cond_stage_model.model."
+    more = {}
+    if config.vision is not None:
+        letter = "h" if config.vision.hidden_act == "gelu" else "l"
+        unet |= manifest(f"unclip_{letter}_unet_differences")
+        more["image_encoder"] = _prefixed("embedder.model.", manifest(f"clip_{letter}_vision"))
     return {
         "text_encoder": _prefixed(text, manifest("v1_text" if old else "v2_text")),
         "unet": _prefixed("model.diffusion_model.", unet),
         "vae": _prefixed("first_stage_model.", manifest("vae")),
+        **more,
     }
 
 

@@ -67,7 +67,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)             # (B, L, D)
-        return self.out_proj(self.ops.attention(q, k, v, self.heads, self.causal))
+        # By its name: the kernel's fifth argument is another one.
+        return self.out_proj(self.ops.attention(q, k, v, self.heads, causal=self.causal))
 
 
 class MLP(nn.Module):

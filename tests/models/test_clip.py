@@ -43,6 +43,16 @@ def test_every_module(act, ops, dtype, bound):
     assert error(ours(random_ids()), official(random_ids()).last_hidden_state) <= bound
 
 
+def test_the_ops_are_told_by_name_that_attention_is_causal():
+    """The kernel's fifth argument is the scale, which would be True, that is 1."""
+    def attention(q, k, v, heads, scale=None, *, causal=False):
+        assert scale is None
+        return TORCH.attention(q, k, v, heads, causal)
+
+    ours, official = pair("gelu", replace(TORCH, attention=attention), torch.float64)
+    assert error(ours(random_ids()), official(random_ids()).last_hidden_state) <= 1e-10
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 76])
 def test_fewer_tokens_than_positions(tokens):
     ours, official = pair("gelu", TORCH, torch.float64)
