@@ -51,8 +51,8 @@ def activations(
 
     if (tower := config.vision) is not None:  # one image at a time, see models/clip_vision.py
         tokens = 1 + (tower.image_size // tower.patch_size) ** 2
-        seen = itemsize * tokens * 4 * (tower.intermediate_size + tower.hidden_size)
-        text = max(text, seen + scores * tower.num_attention_heads * tokens**2)
+        text = max(text, itemsize * tokens * 4 * tower.intermediate_size,
+                   scores * tower.num_attention_heads * tokens**2)
 
     unet = count * (1 + guided) * (
         itemsize * _unet_channels(config.unet) * h * w + scores * _unet_scores(config.unet, h * w))

@@ -52,9 +52,9 @@ class StableDiffusion:
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, text_encoder: TextEncoder,
-                 unet: UNet, vae: VAE, image_encoder: VisionTower | None = None,
-                 image_normalizer: ImageNormalizer | None = None,
-                 backend: Backend = Backend(TORCH)):
+                 unet: UNet, vae: VAE, backend: Backend = Backend(TORCH),
+                 image_encoder: VisionTower | None = None,
+                 image_normalizer: ImageNormalizer | None = None):
         self.config, self.tokenizer, self.backend = config, tokenizer, backend
         self.safety_checker: Callable[..., list[bool]] | None = None
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
@@ -108,9 +108,9 @@ class StableDiffusion:
         and size: a path, an image in grey, or an array or a tensor of one map or of one for each
         image; alone, or with an ``image`` to start from. An upscaling model makes ``image`` 4 times
         as wide and high; ``noise_level``, 0 to 350, is how much of its detail may be redrawn (20).
-        An unCLIP model draws variations of ``image``, which may do without a prompt;
-        ``noise_level``, 0 to 999, is how far they may be from it (0). ``image_embeds``, (D,) or one
-        row each, are `vision`'s of images instead, or a mixture of such.
+        An unCLIP model draws variations of ``image``, also without a prompt; ``noise_level``, 0 to
+        999, is how far they may be from it (0). ``image_embeds`` instead: what `vision` makes of
+        images, or a mixture of that, (D,), or one row for each prompt or image.
 
         ``callback_on_step_end(sd, step, t, {"latents": x})`` may return {"latents": another x}.
         ``progress``: whether to draw a bar; None draws one on a terminal only.
@@ -203,21 +203,22 @@ class StableDiffusion:
                  "image_encoder": self.image_encoder, "image_normalizer": self.image_normalizer}
         return {name: part for name, part in parts.items() if part is not None}
 
+    @memory.explained()
     @torch.no_grad()
     def vision(
         self, source: images.Source | Sequence[images.Source] | Tensor | np.ndarray
     ) -> Tensor:
-        """Images, as images.open_images takes them -> CLIP's embeddings (B, D), as they are.
+        """CLIP's embeddings (B, D) of images, not of length 1; for an unCLIP model.
 
-        They mix: ``sd(image_embeds=0.7 * sd.vision("a.png") + 0.3 * sd.vision("b.png"))``.
+        They can be mixed: ``sd(image_embeds=0.7 * sd.vision("a.png") + 0.3 * sd.vision("b.png"))``.
+        Takes and raises what `images.open_images` does; ValueError for a model without the encoder.
         """
         if self.image_encoder is None or self.config.vision is None:
-            raise ValueError("this model has no image encoder: unCLIP models have one")
-        seen = [images.to_clip(each, self.config.vision.image_size)
-                for each in images.open_images(source)]                      # each (1, 3, 224, 224)
-        wide = torch.promote_types(self.dtype, torch.float32)
-        embeds = [self.image_encoder(x.to(self.device, wide)) for x in seen]
-        return _finite(torch.cat(embeds), "the image encoder")               # (B, D)
+            raise ValueError("this model has no image encoder, which unCLIP models have")
+        side, wide = self.config.vision.image_size, torch.promote_types(self.dtype, torch.float32)
+        seen = [images.to_clip(each, side) for each in images.open_images(source)]
+        embeds = torch.cat([self.image_encoder(x.to(self.device, wide)) for x in seen])  # (B, D)
+        return _finite(embeds, "the image encoder")
 
     @property
     def device(self) -> torch.device:

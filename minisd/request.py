@@ -15,7 +15,7 @@ from torch import Tensor
 from minisd import checks, tasks
 from minisd.config import Config
 from minisd.depth_maps import open_depth_map
-from minisd.images import open_image, open_mask
+from minisd.images import check_for_clip, open_image, open_mask
 from minisd.samplers import SAMPLERS, Named, schedule
 from minisd.samplers.sampler import Sampler
 from minisd.samplers.schedule import Ladder
@@ -84,6 +84,8 @@ class Request:
             chosen.spacing, steps, schedule.alphas_cumprod(config.schedule).tolist())
         noise_level = tasks.noise_level(self.noise_level, config)
         image = None if self.image is None else open_image(self.image)
+        if image is not None and config.vision is not None:
+            check_for_clip(image)
         depth_map = _depth_maps(self.depth_map, count, count * copies)
         image_embeds = _one_each("image_embeds", image_embeds, count, count * copies)
         maps = None if depth_map is None else tasks.Sides(*depth_map.shape[1:])

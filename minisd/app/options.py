@@ -84,8 +84,9 @@ def _drawing_parser() -> Parser:
            " kept")
     option("--strength", type=_number(float, lambda s: 0 < s <= 1, "above 0 and at most 1"),
            help="how far to leave --image (default: 0.8; with --mask 1)")
-    option("--noise-level", type=int, metavar="N", help="noise on what the model is shown of"
-           " --image: how far an unCLIP model may leave it, from 0 to 999 (default: 0)")
+    option("--noise-level", type=_number(int, lambda n: n >= 0, "0 or more"), metavar="N",
+           help="for an unCLIP model: how far its variations may be from --image, 0 to 999"
+           " (default: 0)")
     option("--guidance-rescale", metavar="SHARE", type=_number(
         float, lambda r: 0 <= r <= 1, "from 0 to 1"),
         help="how much of the contrast that guidance adds is taken back; 0.7 for models of zero"

@@ -48,10 +48,8 @@ def augmented(embedding: Tensor, mean: Tensor, std: Tensor, level: int, noise: T
 
 
 def start(given: Given) -> Start:
-    """From noise; each image has its own noise of the embedding, which is drawn first.
-
-    In diffusers all images of an image share that noise.
-    """
+    """From noise; before, each image draws noise for the embedding (in diffusers the images of a
+    prompt share it)."""
     plan, like = given.plan, given.noise.like
     assert plan.noise_level is not None
     embeds = given.embed(plan.image) if plan.image is not None else plan.image_embeds

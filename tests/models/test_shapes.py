@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from PIL import Image
-from reference_models import SMALL, randn, small_model
+from reference_models import SMALL, SMALL_UNCLIP, randn, small_model
 
 import minisd
 from minisd.conditioning.depth import normalised
@@ -185,6 +185,7 @@ def test_the_loop():
         model(["a heart", "a boat"], output_type="np", guidance_scale=1.0, **call)
         with pytest.raises(ArithmeticError):
             broken("a heart", **call)
+        small_model(SMALL_UNCLIP)(image=grey["image"], **call)
         depth("a heart", depth_map=randn(5, 7), **call)
         upscaler(image=grey["image"], num_inference_steps=2)
         prepared(grey["image"])

@@ -3,6 +3,8 @@
 Every case runs both with the same weights and seeds, in float64.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,9 @@ from reference_models import (
 )
 
 from minisd import images
+from minisd.backends import Backend
+from minisd.errors import ImageError
+from minisd.models.ops import TORCH
 from minisd.request import Request
 
 BOUND = 1e-10
@@ -112,6 +117,19 @@ def test_seeds_make_the_same_image_alone_and_in_a_batch():
     assert error(together[:1], theirs(**call | {"image": SEEN})) <= BOUND
 
 
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_the_fused_model_draws_the_same(scale):
+    """And the class vectors, which differ from row to row, go with their images."""
+    pytest.importorskip("triton")
+    fused = copy.copy(sd())
+    fused.backend = Backend(TORCH, fused=True, asked=(TORCH, True))
+    assert fused._fused() is not None
+    call = dict(image_embeds=EMBEDS, num_images_per_prompt=2, noise_level=300, eta=0.5,
+                guidance_scale=scale, seed=7)
+    assert error(fused(**CALL | call).images, sd()(**CALL | call).images) <= BOUND
+    assert {call.took for call in fused.coverage()} == {"torch"}
+
+
 # --- what diffusers does otherwise
 
 
@@ -167,6 +185,12 @@ def test_its_embeddings_must_be_as_many_as_the_prompts(seeds, call):
 def test_what_is_rejected(call, words):
     with pytest.raises(ValueError, match=words):
         sd()(**call)
+
+
+def test_an_absurdly_long_image_is_rejected_before_any_work(monkeypatch):
+    monkeypatch.setattr(sd().text_encoder, "forward", lambda *_: pytest.fail("a model was run"))
+    with pytest.raises(ImageError, match="2049x1 pixels is too long for CLIP"):
+        sd()("a", image=Image.new("L", (2049, 1)))
 
 
 @pytest.mark.parametrize("value", [EMBEDS.numpy(), EMBEDS.long(), 3, [EMBEDS]])
