@@ -27,6 +27,8 @@ KINDS = {
     "depth": Kind(lambda n: 1),
     # The small image in colours, and how much noise was added to it.
     "upscaling": Kind(lambda n: 3, "num_class_embeds", in_tiles=True),
+    # What an image is like, and how much noise was added to that.
+    "image variation": Kind(lambda n: 0, "projection_class_embeddings_input_dim"),
 }
 CLASSES = ("num_class_embeds", "projection_class_embeddings_input_dim")
 
@@ -153,6 +155,10 @@ class Config:
     noise_level: int = 0
     max_noise_level: int = 0
     depth: DPTConfig | None = None  # a depth model's estimator, if it has one
+    # The tower that sees the image of which variations are made, and how many values the mean and
+    # the standard deviation of its embeddings have, if they are known.
+    vision: VisionConfig | None = None
+    normalizer_dim: int | None = None
 
     @property
     def kind(self) -> str:
@@ -241,4 +247,24 @@ X4_UPSCALER = Config(
     max_noise_level=350,
     num_inference_steps=75,
     guidance_scale=9.0,
+)
+
+# Stability-AI/stablediffusion, v2-1-stable-unclip-h-inference.yaml and -l-: an image's embedding
+# and the embedding of its noise level, side by side.
+SD2_UNCLIP_H = replace(
+    SD2_V,
+    name="Stable Diffusion 2 unCLIP H",
+    unet=replace(SD2.unet, projection_class_embeddings_input_dim=2 * VIT_H.projection_dim),
+    vision=VIT_H,
+    normalizer_dim=VIT_H.projection_dim,
+    max_noise_level=999,
+    num_inference_steps=20,
+    guidance_scale=10.0,
+)
+SD2_UNCLIP_L = replace(
+    SD2_UNCLIP_H,
+    name="Stable Diffusion 2 unCLIP L",
+    unet=replace(SD2.unet, projection_class_embeddings_input_dim=2 * VIT_L.projection_dim),
+    vision=VIT_L,
+    normalizer_dim=VIT_L.projection_dim,
 )

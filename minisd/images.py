@@ -147,6 +147,14 @@ def _grid(image: Image.Image, mode: str, width: int, height: int) -> "Tensor":
     return grid.reshape(1, height, width, -1).permute(0, 3, 1, 2).contiguous()
 
 
+def check_for_clip(image: Image.Image) -> Image.Image:
+    """The image; ImageError for one that ``to_clip`` does not take, for its length."""
+    width, height = image.size
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ImageError(f"an image of {width}x{height} pixels is too long for CLIP: cut it first")
+    return image
+
+
 def to_clip(source: Source, side: int = 224) -> "Tensor":
     """What ``open_image`` takes -> (1, 3, side, side) float32 as CLIP's image tower reads it.
 
@@ -155,11 +163,9 @@ def to_clip(source: Source, side: int = 224) -> "Tensor":
     """
     import torch
 
-    image = open_image(source)
+    image = check_for_clip(open_image(source))
     width, height = image.size
     short = min(width, height)
-    if max(width, height) > MAX_RATIO * short:
-        raise ImageError(f"an image of {width}x{height} pixels is too long for CLIP: cut it first")
     width, height = int(side * width / short), int(side * height / short)  # not rounded
     left, top = (width - side) // 2, (height - side) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC)

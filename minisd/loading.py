@@ -11,6 +11,7 @@ from minisd.checkpoints import checkpoint
 from minisd.checkpoints.tokenizer_folder import read_tokenizer
 from minisd.config import Config
 from minisd.models.clip import TextEncoder
+from minisd.models.clip_vision import ImageNormalizer, VisionTower
 from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import Ops
 from minisd.models.unet import UNet
@@ -68,12 +69,16 @@ def load(
                          backend=backend)
     parts = sd.parts.items()
     for part, module in parts:  # all of them, before any weight is read
-        checkpoint.check(found, part, module)
+        if part in found.parts:
+            checkpoint.check(found, part, module)
     if safety_checker is not None:
         sd.safety_checker = SafetyChecker.load(safety_checker, device, dtype)
     for part, module in parts:
         own = vae_dtype(found.config.vae, dtype) if part == "vae" else dtype
-        checkpoint.fill(found, part, module, own, device)
+        if part in found.parts:
+            checkpoint.fill(found, part, module, own, device)
+        else:
+            module.to(device, own)
         module.eval().requires_grad_(False)
     sd.vae.tile = tile
     return sd
@@ -86,13 +91,23 @@ class Parts(TypedDict):
     unet: UNet
     vae: VAE
     depth_estimator: NotRequired[DepthEstimator]
+    image_encoder: NotRequired[VisionTower]
+    image_normalizer: NotRequired[ImageNormalizer]
 
 
 def build(config: Config, ops: Ops) -> Parts:
-    """The networks of a model without their weights: on torch's "meta" device, no memory used."""
+    """The networks of a model without their weights: on torch's "meta" device, no memory used.
+
+    An image_normalizer has values: those of Stable unCLIP H, of which single files hold none.
+    """
     with torch.device("meta"):
         parts = Parts(text_encoder=TextEncoder(config.text, ops), unet=UNet(config.unet, ops),
                       vae=VAE(config.vae, ops))
         if config.depth is not None:
             parts["depth_estimator"] = DepthEstimator(config.depth, ops)
-        return parts
+        if config.vision is not None:
+            parts["image_encoder"] = VisionTower(config.vision, ops)
+    if config.normalizer_dim is not None:
+        with torch.device("cpu"):
+            parts["image_normalizer"] = ImageNormalizer(config.normalizer_dim)
+    return parts

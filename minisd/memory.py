@@ -53,6 +53,11 @@ def activations(
     text = prompts * itemsize * config.text.max_position_embeddings * 4 * (
         config.text.intermediate_size + config.text.hidden_size)
 
+    if (tower := config.vision) is not None:  # one image at a time, see models/clip_vision.py
+        tokens = 1 + (tower.image_size // tower.patch_size) ** 2
+        text = max(text, itemsize * tokens * 4 * tower.intermediate_size,
+                   scores * tower.num_attention_heads * tokens**2)
+
     part = h * w if tile is None else min(h, tile) * min(w, tile)
     seen = part if config.unet_in_tiles else h * w
     unet = count * (1 + guided) * (

@@ -13,7 +13,7 @@ B images, H W height and width in pixels, h w of the latent, D width of the cont
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -33,6 +33,7 @@ from minisd.config import Config
 from minisd.depth_maps import prepared
 from minisd.errors import warn
 from minisd.models.clip import TextEncoder
+from minisd.models.clip_vision import ImageNormalizer, VisionTower
 from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import REFERENCE, TORCH
 from minisd.models.tiles import tiled_unet
@@ -49,17 +50,21 @@ class StableDiffusion:
     """A text encoder, a UNet and a VAE that were trained together, ready to be called.
 
     The parts are attributes (config, tokenizer, text_encoder, unet, vae) and work on their own.
-    ``depth_estimator`` is None but in a depth model. ``safety_checker`` is None, or what tells for
-    each of a call's images whether it is flagged.
+    ``depth_estimator`` is None but in a depth model; ``image_encoder`` and ``image_normalizer`` are
+    None but in an unCLIP model. ``safety_checker`` is None, or what tells for each of a call's
+    images whether it is flagged.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, text_encoder: TextEncoder,
                  unet: UNet, vae: VAE, backend: Backend = Backend(TORCH),
-                 depth_estimator: DepthEstimator | None = None):
+                 depth_estimator: DepthEstimator | None = None,
+                 image_encoder: VisionTower | None = None,
+                 image_normalizer: ImageNormalizer | None = None):
         self.config, self.tokenizer, self.backend = config, tokenizer, backend
         self.safety_checker: Callable[..., list[bool]] | None = None
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
         self.depth_estimator = depth_estimator
+        self.image_encoder, self.image_normalizer = image_encoder, image_normalizer
         self._loaded = (unet, vae, vae.decoder)
         self._repacked = Repacked()
 
@@ -75,6 +80,7 @@ class StableDiffusion:
         negative_prompt_embeds: Tensor | None = None,
         image: Picture = None, mask_image: Picture = None, strength: float | None = None,
         depth_map: Maps = None, noise_level: int | None = None,
+        image_embeds: Tensor | None = None,
         output_type: str = "pil", callback_on_step_end: Callback | None = None,
         progress: bool | None = None,
     ) -> Output:
@@ -109,6 +115,9 @@ class StableDiffusion:
         image; alone, or with an ``image`` to start from. If it is not given, the method
         ``depth_map`` makes it of ``image``. An upscaling model makes ``image`` 4 times
         as wide and high; ``noise_level``, 0 to 350, is how much of its detail may be redrawn (20).
+        An unCLIP model draws variations of ``image``, also without a prompt; ``noise_level``, 0 to
+        999, is how far they may be from it (0). ``image_embeds`` instead: what `vision` makes of
+        images, or a mixture of that, (D,), or one row for each prompt or image.
 
         ``callback_on_step_end(sd, step, t, {"latents": x})`` may return {"latents": another x}.
         ``progress``: whether to draw a bar; None draws one on a terminal only.
@@ -157,7 +166,8 @@ class StableDiffusion:
             context = torch.cat([uncond, context])                           # (2B, 77, D)
         _finite(context, "the text encoder")
         noise = Noise(r.generators, like)
-        x, extra, keep, class_vector = start(Given(r, noise, self._encode, self.depth_map))
+        x, extra, keep, class_vector = start(Given(
+            r, noise, self._encode, self.depth_map, self.vision, self.image_normalizer))
         unet: Callable[..., Tensor] = self.unet
         fused, tile = self._fused(), self.vae.tile
         if r.config.unet_in_tiles and tile is not None and max(r.shape[2:]) > tile:
@@ -201,7 +211,8 @@ class StableDiffusion:
     def parts(self) -> dict[str, nn.Module]:
         """The networks, by name."""
         parts = {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae,
-                 "depth_estimator": self.depth_estimator}
+                 "depth_estimator": self.depth_estimator, "image_encoder": self.image_encoder,
+                 "image_normalizer": self.image_normalizer}
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
@@ -311,6 +322,23 @@ class StableDiffusion:
         x = prepared(images.open_image(image))                               # (1, 3, H', W')
         x = x.to(self.device, torch.promote_types(self.dtype, torch.float32))
         return _finite(self.depth_estimator(x), "the depth estimator")       # (1, H', W')
+
+    @memory.explained()
+    @torch.no_grad()
+    def vision(
+        self, source: images.Source | Sequence[images.Source] | Tensor | np.ndarray
+    ) -> Tensor:
+        """CLIP's embeddings (B, D) of images, not of length 1; for an unCLIP model.
+
+        They can be mixed: ``sd(image_embeds=0.7 * sd.vision("a.png") + 0.3 * sd.vision("b.png"))``.
+        Takes and raises what `images.open_images` does; ValueError for a model without the encoder.
+        """
+        if self.image_encoder is None or self.config.vision is None:
+            raise ValueError("this model has no image encoder, which unCLIP models have")
+        side, wide = self.config.vision.image_size, torch.promote_types(self.dtype, torch.float32)
+        seen = [images.to_clip(each, side) for each in images.open_images(source)]
+        embeds = torch.cat([self.image_encoder(x.to(self.device, wide)) for x in seen])  # (B, D)
+        return _finite(embeds, "the image encoder")
 
     @memory.explained()
     @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 from minisd import checks, tasks
 from minisd.config import Config
 from minisd.depth_maps import normalised, open_depth_map
-from minisd.images import open_image, open_mask
+from minisd.images import check_for_clip, open_image, open_mask
 from minisd.samplers import SAMPLERS, Named, schedule
 from minisd.samplers.sampler import Sampler
 from minisd.samplers.schedule import Ladder
@@ -60,6 +60,7 @@ class Request:
     strength: float | None = None
     depth_map: Maps = None
     noise_level: int | None = None
+    image_embeds: Tensor | None = None
     output_type: str = "pil"
     callback_on_step_end: Callback | None = None
     progress: bool | None = None
@@ -67,7 +68,10 @@ class Request:
     def plan(self, config: Config) -> "Plan":
         """The plan that carries this out with a model, or one TypeError, ValueError or OSError."""
         f, trained = config.vae.downscale, config.schedule.num_train_timesteps
-        count, prompts, negative_prompts = _prompts(self, config)
+        tasks.check(config, {name for name in tasks.OPTIONS if getattr(self, name) is not None})
+        image_embeds = _image_embeds(self.image_embeds, config)
+        unsaid = 1 if image_embeds is None else len(image_embeds)
+        count, prompts, negative_prompts = _prompts(self, config, unsaid)
         copies = checks.integer("num_images_per_prompt", self.num_images_per_prompt, 1, 10_000)
         steps = checks.integer("num_inference_steps", _or(
             self.num_inference_steps, config.num_inference_steps), 1, trained)
@@ -78,10 +82,12 @@ class Request:
         row = SAMPLERS[chosen.sampler]
         ladder = row.ladder(
             chosen.spacing, steps, schedule.alphas_cumprod(config.schedule).tolist())
-        tasks.check(config, {name for name in tasks.OPTIONS if getattr(self, name) is not None})
         noise_level = tasks.noise_level(self.noise_level, config)
         image = None if self.image is None else open_image(self.image)
+        if image is not None and config.vision is not None:
+            check_for_clip(image)
         depth = _depth_maps(self.depth_map, count, count * copies)
+        image_embeds = _one_each("image_embeds", image_embeds, count, count * copies)
         maps = None if depth is None else tasks.Sides(*depth.shape[1:])
         height, width = tasks.size(self.height, self.width, config, image or maps)
         begins = image is not None and "strength" in tasks.takes(config).arguments
@@ -104,7 +110,7 @@ class Request:
             guided=guidance_scale != 1.0 and config.unet.time_cond_proj_dim is None,
             guidance_scale=guidance_scale, guidance_rescale=rescale, chosen=chosen, ladder=ladder,
             sampler=sampler_on(ladder, chosen, config), strength=strength, image=image,
-            mask_image=mask_image, noise_level=noise_level,
+            mask_image=mask_image, noise_level=noise_level, image_embeds=image_embeds,
             depth_map=None if depth is None else normalised(depth, shape[2:]),
             generators=generators,
             seeds=known_seeds(generators) if self.latents is None else [None] * len(generators),
@@ -161,6 +167,7 @@ class Plan:
     mask_image: Image | None
     depth_map: Tensor | None     # (1 or B, 1, h, w) in [-1, 1], float64
     noise_level: int | None
+    image_embeds: Tensor | None  # (1 or B, D)
     generators: list[torch.Generator]
     seeds: list[int | None]      # None where a seed alone does not make the image again
     latents: Tensor | None
@@ -194,14 +201,18 @@ def _or(value: object, default: object) -> object:
     return default if value is None else value
 
 
-def _prompts(r: Request, config: Config) -> tuple[int, list[str] | None, list[str] | None]:
-    """How many prompts there are, and their texts: None where embeddings are given instead."""
+def _prompts(r: Request, config: Config,
+             unsaid: int) -> tuple[int, list[str] | None, list[str] | None]:
+    """How many prompts there are, and their texts: None where embeddings are given instead.
+
+    ``unsaid``: how many empty ones there are without any, where a model does without.
+    """
     shape = (config.text.max_position_embeddings, config.text.hidden_size)
     count = _embeddings("prompt_embeds", r.prompt_embeds, shape)
     there = _embeddings("negative_prompt_embeds", r.negative_prompt_embeds, shape)
     texts = r.prompt
     if texts is None and count is None and not tasks.takes(config).prompt:
-        texts = ""
+        texts = [""] * unsaid
     if (texts is None) == (count is None):
         raise ValueError("give either prompt or prompt_embeds")
     if there is not None and r.negative_prompt:
@@ -220,14 +231,15 @@ def _prompts(r: Request, config: Config) -> tuple[int, list[str] | None, list[st
     return count, prompts, negative_prompts
 
 
-def _embeddings(name: str, value: object, shape: tuple[int, int]) -> int | None:
-    """How many prompts the embeddings are of; None without any."""
+def _embeddings(name: str, value: object, shape: tuple[int, ...],
+                what: str = "prompts") -> int | None:
+    """How many prompts, or what else, the embeddings are of; None without any."""
     if value is None:
         return None
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor")
     if value.shape[1:] != shape or len(value) == 0:
-        raise ValueError(f"{name} must be (prompts, {shape[0]}, {shape[1]}), "
+        raise ValueError(f"{name} must be ({what}, {', '.join(map(str, shape))}), "
                          f"not {tuple(value.shape)}")
     if not value.isfinite().all():
         raise ValueError(f"{name} holds values that are not finite")
@@ -244,9 +256,26 @@ def _depth_maps(value: object, count: int, images: int) -> Tensor | None:
     if value is None:
         return None
     maps = open_depth_map(value)  # type: ignore[arg-type]
-    if len(maps) not in (1, count, images):
-        raise ValueError(f"there are {images} images but {len(maps)} depth maps")
-    return maps if len(maps) == 1 else maps.repeat_interleave(images // len(maps), dim=0)
+    return _one_each("depth maps", maps, count, images)
+
+
+def _image_embeds(value: object, config: Config) -> Tensor | None:
+    """Embeddings of images (n, D); one may be given as (D,)."""
+    if value is None or config.vision is None:
+        return None
+    value = value[None] if isinstance(value, Tensor) and value.dim() == 1 else value
+    _embeddings("image_embeds", value, (config.vision.projection_dim,), "images")
+    return value  # type: ignore[return-value]
+
+
+def _one_each(name: str, rows: Tensor | None, count: int, images: int) -> Tensor | None:
+    """Rows, of which there is one for all or for each of ``count`` prompts or ``images`` -> one for
+    all or for each image."""
+    if rows is None or len(rows) == 1:
+        return rows
+    if len(rows) not in (count, images):
+        raise ValueError(f"there are {images} images but {len(rows)} {name}")
+    return rows.repeat_interleave(images // len(rows), dim=0)
 
 
 def _check_latents(value: object, shape: tuple[int, ...]) -> Tensor:

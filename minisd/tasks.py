@@ -33,10 +33,12 @@ TAKES = {
     "inpainting": Takes(DRAWN, all_of=("image", "mask_image")),
     "depth": Takes(("image", "strength", "depth_map"), one_of=("depth_map", "image")),
     "upscaling": Takes(("image", "noise_level"), all_of=("image",), prompt=False),
+    "image variation": Takes(("image", "image_embeds", "noise_level"),
+                             one_of=("image", "image_embeds"), prompt=False),
 }
 # What the command line calls them.
 OPTIONS = {"image": "--image", "mask_image": "--mask", "strength": "--strength",
-           "depth_map": "--depth-map", "noise_level": "--noise-level"}
+           "depth_map": "--depth-map", "noise_level": "--noise-level", "image_embeds": ""}
 
 
 class Sides(NamedTuple):
@@ -66,10 +68,13 @@ def check(config: Config, given: set[str]) -> None:
                          f"{_named(['depth_map'], '')}, with or without an image")
     if row.one_of and not given.intersection(row.one_of):
         raise ValueError(f"this is {a}: give it {_named(row.one_of, 'or')}")
+    if given.issuperset(("image", "image_embeds")):
+        raise ValueError("give either image or image_embeds, not both")
 
 
 def _named(names: tuple[str, ...] | list[str], word: str) -> str:
-    return f"{f' {word} '.join(names)} ({', '.join(OPTIONS[name] for name in names)})"
+    options = ", ".join(filter(None, (OPTIONS[name] for name in names)))
+    return f" {word} ".join(names) + f" ({options})" * bool(options)
 
 
 def strength(
@@ -93,6 +98,10 @@ def noise_level(value: object, config: Config) -> int | None:
     if "noise_level" not in takes(config).arguments:
         return None
     level = config.noise_level if value is None else value
+    if config.vision is not None and config.max_noise_level == 0 and checks.as_number(level):
+        raise ValueError("noise_level must be 0 with this single file, which lacks the mean and "
+                         "standard deviation of CLIP's embeddings: load it with config= (--config)"
+                         ", a diffusers folder of the model with its image_normalizer")
     return checks.integer("noise_level", level, 0, config.max_noise_level)
 
 
@@ -110,6 +119,8 @@ def size(
                              f"makes images {f} times as wide and high as the given one, and "
                              f"{checks.MAX_SIDE} pixels a side at most")
         return f * image.height, f * image.width
+    if config.kind == "image variation":  # the image says what to draw, not how large
+        image = None
     if image is None or (height is not None and width is not None):
         return checks.side("height", height, f, usual), checks.side("width", width, f, usual)
     if height is not None:

@@ -49,14 +49,19 @@ def official_shapes(config: Config) -> dict[str, Shapes]:
     unet["input_blocks.0.0.weight"] = (
         config.unet.block_out_channels[0], config.unet.in_channels, 3, 3)
     text = "cond_stage_model.transformer." if old else "cond_stage_model.model."
-    shapes = {
+    more = {}
+    if config.vision is not None:
+        letter = "h" if config.vision.hidden_act == "gelu" else "l"
+        unet |= manifest(f"unclip_{letter}_unet_differences")
+        more["image_encoder"] = _prefixed("embedder.model.", manifest(f"clip_{letter}_vision"))
+    if config.depth is not None:
+        more["depth_estimator"] = _prefixed("depth_model.model.", manifest("depth"))
+    return {
         "text_encoder": _prefixed(text, manifest("v1_text" if old else "v2_text")),
         "unet": _prefixed("model.diffusion_model.", unet),
         "vae": _prefixed("first_stage_model.", manifest("x4_vae" if upscaler else "vae")),
+        **more,
     }
-    if config.depth:
-        shapes["depth_estimator"] = _prefixed("depth_model.model.", manifest("depth"))
-    return shapes
 
 
 def all_shapes(config: Config) -> Shapes:

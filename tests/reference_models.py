@@ -10,8 +10,18 @@ from importlib import resources
 from unittest.mock import patch
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionDepth2ImgPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionDepth2ImgPipeline,
+    StableDiffusionPipeline,
+    StableUnCLIPImg2ImgPipeline,
+)
 from diffusers.pipelines.stable_diffusion import safety_checker
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+    StableUnCLIPImageNormalizer,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from small_models import (  # noqa: F401 - for the tests
     AUTOENCODER,
@@ -19,6 +29,7 @@ from small_models import (  # noqa: F401 - for the tests
     DEPTH,
     SMALL,
     SMALL_DEPTH,
+    SMALL_UNCLIP,
     SMALL_V,
     SMALL_X4,
     SMALL_ZERO,
@@ -40,6 +51,7 @@ from transformers import (
     DPTConfig as OfficialDPTConfig,
     DPTForDepthEstimation,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 
 from bench.models import (
@@ -48,6 +60,7 @@ from bench.models import (
     official_unet,
     official_vae,
 )
+from minisd.conditioning import unclip
 from minisd.config import DPTConfig, ScheduleConfig, VisionConfig
 from minisd.pipeline import StableDiffusion
 from minisd.samplers import schedule
@@ -192,6 +205,32 @@ def official_depth_pipeline(sd: StableDiffusion) -> StableDiffusionDepth2ImgPipe
     return pipeline
 
 
+@cache
+def official_unclip(sd: StableDiffusion) -> StableUnCLIPImg2ImgPipeline:
+    """diffusers' pipeline of Stable unCLIP with the weights of our model."""
+    vision, plain = sd.config.vision, official_pipeline(StableDiffusionPipeline, sd)
+    noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    noising.alphas_cumprod = unclip.alphas_cumprod()  # theirs is in float32
+    pipeline = StableUnCLIPImg2ImgPipeline(
+        vae=plain.vae, text_encoder=plain.text_encoder, tokenizer=plain.tokenizer, unet=plain.unet,
+        scheduler=plain.scheduler, image_noising_scheduler=noising,
+        feature_extractor=CLIPImageProcessorPil(
+            size={"shortest_edge": vision.image_size},
+            crop_size={"height": vision.image_size, "width": vision.image_size}),
+        image_encoder=with_weights(official_vision_tower(vision), sd.image_encoder),
+        image_normalizer=official_normalizer(sd.image_normalizer),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def official_normalizer(ours: nn.Module) -> StableUnCLIPImageNormalizer:
+    """diffusers' mean and standard deviation of embeddings, whose own ``to`` takes no dtype."""
+    official = StableUnCLIPImageNormalizer(ours.mean.shape[1])
+    official.load_state_dict(ours.state_dict(), assign=True)
+    return official
+
+
 def record(model: nn.Module, *args) -> dict[str, Tensor]:
     """The output of every module inside ``model`` in one forward pass, by name."""
     seen = {}
@@ -226,6 +265,7 @@ def draw_noise_in_float32(monkeypatch, *more: dict) -> None:
     folder = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
     for module in (folder, f"{folder}_img2img", f"{folder}_inpaint", f"{folder}_depth2img",
                    f"{folder}_upscale",
+                   "diffusers.pipelines.stable_diffusion.pipeline_stable_unclip_img2img",
                    "diffusers.models.autoencoders.vae", "diffusers.schedulers.scheduling_ddim"):
         monkeypatch.setattr(f"{module}.randn_tensor", drawn)
     for names in more:

@@ -21,6 +21,7 @@ from minisd.config import (
     VisionConfig,
 )
 from minisd.models.clip import TextEncoder
+from minisd.models.clip_vision import ImageNormalizer, VisionTower
 from minisd.models.dpt import DepthEstimator
 from minisd.models.ops import TORCH, Ops
 from minisd.models.unet import UNet
@@ -56,6 +57,12 @@ SMALL_V = replace(
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
 SMALL_DEPTH = replace(SMALL, unet=replace(DENOISER, in_channels=5), depth=DEPTH)
+SMALL_UNCLIP = replace(
+    SMALL_V,
+    unet=replace(SMALL_V.unet, projection_class_embeddings_input_dim=2 * VISION.projection_dim),
+    vision=replace(VISION, hidden_act="gelu"), normalizer_dim=VISION.projection_dim,
+    max_noise_level=999, num_inference_steps=20, guidance_scale=10.0,
+)
 # Zero terminal SNR, with the spacing that it needs.
 SMALL_ZERO = replace(SMALL_V, schedule=replace(
     SMALL_V.schedule, rescale_betas_zero_snr=True, timestep_spacing="trailing"))
@@ -91,12 +98,18 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 @cache
 def small_model(config: Config, ops: Ops = TORCH) -> StableDiffusion:
     """A whole model of minisd with random weights, in float64."""
+    more = {}
+    if config.depth is not None:
+        more["depth_estimator"] = randomise(DepthEstimator(config.depth, ops))
+    if config.vision is not None:
+        more["image_encoder"] = randomise(VisionTower(config.vision, ops), 4)
+        more["image_normalizer"] = randomise(ImageNormalizer(config.vision.projection_dim), 5)
+        more["image_normalizer"].std.exp_()
     return StableDiffusion(
         config, Tokenizer.clip(config.text.pad_token_id),
         text_encoder=randomise(TextEncoder(config.text, ops), 1),
         unet=randomise(UNet(config.unet, ops), 2), vae=randomise(VAE(config.vae, ops), 3),
-        backend=Backend(ops, asked=(ops, False)),
-        depth_estimator=config.depth and randomise(DepthEstimator(config.depth, ops)),
+        backend=Backend(ops, asked=(ops, False)), **more,
     )
 
 

@@ -86,8 +86,8 @@ def _drawing_parser() -> Parser:
            help="decode in tiles of N cells of the latent, 64 for 512 pixels in the official"
            " models: less memory, not exact (default: no tiles); an upscaling model, whose cells"
            " are the pixels of --image, draws in tiles too")
-    option("--image", help="an image to start from; without --size its own size is kept."
-           " An upscaling model makes it 4 times as wide and high")
+    option("--image", help="an image to start from; without --size its own size is kept. An"
+           " upscaling model makes it 4 times as large; an unCLIP model draws variations of it")
     option("--depth-map", metavar="FILE", help="for a depth model: an image in grey, larger is"
            " nearer, of any size and range (default: made of --image)")
     option("--mask", help="where to repaint --image: light is repainted, dark and transparent are"
@@ -95,8 +95,9 @@ def _drawing_parser() -> Parser:
     option("--strength", type=_number(float, lambda s: 0 < s <= 1, "above 0 and at most 1"),
            help="how far to leave --image (default: 0.8; with --mask 1)")
     option("--noise-level", type=_number(int, lambda n: n >= 0, "0 or more"), metavar="N",
-           help="for an upscaling model: how much noise is added to --image first, 0 to 350; more"
-           " redraws more of its detail (default: 20)")
+           help="how much noise is added to what the model is shown of --image. An upscaling model:"
+           " 0 to 350, more redraws more detail (default: 20); an unCLIP model: 0 to 999, more is"
+           " less like it (default: 0)")
     option("--guidance-rescale", metavar="SHARE", type=_number(
         float, lambda r: 0 <= r <= 1, "from 0 to 1"),
         help="how much of the contrast that guidance adds is taken back; 0.7 for models of zero"
@@ -130,7 +131,7 @@ def explaining_parser() -> Parser:
 
 def _say_what(option: Callable[..., Any]) -> None:
     """Declare what is drawn, and by which model."""
-    option("prompt", help="what to draw, in quotes")
+    option("prompt", help='what to draw, in quotes; "" for nothing')
     option("-m", "--model", help="a .safetensors file, a diffusers folder, or the NAME that"
            " `minisd download` has fetched (default: the shipped tiny model)")
     option("--config", metavar="FOLDER", help=CONFIG_HELP)

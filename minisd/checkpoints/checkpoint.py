@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minisd.checkpoints import hub, parts
+from minisd.checkpoints import hub, names_vision, parts
 from minisd.checkpoints.folder import read_folder, read_stand_alone_vae
 from minisd.checkpoints.found import Group
 from minisd.checkpoints.recognise import read_file
 from minisd.checkpoints.safetensors_file import DTYPES, StoredTensor, read_tensor
+from minisd.checkpoints.unclip_statistics import with_statistics
 from minisd.config import PREDICTION_TYPES, Config
 from minisd.errors import WeightError
 from minisd.files import is_address
@@ -75,7 +76,7 @@ def open_checkpoint(
     if not place.is_dir():
         if config is not None and not isinstance(config, Config):
             config = locate(config)
-        found = read_file(place, config, prediction_type)
+        found = with_statistics(read_file(place, config, prediction_type), config)
     elif config is None:
         found = read_folder(place, prediction_type)
     else:
@@ -194,16 +195,17 @@ def _assign(group: Group, config: Config) -> dict[str, dict[str, StoredTensor]]:
     for name, tensor in tensors.items():
         if dropped.fullmatch(name):
             continue
-        part = next((part for prefix, part in prefixes.items() if name.startswith(prefix)), None)
-        if part is None:
+        beside = next((part for prefix, part in prefixes.items() if name.startswith(prefix)), "")
+        if not beside and name not in table:
             unknown.append(tensor)
             continue
-        part, parameters = table.get(name, (part, (name,)))
+        part, parameters = table.get(name, (beside, (name,)))
         for parameter, piece in zip(parameters, tensor.unstack(len(parameters)), strict=True):
             if parameter in places[part]:
                 twice = f"{places[part][parameter].name} and {name}"
                 raise WeightError(f"{tensor.path} has one tensor twice: {twice}")
             linear = part == "vae" and ".attentions." in parameter
+            piece = piece.transpose() if name in names_vision.TRANSPOSED else piece
             places[part][parameter] = _as_linear(piece) if linear else piece
     if unknown:
         rest = _first([tensor.name for tensor in unknown])

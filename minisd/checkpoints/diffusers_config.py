@@ -20,6 +20,8 @@ from minisd.checkpoints.scheduler_config import (
     read_schedule,
     schedule_of,
 )
+from minisd.checkpoints.unclip_config import read_unclip
+from minisd.checkpoints.vision_config import ACTIVATIONS
 from minisd.config import (
     CLASSES,
     KINDS,
@@ -58,7 +60,7 @@ UNET_FIXED: dict[str, tuple] = {
     **{"encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,)},
 }
 # class_embed_type -> the field that says how many classes the UNet may be told, or how wide one is.
-CLASS_FIELDS = {None: "num_class_embeds"}
+CLASS_FIELDS = {None: "num_class_embeds", "projection": "projection_class_embeddings_input_dim"}
 VAE_FIXED: dict[str, tuple] = {
     **{"act_fn": SILU, "in_channels": (3,), "out_channels": (3,)},
     **{"mid_block_add_attention": (True,), "use_quant_conv": (True,)},
@@ -70,8 +72,6 @@ VAE_FIXED: dict[str, tuple] = {
 # The VAEs of kinds of models that differ in what their files do not say.
 USUAL_VAES = {"upscaling": X4_UPSCALER.vae}
 TEXT_FIXED: dict[str, tuple] = {"layer_norm_eps": (1e-5,)}
-# transformers' names of the two functions.
-ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_python": "gelu"}
 
 
 def read_config(folder: Path) -> Config:
@@ -106,7 +106,8 @@ def _upscaling(folder: Path, config: Config) -> Config:
 
 
 # What the config of a kind of model has more than others.
-OF_KIND: dict[str, Callable[[Path, Config], Config]] = {"upscaling": _upscaling}
+OF_KIND: dict[str, Callable[[Path, Config], Config]] = {
+    "upscaling": _upscaling, "image variation": read_unclip}
 
 
 def _text(folder: Path) -> TextConfig:

@@ -21,6 +21,7 @@ PIPELINES = {
         "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
         "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
     "inpainting": ("StableDiffusionInpaintPipeline",),
+    "image variation": ("StableUnCLIPImg2ImgPipeline",),
     "depth": ("StableDiffusionDepth2ImgPipeline",),
     "upscaling": ("StableDiffusionUpscalePipeline",),
 }

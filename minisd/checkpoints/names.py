@@ -130,7 +130,6 @@ REJECTED = {
     "LoRA weights": r"(^|[._])lora[._]",
     "a ControlNet": r"^(control_model|zero_convs|input_hint_block)\.|controlnet_cond_embedding\.",
     "an SDXL model": r"^conditioner\.embedders\.1\.",
-    "an unCLIP or SDXL model": r"noise_augmentor\.|label_emb\.0\.",
     "a Flux model": r"(double_blocks|single_blocks|single_transformer_blocks)\.0\.",
     "the UNet alone of a diffusers folder (load the whole folder)": r"^time_embedding\.linear_1\.",
     "a UNet alone (give the whole model)": r"^(input_blocks\.0\.0|time_embed\.0)\.",
@@ -141,6 +140,8 @@ REJECTED = {
 REJECTED_INPUTS = {
     8: "an instruct-pix2pix model",
 }
+# And by the width of the class vector that it is told; unCLIP's have 1536 and 2048.
+REJECTED_CLASSES = {2816: "an SDXL model", 2560: "the SDXL refiner"}
 
 
 def unet(config: UNetConfig) -> NameMap:
@@ -243,7 +244,8 @@ def dropped(config: Config) -> re.Pattern:
 
     OpenCLIP's last layer is one: Stable Diffusion 2 reads the output of the layer before it.
     """
-    unused = rf".*\.resblocks\.{config.text.num_hidden_layers}\..*"
+    layer = rf"transformer\.resblocks\.{config.text.num_hidden_layers}\..*"
+    unused = f"({'|'.join(OPENCLIP_PREFIXES)}){layer}"
     return re.compile("|".join((*DROPPED, unused)))
 
 

@@ -24,8 +24,14 @@ ENDS = {
 # Stored as (width, embedding), where the weight of a linear layer is (embedding, width).
 TRANSPOSED = (f"{PREFIX}proj",)
 
-# What the single file holds of CLIP that no image needs. Matches a whole name.
-DROPPED = re.compile(r"embedder\.(mean|std|model\.(?!visual\.).*)|(.*\.)?position_ids")
+# What the single file holds of CLIP and of the embedding's noise that no image needs. Matches a
+# whole name.
+DROPPED = re.compile(
+    r"embedder\.(mean|std|model\.(?!visual\.).*)|(.*\.)?position_ids"
+    r"|noise_augmentor\.(betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*)")
+# The statistics, which the original code has under these names and does not store; minisd does.
+NORMALIZER_PREFIX = "noise_augmentor.data_"
+NORMALIZER: NameMap = {NORMALIZER_PREFIX + name: (name,) for name in ("mean", "std")}
 
 # What the published safety checker has for "vision_model."; transformers 5 writes the latter.
 SAFETY_PREFIX = "vision_model.vision_model."
@@ -38,8 +44,3 @@ def single_file(layers: int) -> NameMap:
         if name.startswith("transformer."):
             rows[PREFIX + name] = tuple(f"vision_model.{parameter}" for parameter in parameters)
     return rows
-
-
-def folder(layers: int) -> NameMap:
-    """The names of a tower in a folder, which are ours."""
-    return {ours: (ours,) for parameters in single_file(layers).values() for ours in parameters}

@@ -9,15 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minisd.checkpoints import depth_folder, names, names_depth
+from minisd.checkpoints import (
+    depth_folder,
+    names,
+    names_depth,
+    names_vision,
+    unclip_config,
+    vision_config,
+)
 from minisd.checkpoints.names import NameMap
 from minisd.config import Config
 
 
 class Part(NamedTuple):
-    """A network that only models of one kind have, and not all of them."""
+    """A network that only models of one kind have."""
 
     kind: str                                 # of these models, in config.KINDS
+    needed: bool                              # whether each of these has it
     field: str                                # of Config: its sizes; None there is a model without
     prefix: str                               # of its tensors in a single file
     single_file: Callable[[Any], NameMap]     # its sizes -> the names of its tensors there
@@ -30,10 +38,25 @@ class Part(NamedTuple):
 
 OPTIONAL = {
     "depth_estimator": Part(
-        "depth", "depth", "depth_model.", names_depth.depth, names_depth.DROPPED,
+        "depth", False, "depth", "depth_model.", names_depth.depth, names_depth.DROPPED,
         {"depth_estimator": ["transformers", "DPTForDepthEstimation"],
          "feature_extractor": ["transformers", "DPTImageProcessor"]},
         "model", depth_folder.read_depth, depth_folder.files),
+    "image_encoder": Part(
+        "image variation", True, "vision", names_vision.PREFIX,
+        lambda vision: names_vision.single_file(vision.num_hidden_layers),
+        names_vision.DROPPED.pattern,
+        {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+         "feature_extractor": ["transformers", "CLIPImageProcessor"],
+         "image_noising_scheduler": ["diffusers", "DDPMScheduler"]},
+        "model", vision_config.read, unclip_config.files),
+    # The mean and standard deviation of what the encoder makes of images. A single file may lack
+    # them, see unclip_statistics.py.
+    "image_normalizer": Part(
+        "image variation", True, "normalizer_dim", names_vision.NORMALIZER_PREFIX,
+        lambda width: names_vision.NORMALIZER, names_vision.DROPPED.pattern,
+        {"image_normalizer": ["stable_diffusion", "StableUnCLIPImageNormalizer"]},
+        "diffusion_pytorch_model", unclip_config.read_normalizer, unclip_config.normalizer_files),
 }
 
 
@@ -65,7 +88,7 @@ def dropped(config: Config) -> re.Pattern:
     """Matches the whole name of a tensor that no image needs, or of a network that is not there."""
     there = optional(config)
     more = [row.dropped if part in there else f"{re.escape(row.prefix)}.*"
-            for part, row in OPTIONAL.items()]
+            for part, row in OPTIONAL.items() if row.kind == config.kind]
     return re.compile("|".join((names.dropped(config).pattern, *more)))
 
 
@@ -73,13 +96,13 @@ def of_folder(config: Config, place: Path) -> Config:
     """The config with the sizes of the optional networks that a folder has."""
     return replace(config, **{
         row.field: row.read(place / part / "config.json") for part, row in OPTIONAL.items()
-        if row.kind == config.kind and (place / part).is_dir()})
+        if row.kind == config.kind and (row.needed or (place / part).is_dir())})
 
 
 def of_file(config: Config, tensors: Collection[str]) -> Config:
     """The config without the optional networks of which a single file has no tensor."""
     return only(config, [part for part, row in OPTIONAL.items()
-                         if any(name.startswith(row.prefix) for name in tensors)])
+                         if row.needed or any(name.startswith(row.prefix) for name in tensors)])
 
 
 def only(config: Config, there: Container[str]) -> Config:

@@ -141,9 +141,9 @@ def _itself(path: Path, own: list[Said]) -> tuple[str, str] | None:
 
 
 def _guess(config: Config, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:
-    unet = config.unet
-    if (unet.cross_attention_dim, unet.in_channels) != (1024, 4) or TELLTALE not in tensors:
-        return config.schedule.prediction_type, "the default, as nothing says otherwise"
+    own, kind = config.schedule.prediction_type, (config.kind, config.unet.cross_attention_dim)
+    if kind != ("text to image", 1024) or TELLTALE not in tensors:
+        return own, "the default, as nothing says otherwise"
     bias = read_tensor(tensors[TELLTALE], torch.float32)
     std = bias.std(correction=0).item()
     guess = "v_prediction" if std > TELLTALE_STD else "epsilon"

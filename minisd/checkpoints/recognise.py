@@ -20,6 +20,8 @@ from minisd.config import (
     SD2,
     SD2_DEPTH,
     SD2_INPAINT,
+    SD2_UNCLIP_H,
+    SD2_UNCLIP_L,
     SD2_V,
     SD_TURBO,
     X4_UPSCALER,
@@ -30,10 +32,12 @@ from minisd.config import (
 from minisd.errors import WeightError
 
 # A row for each official model. A file is the first one whose sizes it has.
-OFFICIAL = (SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT, SD2_DEPTH, X4_UPSCALER)
+OFFICIAL = (
+    SD1, SD2, SD2_V, SD1_INPAINT, SD2_INPAINT, SD2_DEPTH, X4_UPSCALER, SD2_UNCLIP_H, SD2_UNCLIP_L)
 
 UNET = "model.diffusion_model."
 CONV_IN = UNET + "input_blocks.0.0.weight"
+CLASS_KEY = UNET + "label_emb.0.0.weight"
 COND_PROJ = UNET + "time_embed.cond_proj.weight"
 # SD2's is 1024 wide, that of the SDXL refiner, which has the same names, 1280.
 OTHER_OPENCLIP = "conditioner.embedders.0.model.ln_final.weight"
@@ -72,6 +76,8 @@ def reject(path: Path, tensors: Tensors) -> None:
         what = "the SDXL refiner"
     if CONV_IN in tensors and len(tensors[CONV_IN].shape) == 4:
         what = what or names.REJECTED_INPUTS.get(tensors[CONV_IN].shape[1])
+    if CLASS_KEY in tensors and len(tensors[CLASS_KEY].shape) == 2:
+        what = what or names.REJECTED_CLASSES.get(tensors[CLASS_KEY].shape[1])
     if what:
         raise WeightError(f"{path} looks like {what}; minisd loads Stable Diffusion 1 and 2")
     if not any(name.startswith(UNET) for name in tensors):
@@ -83,11 +89,11 @@ def recognise(path: Path, tensors: Tensors) -> Config:
     """The official model of these sizes; WeightError if there is none."""
     for config in OFFICIAL:
         sizes = _sizes(config.unet)
-        if all(name in tensors and tensors[name].shape == sizes[name] for name in sizes):
+        if all(getattr(tensors.get(name), "shape", None) == sizes[name] for name in sizes):
             return _told_the_guidance(path, config, tensors)
     found = " and ".join(
         f"{name} {list(tensors[name].shape)}" if name in tensors else f"no {name}"
-        for name in _sizes(SD1.unet)
+        for name in _sizes(SD1.unet) if name in tensors or name != CLASS_KEY
     )
     raise WeightError(
         f"{path} has {found}, which is no official Stable Diffusion 1 or 2; for a model of other "
@@ -95,14 +101,17 @@ def recognise(path: Path, tensors: Tensors) -> Config:
     )
 
 
-def _sizes(unet: UNetConfig) -> dict[str, tuple[int, ...]]:
-    """The two tensors, and their shapes, that tell this UNet from the other official ones."""
+def _sizes(unet: UNetConfig) -> dict[str, tuple[int, ...] | None]:
+    """The tensors, and their shapes, that tell this UNet from the other official ones; None for one
+    that it does not have."""
     level = unet.has_attention.index(True)
     block = 1 + level * (unet.layers_per_block + 1)  # the first that reads the context
     context_key = f"{UNET}input_blocks.{block}.1.transformer_blocks.0.attn2.to_k.weight"
+    width, n = unet.block_out_channels[0], unet.projection_class_embeddings_input_dim
     return {
-        CONV_IN: (unet.block_out_channels[0], unet.in_channels, 3, 3),
+        CONV_IN: (width, unet.in_channels, 3, 3),
         context_key: (unet.block_out_channels[level], unet.cross_attention_dim),
+        CLASS_KEY: None if n is None else (4 * width, n),
     }
 
 

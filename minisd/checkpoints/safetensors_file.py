@@ -62,6 +62,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     stop: int
+    transposed: bool = False  # whether ``shape`` is reversed, and the values are to be too
 
     def unstack(self, n: int) -> list["StoredTensor"]:
         """The n equal parts along the first axis; a tensor that has none is returned n times."""
@@ -70,6 +71,10 @@ class StoredTensor:
         size, shape = (self.stop - self.start) // n, (self.shape[0] // n, *self.shape[1:])
         starts = (self.start + i * size for i in range(n))
         return [replace(self, shape=shape, start=s, stop=s + size) for s in starts]
+
+    def transpose(self) -> "StoredTensor":
+        """The same matrix, to be read as its transpose."""
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -110,7 +115,8 @@ def read_tensor(
     if stored.dtype not in DTYPES:
         raise WeightError(f"{stored.path}: {stored.name} is {stored.dtype}, not {list(DTYPES)}")
     source, device = DTYPES[stored.dtype], torch.device(device)
-    tensor = torch.empty(stored.shape, dtype=dtype, device=device)
+    shape = stored.shape[::-1] if stored.transposed else stored.shape
+    tensor = torch.empty(shape, dtype=dtype, device=device)
     step = CHUNK // source.itemsize
     direct = dtype == source and device.type == "cpu"
     scratch = torch.empty(0 if direct else min(step, tensor.numel()), dtype=source, device="cpu")
@@ -127,7 +133,7 @@ def read_tensor(
     # Of the result: a float32 weight can be too large for float16.
     if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
         raise WeightError(f"{stored.path}: {stored.name} has NaN or infinity, read as {dtype}")
-    return tensor
+    return tensor.mT.contiguous() if stored.transposed else tensor
 
 
 def _parse_header(data: bytes, path: Path) -> tuple[dict, dict[str, str]]:

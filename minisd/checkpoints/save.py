@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minisd import files
-from minisd.checkpoints import names, parts as networks, prediction
+from minisd.checkpoints import names, names_vision, parts as networks, prediction
 from minisd.checkpoints.folder import CLASSES, PIPELINES, stems
 from minisd.checkpoints.scheduler_config import LOW_RES_SCHEDULER, schedule_fields
 from minisd.checkpoints.tokenizer_folder import write_tokenizer
@@ -47,6 +47,10 @@ def save_model(
         raise ValueError(f"{path}: a file's name must end in .safetensors")
     if os.path.lexists(path):
         raise FileExistsError(f"{path} exists: choose another name")
+    if config.vision is not None and "image_normalizer" not in parts and suffix != ".safetensors":
+        raise ValueError(f"{path}: a folder of an unCLIP model has an image_normalizer, which this "
+                         "model was loaded without: save a .safetensors file, or load it with "
+                         "config= (--config), a folder that has one")
     weights = {part: module.state_dict() for part, module in parts.items()}
     config = networks.only(config, parts)
     size = sum(t.nbytes for tensors in weights.values() for t in tensors.values())
@@ -66,6 +70,8 @@ def original_tensors(config: Config, weights: Weights) -> dict[str, Tensor]:
     for part, rows in networks.single_file(config).items():
         tensors |= _named(rows, weights[part])
     for name, tensor in tensors.items():
+        if name in names_vision.TRANSPOSED:
+            tensors[name] = tensor.mT                                        # (width, embedding)
         if VAE_ATTENTION.fullmatch(name):
             tensors[name] = tensor[:, :, None, None]                         # (C, C, 1, 1)
     return tensors
@@ -125,6 +131,7 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
     attends = ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in unet.has_attention]
     lcm = unet.time_cond_proj_dim is not None
     pipeline = "LatentConsistencyModelPipeline" if lcm else PIPELINES[config.kind][0]
+    classes = unet.projection_class_embeddings_input_dim
     ups = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in unet.has_attention[::-1]]
     files: dict[str, dict] = {
         "model_index.json": {
@@ -169,6 +176,8 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
             "only_cross_attention": unet.only_cross_attention or False,
             "num_class_embeds": unet.num_class_embeds,
             "time_cond_proj_dim": unet.time_cond_proj_dim,
+            "class_embed_type": None if classes is None else "projection",
+            "projection_class_embeddings_input_dim": classes,
         },
         "vae/config.json": {
             "_class_name": "AutoencoderKL",

@@ -1,34 +1,14 @@
-"""A folder with a CLIP image tower, or with the safety checker of Stable Diffusion 1 around one."""
+"""The folder of Stable Diffusion 1's safety checker, which is around a CLIP image tower."""
 
 from pathlib import Path
 
 from minisd.checkpoints import names_vision
-from minisd.checkpoints.diffusers_config import ACTIVATIONS
 from minisd.checkpoints.folder import part_tensors
-from minisd.checkpoints.json_file import MAX_WIDTH, JsonFile
+from minisd.checkpoints.json_file import JsonFile
 from minisd.checkpoints.safetensors_file import StoredTensor
+from minisd.checkpoints.vision_config import read_vision
 from minisd.config import VisionConfig
 from minisd.errors import WeightError
-
-FIXED: dict[str, tuple] = {"layer_norm_eps": (1e-5,), "num_channels": (3,)}
-
-
-def read_vision(file: JsonFile) -> VisionConfig:
-    """The tower that a CLIPVisionConfig's fields describe; WeightError if we have none such."""
-    file.fixed(FIXED)
-    vision = VisionConfig(
-        hidden_size=file.whole("hidden_size", 768, 1, MAX_WIDTH),
-        intermediate_size=file.whole("intermediate_size", 3072, 1, 4 * MAX_WIDTH),
-        num_hidden_layers=file.whole("num_hidden_layers", 12, 1, 100),
-        num_attention_heads=file.whole("num_attention_heads", 12, 1, 512),
-        hidden_act=ACTIVATIONS[file.choice("hidden_act", "quick_gelu", ACTIVATIONS)],
-        image_size=file.whole("image_size", 224, 1, 2048),
-        patch_size=file.whole("patch_size", 32, 1, 2048),
-        projection_dim=file.whole("projection_dim", 512, 1, MAX_WIDTH),
-    )
-    if vision.hidden_size % vision.num_attention_heads:
-        raise file.fault("num_attention_heads", f"divisors of hidden_size {vision.hidden_size}")
-    return vision
 
 
 def read_safety_checker(folder: Path) -> tuple[VisionConfig, dict[str, StoredTensor]]:

@@ -4,12 +4,12 @@ start.py    noise, image to image; the shape that all of these functions have
 inpaint.py  inpainting, with a model trained for it and with any other
 depth.py    the depth of each cell
 upscale.py  a small image, to be made large
-unclip.py   an image's embedding with noise, as Stable unCLIP is told it
+unclip.py   what an image is like: its embedding, with noise
 """
 
 from collections.abc import Callable
 
-from minisd.conditioning import depth, inpaint, upscale
+from minisd.conditioning import depth, inpaint, unclip, upscale
 from minisd.conditioning.start import Given, Start, image_to_image, text_to_image
 from minisd.errors import warn
 
@@ -27,6 +27,7 @@ STARTS: dict[str, Callable[[Given], Start]] = {
     "inpainting": inpaint.by_channels,
     "depth": depth.start,
     "upscaling": upscale.start,
+    "image variation": unclip.start,
 }
 
 

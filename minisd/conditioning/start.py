@@ -16,6 +16,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from minisd import images
+from minisd.models.clip_vision import ImageNormalizer
 from minisd.request import Plan
 from minisd.samplers import schedule
 
@@ -46,6 +47,8 @@ class Given:
     noise: Noise
     encode: Callable[[Tensor, Tensor], Tensor]  # (image, noise) -> latents (B, 4, h, w)
     estimate: Callable[[Image], Tensor]         # image -> its depth (1, H', W')
+    embed: Callable[[Image], Tensor]            # image -> what CLIP makes of it (1, D)
+    image_normalizer: ImageNormalizer | None = None
 
     @cached_property
     def image(self) -> Tensor:

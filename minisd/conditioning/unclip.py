@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from minisd.conditioning.start import Given, Start, text_to_image
+from minisd.models.clip_vision import ImageNormalizer
 from minisd.models.unet import timestep_embedding
 from minisd.samplers import schedule
 
@@ -43,3 +45,20 @@ def augmented(embedding: Tensor, mean: Tensor, std: Tensor, level: int, noise: T
     levels = torch.full((len(embedding),), level, device=embedding.device)   # (B,)
     told = timestep_embedding(levels, embedding.shape[1]).to(embedding)      # (B, D)
     return torch.cat([noised * std + mean, told], dim=1)                     # (B, 2D)
+
+
+def start(given: Given) -> Start:
+    """From noise; before, each image draws noise for the embedding (in diffusers the images of a
+    prompt share it)."""
+    plan, like = given.plan, given.noise.like
+    assert plan.noise_level is not None
+    embeds = given.embed(plan.image) if plan.image is not None else plan.image_embeds
+    assert embeds is not None
+    noise = given.noise.draw(embeds.shape[1])                                # (B, D)
+    embeds = embeds.to(like).expand_as(noise)                                # (B, D)
+    known = given.image_normalizer or ImageNormalizer(embeds.shape[1])
+    told = augmented(
+        embeds, known.mean.to(like), known.std.to(like), plan.noise_level, noise)  # (B, 2D)
+    if plan.guided:  # in training the whole vector was zero at times, not the embedding alone
+        told = torch.cat([torch.zeros_like(told), told])                     # (2B, 2D)
+    return text_to_image(given)._replace(class_vector=told)

@@ -66,4 +66,18 @@ class VisionTower(nn.Module):
         self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.visual_projection(self.vision_model(images))             # (B, E)
+        own = self.visual_projection.weight
+        embeds = self.visual_projection(self.vision_model(images.to(own)))   # (B, E)
+        return embeds.to(images)
+
+
+class ImageNormalizer(nn.Module):
+    """The mean and standard deviation of the embeddings that Stable unCLIP was trained with.
+
+    They are 0 and 1 for ViT-H/14, and another number of each channel for ViT-L/14.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(1, width))
+        self.std = nn.Parameter(torch.ones(1, width))

@@ -59,6 +59,7 @@ FROM_PYTHON = {
     "callback_on_step_end must be a function, not {}",
     "give either prompt or prompt_embeds",
     "give either negative_prompt or negative_prompt_embeds",
+    "give either image or image_embeds, not both",
     'ops="fused" and fused=False contradict each other',
 }
 

@@ -282,6 +282,23 @@ def test_one_set_of_weights(there, taken):
     assert set(wanted(SETTINGS + OTHERS + there)) == {"unet/config.json", *OTHERS, *taken}
 
 
+UNCLIP = ["image_encoder/config.json", "image_normalizer/config.json",
+          "image_noising_scheduler/scheduler_config.json",
+          "feature_extractor/preprocessor_config.json", "image_encoder/model.safetensors",
+          "image_normalizer/diffusion_pytorch_model.safetensors"]
+
+
+def test_an_unclip_model_has_more():
+    pickles = ["image_encoder/pytorch_model.bin", "image_normalizer/diffusion_pytorch_model.bin"]
+    took = wanted([*SETTINGS, *OTHERS, FULL, *UNCLIP, *pickles])
+    assert sorted(took) == sorted(["unet/config.json", *OTHERS, FULL, *UNCLIP])
+    with pytest.raises(HubError, match="no safetensors weights for the image_encoder"):
+        wanted([*SETTINGS, *OTHERS, FULL, *UNCLIP[:4], UNCLIP[5], *pickles])
+    # Another model's encoder is of no use here.
+    plain = wanted([*SETTINGS, *OTHERS, FULL, UNCLIP[0], UNCLIP[3], UNCLIP[4]])
+    assert sorted(plain) == sorted(["unet/config.json", *OTHERS, FULL])
+
+
 @pytest.mark.parametrize(
     "files, words",
     [

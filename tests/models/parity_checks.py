@@ -33,6 +33,7 @@ from reference_models import (
     DEPTH,
     SMALL,
     SMALL_DEPTH,
+    SMALL_UNCLIP,
     SMALL_X4,
     TEXT,
     VISION,
@@ -45,6 +46,7 @@ from reference_models import (
     official_scheduler,
     official_text_encoder,
     official_tokenizer,
+    official_unclip,
     official_unet,
     official_vae,
     official_vision_tower,
@@ -58,6 +60,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 
 from minisd import conditioning, pipeline, request as request_file
+from minisd.conditioning.start import Given, Noise
 from minisd.config import PREDICTION_TYPES, ScheduleConfig
 from minisd.models import (
     clip as clip_file,
@@ -171,6 +174,25 @@ def unclip(module):
     told = get_timestep_embedding(torch.tensor([100, 100]), 8, True, 0)
     ours = module.augmented(x, mean, std, 100, noise)
     return max(error(ours, torch.cat([noised, told], dim=1)), wrong if wrong > 1e-5 else 0)
+
+
+def unclip_start(module):
+    """What the UNet is told with guidance, and x_T, from one generator."""
+    sd, official, errors = small_model(SMALL_UNCLIP), official_unclip(small_model(SMALL_UNCLIP)), []
+    for level in (0, 300):
+        call = dict(image_embeds=randn(1, 16), noise_level=level, width=24, height=16)
+        plan, generator = request_file.Request(seed=3, **call).plan(sd.config), seeded(3)
+        noise = Noise(plan.generators, randn(1, 4, 4, 6))
+        start = module.start(Given(plan, noise, sd._encode, sd.vision, sd.image_normalizer))
+        told = official._encode_image(
+            None, "cpu", 1, 1, True, level, generator, call["image_embeds"])
+        x_T = torch.randn(1, 4, 4, 6, generator=generator)
+        errors += [error(start.class_vector, told), error(start.x, x_T)]
+    return max(errors)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def ops(module):

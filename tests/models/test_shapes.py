@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from PIL import Image
-from reference_models import SMALL, SMALL_DEPTH, randn, small_model
+from reference_models import SMALL, SMALL_DEPTH, SMALL_UNCLIP, randn, small_model
 
 import minisd
 from minisd import numpy_sd
@@ -187,6 +187,7 @@ def test_the_loop():
         model(["a heart", "a boat"], output_type="np", guidance_scale=1.0, **call)
         with pytest.raises(ArithmeticError):
             broken("a heart", **call)
+        small_model(SMALL_UNCLIP)(image=grey["image"], **call)
         depth("a heart", depth_map=randn(5, 7), **call)
         depth("a heart", image=coloured, **call)
         upscaler(image=grey["image"], num_inference_steps=2)

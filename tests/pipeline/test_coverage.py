@@ -12,6 +12,7 @@ from minisd.backends import Backend, coverage, kernels, watch
 from minisd.checkpoints import checkpoint
 from minisd.config import SD1, Config
 from minisd.models.clip import TextEncoder
+from minisd.models.clip_vision import VisionTower
 from minisd.models.ops import REFERENCE, TORCH
 from minisd.models.transformer import GEGLU, Attention
 from minisd.models.vae import VAE
@@ -84,6 +85,9 @@ def test_the_kernels_take_every_call_of_every_model(config):
         vae = VAE(config.vae, watch(backend, calls)).half()
         context = text(torch.zeros(2, config.text.max_position_embeddings, dtype=torch.long))
         vae.decode(vae.encode(torch.empty(1, 3, side, side, dtype=torch.float16)))
+        if config.vision is not None:
+            tower = VisionTower(config.vision, watch(backend, [])).half()
+            tower(torch.empty(1, 3, 224, 224, dtype=torch.float16))
     assert context.shape[1:] == (77, config.unet.cross_attention_dim)
     heads = {call.sizes.partition(",")[0] for call in calls if call.function == "attention"}
     assert len(heads) == 2  # of the text encoder, and of the autoencoder

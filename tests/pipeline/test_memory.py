@@ -13,7 +13,7 @@ from reference_models import SMALL, small_model
 import minisd
 from minisd import memory
 from minisd.app.cli import main
-from minisd.config import SD1, X4_UPSCALER
+from minisd.config import SD1, SD2_UNCLIP_H, SD2_V, X4_UPSCALER
 
 ROOT = Path(minisd.__file__).parents[1]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
@@ -101,6 +101,8 @@ def test_the_prediction_depends_on_every_argument():
     tiled = need(shape=(1, 4, 256, 256), tile=64, guided=False)
     assert tiled < need(shape=(1, 4, 256, 256), tile=64, guided=False, encodes=True) < large
     assert need(stores_scores=True) > 2 * plain
+    small = dict(shape=(1, 4, 1, 1), prompts=1, guided=False, itemsize=4, decodes=False)
+    assert memory.activations(SD2_UNCLIP_H, **small) > memory.activations(SD2_V, **small)
 
 
 def test_a_call_that_does_not_fit_is_rejected_before_any_work(monkeypatch):
