@@ -1,4 +1,4 @@
-"""The errors that minisd defines; all of them are a `MinisdError`. And warnings of a call.
+"""The errors that minisd defines; all of them are a `MinisdError`. And a call's warnings.
 
 Python's own errors stay what they are: TypeError for an argument of a wrong type, ValueError for
 one of a wrong value, FileNotFoundError, MemoryError, and ArithmeticError where values are not
@@ -7,6 +7,10 @@ finite.
 
 import sys
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # NumPy's part of the package has no torch
+    from torch import Tensor
 
 # Whose frames may lie between a caller's line and the line that warns.
 BETWEEN = ("minisd", "torch", "contextlib")
@@ -34,3 +38,11 @@ def warn(sentence: str) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(sentence, stacklevel=level)
+
+
+def finite(x: "Tensor", stage: str) -> "Tensor":
+    """x; ArithmeticError, which names the stage that computed it, if a value is not finite."""
+    if not x.isfinite().all():
+        remedy = "try dtype float32 (--dtype) or a smaller guidance_scale (--guidance)"
+        raise ArithmeticError(f"{stage} gave values that are not finite: {remedy}")
+    return x

@@ -11,7 +11,6 @@ Classifier-free guidance is here, and so is every choice of device, dtype and se
 B images, H W height and width in pixels, h w of the latent, D width of the context
 """
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,14 +23,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from minisd import backends, checks, images, memory, request
+from minisd import backends, checks, errors, images, memory, pixels, request
 from minisd.backends import Backend, Call, Repacked, coverage
 from minisd.checkpoints.save import save_model
 from minisd.conditioning import start
 from minisd.conditioning.start import Given, Keep, Noise
 from minisd.config import Config
 from minisd.depth_maps import prepared
-from minisd.errors import warn
 from minisd.models.clip import TextEncoder
 from minisd.models.clip_vision import ImageNormalizer, VisionTower
 from minisd.models.dpt import DepthEstimator
@@ -142,7 +140,7 @@ class StableDiffusion:
         """What a request means for this model, which it fits."""
         r = asked.plan(self.config)
         for sentence in r.warnings:
-            warn(sentence)
+            errors.warn(sentence)
         memory.check(r, self.dtype, self.device, self.vae, encodes=r.strength is not None,
                      decodes=r.output_type != "latent",
                      stores_scores=self.backend.ops.attention is REFERENCE.attention)
@@ -164,10 +162,11 @@ class StableDiffusion:
             uncond = self._context(r.negative_prompts, r.negative_prompt_embeds)
             uncond = uncond.repeat_interleave(r.num_images_per_prompt, dim=0)
             context = torch.cat([uncond, context])                           # (2B, 77, D)
-        _finite(context, "the text encoder")
+        errors.finite(context, "the text encoder")
         noise = Noise(r.generators, like)
         x, extra, keep, class_vector = start(Given(
-            r, noise, self._encode, self.depth_map, self.vision, self.image_normalizer))
+            r, noise, partial(pixels.encode, self.vae), self.depth_map, self.vision,
+            self.image_normalizer))
         unet: Callable[..., Tensor] = self.unet
         fused, tile = self._fused(), self.vae.tile
         if r.config.unet_in_tiles and tile is not None and max(r.shape[2:]) > tile:
@@ -191,7 +190,7 @@ class StableDiffusion:
                 changes = r.callback_on_step_end(self, i, shown[i].t, {"latents": state[0]})
                 state[0] = request.changed_latents(changes, state[0])
             x, x0 = state[0], state[-1]
-            best = _finite(x, "the UNet") if last else x0
+            best = errors.finite(x, "the UNet") if last else x0
             yield Step(i, shown[i].t, x, x0, partial(self._output, r, best, keep))
 
     def _output(self, r: Plan, x: Tensor, keep: Keep | None) -> Output:
@@ -321,7 +320,7 @@ class StableDiffusion:
             raise ValueError("this model has no depth estimator")
         x = prepared(images.open_image(image))                               # (1, 3, H', W')
         x = x.to(self.device, torch.promote_types(self.dtype, torch.float32))
-        return _finite(self.depth_estimator(x), "the depth estimator")       # (1, H', W')
+        return errors.finite(self.depth_estimator(x), "the depth estimator")       # (1, H', W')
 
     @memory.explained()
     @torch.no_grad()
@@ -338,7 +337,7 @@ class StableDiffusion:
         side, wide = self.config.vision.image_size, torch.promote_types(self.dtype, torch.float32)
         seen = [images.to_clip(each, side) for each in images.open_images(source)]
         embeds = torch.cat([self.image_encoder(x.to(self.device, wide)) for x in seen])  # (B, D)
-        return _finite(embeds, "the image encoder")
+        return errors.finite(embeds, "the image encoder")
 
     @memory.explained()
     @torch.no_grad()
@@ -347,44 +346,11 @@ class StableDiffusion:
         """Latents (B, 4, h, w) -> what the caller asked for."""
         if output_type == "latent":
             return x
-        # One at a time: it takes less memory, and an image is the same alone or in a batch.
         fused = self._fused()
-        image = torch.cat([self._decode(one, fused) for one in x.split(1)])  # (B, 3, H, W)
+        image = pixels.decode(self.vae, x, fused and fused.decoder)          # (B, 3, H, W)
         if keep is not None:
             image = keep.pixels(image)
         image = ((image + 1) / 2).clamp(0, 1)                                # (B, 3, H, W)
         if output_type == "np":
             return image.permute(0, 2, 3, 1).cpu().numpy()                   # (B, H, W, 3)
         return image if output_type == "pt" else images.to_pil(image)
-
-    def _encode(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w), drawn from the VAE's posterior of an image (1, 3, H, W)."""
-        return self._in_float32_if_need_be(lambda vae, *given: vae.encode(*given), image, noise)
-
-    def _decode(self, latent: Tensor, fused: "backends.Fused | None") -> Tensor:
-        """Latent (1, 4, h, w) -> image (1, 3, H, W), about [-1, 1]."""
-        def decode(vae: VAE, latent: Tensor) -> Tensor:
-            if fused and vae is self.vae:
-                return vae.decode(latent, fused.decoder)
-            return vae.decode(latent)
-
-        return self._in_float32_if_need_be(decode, latent)
-
-    def _in_float32_if_need_be(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """``run`` with the VAE, and once more in float32 if the VAE's dtype overflows."""
-        out = run(self.vae, *inputs)
-        try:
-            return _finite(out, "the VAE")
-        except ArithmeticError:
-            if self.vae.quant_conv.weight.dtype == inputs[0].dtype:
-                raise
-        # Some published VAEs exceed float16 on some images.
-        again = copy.deepcopy(self.vae).to(inputs[0].dtype)
-        return _finite(run(again, *inputs), "the VAE")
-
-
-def _finite(x: Tensor, stage: str) -> Tensor:
-    if not x.isfinite().all():
-        remedy = "try dtype float32 (--dtype) or a smaller guidance_scale (--guidance)"
-        raise ArithmeticError(f"{stage} gave values that are not finite: {remedy}")
-    return x

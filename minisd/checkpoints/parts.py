@@ -88,7 +88,7 @@ def dropped(config: Config) -> re.Pattern:
     """Matches the whole name of a tensor that no image needs, or of a network that is not there."""
     there = optional(config)
     more = [row.dropped if part in there else f"{re.escape(row.prefix)}.*"
-            for part, row in OPTIONAL.items() if row.kind == config.kind]
+            for part, row in OPTIONAL.items()]
     return re.compile("|".join((names.dropped(config).pattern, *more)))
 
 
