@@ -28,7 +28,6 @@ def test_official_names_are_a_bijection(name, config):
             shape_here = shape[::-1] if theirs in TRANSPOSED else shape
             found[parameter] = (shape_here[0] // len(rows[theirs]), *shape_here[1:])
     assert found == ours and len(rows) == len(manifest(name))
-    assert names_vision.folder(config.num_hidden_layers) == {name: (name,) for name in ours}
 
 
 @pytest.mark.parametrize("name", [

@@ -183,7 +183,8 @@ def unclip_start(module):
         call = dict(image_embeds=randn(1, 16), noise_level=level, width=24, height=16)
         plan, generator = request_file.Request(seed=3, **call).plan(sd.config), seeded(3)
         noise = Noise(plan.generators, randn(1, 4, 4, 6))
-        start = module.start(Given(plan, noise, sd._encode, sd.vision, sd.image_normalizer))
+        start = module.start(Given(
+            plan, noise, sd.vae.encode, sd.depth_map, sd.vision, sd.image_normalizer))
         told = official._encode_image(
             None, "cpu", 1, 1, True, level, generator, call["image_embeds"])
         x_T = torch.randn(1, 4, 4, 6, generator=generator)
