@@ -166,7 +166,7 @@ class Config:
         n = self.vae.latent_channels
         classes = next((name for name in CLASSES if getattr(self.unet, name) is not None), "")
         told = (self.unet.in_channels - n, classes)
-        return next((kind for kind, row in KINDS.items() if (row.extra(n), row[1]) == told), "")
+        return next((k for k, row in KINDS.items() if (row.extra(n), row.classes) == told), "")
 
     @property
     def unet_in_tiles(self) -> bool:

@@ -89,7 +89,8 @@ class Request:
         depth = _depth_maps(self.depth_map, count, count * copies)
         image_embeds = _one_each("image_embeds", image_embeds, count, count * copies)
         maps = None if depth is None else tasks.Sides(*depth.shape[1:])
-        height, width = tasks.size(self.height, self.width, config, image or maps)
+        height, width = tasks.takes(config).size(
+            self.height, self.width, config, image or maps)
         begins = image is not None and "strength" in tasks.takes(config).arguments
         strength, left = tasks.strength(
             self.strength, steps, begins, self.mask_image is not None)

@@ -4,6 +4,7 @@ A kind is a row of `TAKES` here, of `KINDS` in config.py and of `STARTS` in cond
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from PIL.Image import Image
@@ -18,6 +19,56 @@ DEFAULT_STRENGTH = (0.8, 1.0)
 LARGEST_UNASKED = 2.5
 
 
+class Sides(NamedTuple):
+    """A size in pixels."""
+
+    height: int
+    width: int
+
+
+def as_the_image(
+    height: object, width: object, config: Config, image: Image | Sides | None
+) -> tuple[int, int]:
+    """Height and width; what is not given keeps the proportions of the image."""
+    f, usual = config.vae.downscale, config.sample_size
+    if image is None or (height is not None and width is not None):
+        return checks.side("height", height, f, usual), checks.side("width", width, f, usual)
+    if height is not None:
+        scale = checks.side("height", height, f, usual) / image.height
+    elif width is not None:
+        scale = checks.side("width", width, f, usual) / image.width
+    else:
+        scale = min(1.0, LARGEST_UNASKED * usual / math.sqrt(image.height * image.width))
+
+    def scaled(name: str, pixels: int) -> int:
+        return checks.side(name, max(round(scale * pixels / f), 1) * f, f, usual)
+
+    return scaled("height", image.height), scaled("width", image.width)
+
+
+def as_asked(
+    height: object, width: object, config: Config, image: Image | Sides | None
+) -> tuple[int, int]:
+    """Height and width, where the image says what to draw, and not how large."""
+    return as_the_image(height, width, config, None)
+
+
+def upscaled(
+    height: object, width: object, config: Config, image: Image | Sides | None
+) -> tuple[int, int]:
+    """Height and width of what an image becomes whose pixels are the latent's cells."""
+    assert image is not None
+    f = config.vae.downscale
+    if height is not None or width is not None:
+        raise ValueError(f"height and width: an upscaling model makes images {f} times as wide and "
+                         "high as the given one")
+    if f * max(image.height, image.width) > checks.MAX_SIDE:
+        raise ValueError(f"image of {image.width}x{image.height} pixels: an upscaling model makes "
+                         f"images {f} times as wide and high as the given one, and "
+                         f"{checks.MAX_SIDE} pixels a side at most")
+    return f * image.height, f * image.width
+
+
 class Takes(NamedTuple):
     """What a kind of model can be given beside a prompt."""
 
@@ -25,6 +76,8 @@ class Takes(NamedTuple):
     all_of: tuple[str, ...] = ()  # without which it cannot be called
     one_of: tuple[str, ...] = ()
     prompt: bool = True           # whether it cannot be called without a prompt
+    # (height, width, config, image) -> height and width in pixels
+    size: Callable[[object, object, Config, Image | Sides | None], tuple[int, int]] = as_the_image
 
 
 DRAWN = ("image", "mask_image", "strength")
@@ -32,20 +85,13 @@ TAKES = {
     "text to image": Takes(DRAWN),
     "inpainting": Takes(DRAWN, all_of=("image", "mask_image")),
     "depth": Takes(("image", "strength", "depth_map"), one_of=("depth_map", "image")),
-    "upscaling": Takes(("image", "noise_level"), all_of=("image",), prompt=False),
+    "upscaling": Takes(("image", "noise_level"), all_of=("image",), prompt=False, size=upscaled),
     "image variation": Takes(("image", "image_embeds", "noise_level"),
-                             one_of=("image", "image_embeds"), prompt=False),
+                             one_of=("image", "image_embeds"), prompt=False, size=as_asked),
 }
 # What the command line calls them.
 OPTIONS = {"image": "--image", "mask_image": "--mask", "strength": "--strength",
            "depth_map": "--depth-map", "noise_level": "--noise-level", "image_embeds": ""}
-
-
-class Sides(NamedTuple):
-    """A size in pixels."""
-
-    height: int
-    width: int
 
 
 def takes(config: Config) -> Takes:
@@ -98,39 +144,8 @@ def noise_level(value: object, config: Config) -> int | None:
     if "noise_level" not in takes(config).arguments:
         return None
     level = config.noise_level if value is None else value
-    if config.vision is not None and config.max_noise_level == 0 and checks.as_number(level):
+    if config.vision is not None and config.normalizer_dim is None and checks.as_number(level):
         raise ValueError("noise_level must be 0 with this single file, which lacks the mean and "
                          "standard deviation of CLIP's embeddings: load it with config= (--config)"
                          ", a diffusers folder of the model with its image_normalizer")
     return checks.integer("noise_level", level, 0, config.max_noise_level)
-
-
-def size(
-    height: object, width: object, config: Config, image: Image | Sides | None
-) -> tuple[int, int]:
-    """Height and width in pixels; what is not given keeps the proportions of the image."""
-    f, usual = config.vae.downscale, config.sample_size
-    if config.kind == "upscaling" and image is not None:
-        if height is not None or width is not None:
-            raise ValueError(f"height and width: an upscaling model makes images {f} times as wide "
-                             "and high as the given one")
-        if f * max(image.height, image.width) > checks.MAX_SIDE:
-            raise ValueError(f"image of {image.width}x{image.height} pixels: an upscaling model "
-                             f"makes images {f} times as wide and high as the given one, and "
-                             f"{checks.MAX_SIDE} pixels a side at most")
-        return f * image.height, f * image.width
-    if config.kind == "image variation":  # the image says what to draw, not how large
-        image = None
-    if image is None or (height is not None and width is not None):
-        return checks.side("height", height, f, usual), checks.side("width", width, f, usual)
-    if height is not None:
-        scale = checks.side("height", height, f, usual) / image.height
-    elif width is not None:
-        scale = checks.side("width", width, f, usual) / image.width
-    else:
-        scale = min(1.0, LARGEST_UNASKED * usual / math.sqrt(image.height * image.width))
-
-    def scaled(name: str, pixels: int) -> int:
-        return checks.side(name, max(round(scale * pixels / f), 1) * f, f, usual)
-
-    return scaled("height", image.height), scaled("width", image.width)
