@@ -144,9 +144,11 @@ def _say_what(option: Callable[..., Any]) -> None:
 def _say_how(option: Callable[..., Any]) -> None:
     """Declare how an image is drawn from noise."""
     option("--steps", type=_number(int, lambda n: 1 <= n <= 1000, "from 1 to 1000"),
-           help="steps of the sampler, 1 to 1000 (default: the model's own, 50 in most)")
+           help="steps of the sampler, 1 to 1000; some models have a number of their own"
+           " (default: 50)")
     option("--guidance", type=_number(float, lambda g: abs(g) < float("inf"), "finite"),
-           help="how closely to follow the prompt; 1 is off (default: the model's own, 7.5 in most)")
+           help="how closely to follow the prompt; 1 is off; some models have a number of their own"
+           " (default: 7.5)")
     option("--seed", type=_number(int, lambda n: 0 <= n <= LAST_SEED, f"from 0 to {LAST_SEED}"),
            help="where the noise comes from (default: drawn and told)")
     option("--size", type=_size, metavar="WxH",
