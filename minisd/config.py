@@ -11,6 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# The mean and standard deviation of red, green and blue in the images that CLIP was trained on.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Kind(NamedTuple):

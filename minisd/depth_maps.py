@@ -79,7 +79,7 @@ def normalised(depth: Tensor, size: tuple[int, int]) -> Tensor:
     # What resizing makes of equal values differs in the last bits.
     if (high - low <= 1e-9 * exact.abs().amax((1, 2, 3), keepdim=True)).any():
         raise ValueError(
-            f"the depth map is the same everywhere in the latent's {size[1]}x{size[0]} cells: "
+            f"the depth is the same everywhere in the latent's {size[1]}x{size[0]} cells: "
             "it must have near and far parts")
     # Training added 0.001 to high - low; sampling does not, in the scripts and in diffusers.
     return 2 * (cells - low) / (high - low) - 1                              # (B, 1, h, w)

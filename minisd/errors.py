@@ -40,9 +40,9 @@ def warn(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=level)
 
 
-def finite(x: "Tensor", stage: str) -> "Tensor":
+def finite(x: "Tensor", stage: str, remedy: str = "") -> "Tensor":
     """x; ArithmeticError, which names the stage that computed it, if a value is not finite."""
     if not x.isfinite().all():
-        remedy = "try dtype float32 (--dtype) or a smaller guidance_scale (--guidance)"
-        raise ArithmeticError(f"{stage} gave values that are not finite: {remedy}")
+        raise ArithmeticError(
+            f"{stage} gave values that are not finite: try dtype float32 (--dtype){remedy}")
     return x

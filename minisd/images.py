@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import ExifTags, Image
 
+from minisd.config import CLIP_MEAN, CLIP_STD
 from minisd.errors import ImageError
 from minisd.files import is_address
 from minisd.image_files import decoded, decoding, given, read
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 Source = str | os.PathLike | Image.Image
 T = TypeVar("T")
-# The mean and standard deviation of red, green and blue in CLIP's training images.
-CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
-CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 MAX_RATIO = 2048  # a longer image would take gigabytes when it is resized for CLIP
 # The EXIF orientations from 2 on, and what turns them upright.
 TURNS: dict[object, Image.Transpose] = dict(enumerate((
@@ -170,7 +168,8 @@ def to_clip(source: Source, side: int = 224) -> "Tensor":
     left, top = (width - side) // 2, (height - side) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     image = image.crop((left, top, left + side, top + side))
-    grid = (np.asarray(image, np.float32) / 255 - CLIP_MEAN) / CLIP_STD
+    grid = np.asarray(image, np.float32) / 255
+    grid = (grid - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
     return torch.from_numpy(grid).permute(2, 0, 1)[None].contiguous()
 
 
@@ -195,7 +194,10 @@ def _checked(pixels: "Tensor | np.ndarray") -> "Tensor":
 
     shape = tuple(pixels.shape)
     if isinstance(pixels, np.ndarray):
-        pixels = torch.tensor(pixels, device="cpu").movedim(-1, 1 if len(shape) == 4 else -1)
+        if pixels.dtype.kind != "f":
+            raise TypeError(f"pixels must be floats from 0 to 1, not {pixels.dtype}")
+        own = torch.from_numpy(pixels.astype(np.float64))
+        pixels = own.movedim(-1, 1 if len(shape) == 4 else -1)
     if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in shape:
         raise ImageError("pixels must be a tensor (B, 3, H, W) or an array (B, H, W, 3), "
                          f"not of shape {shape}")

@@ -38,7 +38,7 @@ class Output:
                              "(safety_checker=, --safety-checker)")
         if isinstance(self.images, list):
             return [new_image(image.mode, image.size) if flagged else image
-                    for image, flagged in zip(self.images, self.nsfw)]
+                    for image, flagged in zip(self.images, self.nsfw, strict=True)]
         images = copy.deepcopy(self.images)
         for i, flagged in enumerate(self.nsfw):
             if flagged:

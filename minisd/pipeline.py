@@ -85,8 +85,8 @@ class StableDiffusion:
         """Make images, in prompt-major order: all of the first prompt, then of the second.
 
         ``height`` and ``width`` are pixels, multiples of 8 (of the VAE's downscale). Without them
-        the size is the one that the model was trained on, or that of ``image`` (scaled down where
-        it is far larger); with one of them the other keeps the proportions of ``image``.
+        the size is the one that the model was trained on, or that of an ``image`` to start from
+        (scaled down where it is far larger); with one the other keeps the image's proportions.
         ``num_inference_steps``, 1 to 1000, is how many steps the sampler's ladder has (50). That is
         how often the UNet is asked, but by plms once more, and by heun, dpm2 and dpmpp_2s, which
         ask twice a step, 2 S - 1 times. ``guidance_scale`` 1 is no guidance (7.5);
@@ -190,13 +190,16 @@ class StableDiffusion:
                 changes = r.callback_on_step_end(self, i, shown[i].t, {"latents": state[0]})
                 state[0] = request.changed_latents(changes, state[0])
             x, x0 = state[0], state[-1]
-            best = errors.finite(x, "the UNet") if last else x0
+            best = errors.finite(x, "the UNet", " or a smaller guidance_scale (--guidance)"
+                                 ) if last else x0
             yield Step(i, shown[i].t, x, x0, partial(self._output, r, best, keep))
 
     def _output(self, r: Plan, x: Tensor, keep: Keep | None) -> Output:
         made, nsfw = self._images(x, keep, r.output_type), None
         if self.safety_checker is not None and r.output_type != "latent":
-            nsfw = self.safety_checker(made)
+            nsfw = list(self.safety_checker(made))
+            if len(nsfw) != len(made):
+                raise ValueError(f"safety_checker gave {len(nsfw)} flags for {len(made)} images")
         return Output(made, r.seeds, r.settings(), nsfw)
 
     def _told(self, r: Plan, class_vector: Tensor | None) -> dict[str, Tensor]:
@@ -336,6 +339,8 @@ class StableDiffusion:
             raise ValueError("this model has no image encoder, which unCLIP models have")
         side, wide = self.config.vision.image_size, torch.promote_types(self.dtype, torch.float32)
         seen = [images.to_clip(each, side) for each in images.open_images(source)]
+        if not seen:
+            raise ValueError("there is no image to look at")
         embeds = torch.cat([self.image_encoder(x.to(self.device, wide)) for x in seen])  # (B, D)
         return errors.finite(embeds, "the image encoder")
 

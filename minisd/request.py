@@ -275,7 +275,8 @@ def _one_each(name: str, rows: Tensor | None, count: int, images: int) -> Tensor
     if rows is None or len(rows) == 1:
         return rows
     if len(rows) not in (count, images):
-        raise ValueError(f"there are {images} images but {len(rows)} {name}")
+        raise ValueError(f"there are {images} images but {len(rows)} {name}: "
+                         "give one for all, or one for each prompt or image")
     return rows.repeat_interleave(images // len(rows), dim=0)
 
 

@@ -60,8 +60,8 @@ def upscaled(
     assert image is not None
     f = config.vae.downscale
     if height is not None or width is not None:
-        raise ValueError(f"height and width: an upscaling model makes images {f} times as wide and "
-                         "high as the given one")
+        raise ValueError(f"height and width must not be given: an upscaling model makes images {f} "
+                         "times as wide and high as the given one")
     if f * max(image.height, image.width) > checks.MAX_SIDE:
         raise ValueError(f"image of {image.width}x{image.height} pixels: an upscaling model makes "
                          f"images {f} times as wide and high as the given one, and "

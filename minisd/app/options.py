@@ -87,7 +87,8 @@ def _drawing_parser() -> Parser:
            " models: less memory, not exact (default: no tiles); an upscaling model, whose cells"
            " are the pixels of --image, draws in tiles too")
     option("--image", help="an image to start from; without --size its own size is kept. An"
-           " upscaling model makes it 4 times as large; an unCLIP model draws variations of it")
+           " upscaling model makes it 4 times as large, and takes no --size; an unCLIP model draws"
+           " variations of it, of the size that it was trained on")
     option("--depth-map", metavar="FILE", help="for a depth model: an image in grey, larger is"
            " nearer, of any size and range (default: made of --image)")
     option("--mask", help="where to repaint --image: light is repainted, dark and transparent are"

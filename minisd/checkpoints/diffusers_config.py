@@ -92,7 +92,9 @@ def read_config(folder: Path) -> Config:
 
 def _upscaling(folder: Path, config: Config) -> Config:
     """The config with what only an upscaler has; what no file says is the official one's."""
-    usual, low_res = X4_UPSCALER, schedule_of(JsonFile(folder / LOW_RES_SCHEDULER))
+    usual, file = X4_UPSCALER, JsonFile(folder / LOW_RES_SCHEDULER)
+    file.fixed({"rescale_betas_zero_snr": (False, None)})
+    low_res = schedule_of(file)
     levels = min(config.unet.num_class_embeds or 0, low_res.num_train_timesteps)
     most = min(usual.max_noise_level, levels - 1)
     if (index := folder / "model_index.json").is_file():  # not beside the sizes of a single file

@@ -14,13 +14,14 @@ from minisd.checkpoints.scheduler_config import SCHEDULER, check_zero_snr
 from minisd.config import Config
 from minisd.errors import WeightError
 
-# What model_index.json says for each kind of model: the first is written, and all are read, for any
-# kind. Then the classes of the parts, and the stems of their weight files.
+# What model_index.json says for each kind of model: the first is written, and all are read. Then
+# the classes of the parts, and the stems of their weight files.
+DRAWING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
+           "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
+INPAINTING = ("StableDiffusionInpaintPipeline",)
 PIPELINES = {
-    "text to image": (
-        "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline",
-        "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
-    "inpainting": ("StableDiffusionInpaintPipeline",),
+    "text to image": DRAWING + INPAINTING,
+    "inpainting": INPAINTING + DRAWING,
     "image variation": ("StableUnCLIPImg2ImgPipeline",),
     "depth": ("StableDiffusionDepth2ImgPipeline",),
     "upscaling": ("StableDiffusionUpscalePipeline",),
@@ -63,6 +64,9 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
     if prediction_type is None and not (folder / SCHEDULER).is_file():
         raise WeightError(f"{folder / SCHEDULER} is missing")
     config, source = read_config(folder), f"from {SCHEDULER}"
+    if file.fields["_class_name"] not in PIPELINES[config.kind]:
+        raise WeightError(f"{index} names a {file.fields['_class_name']}, but the UNet beside it "
+                          f"is for {config.kind}")
     schedule = config.schedule
     if prediction_type is not None:
         schedule = replace(schedule, prediction_type=prediction_type)

@@ -1,6 +1,6 @@
 """Which model a single file is, by the names and shapes of its tensors.
 
-Most files do not say it. The sizes are read from two tensors; what the UNet predicts is found by
+Most files do not say it. The sizes are read from three tensors; what the UNet predicts is found by
 prediction.py.
 """
 

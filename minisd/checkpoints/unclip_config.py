@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from minisd.checkpoints.json_file import MAX_WIDTH, JsonFile
-from minisd.config import SD2_UNCLIP_H, Config, VisionConfig
+from minisd.config import CLIP_MEAN, CLIP_STD, SD2_UNCLIP_H, Config, VisionConfig
 from minisd.errors import WeightError
 
 PREPROCESSING = "feature_extractor/preprocessor_config.json"
@@ -80,5 +80,6 @@ def _preprocessing(vision: VisionConfig) -> dict[str, tuple]:
         "size": ({"shortest_edge": side}, side),
         "crop_size": ({"height": side, "width": side}, side),
         "resample": (3,),  # bicubic
+        "rescale_factor": (1 / 255,), "image_mean": ([*CLIP_MEAN],), "image_std": ([*CLIP_STD],),
         **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
     }

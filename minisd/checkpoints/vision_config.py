@@ -11,8 +11,14 @@ FIXED: dict[str, tuple] = {"layer_norm_eps": (1e-5,), "num_channels": (3,)}
 
 
 def read(path: Path) -> VisionConfig:
-    """That of a tower's config.json."""
-    return read_vision(JsonFile(path))
+    """The tower of a config.json, which may be that of a whole CLIP: then the tower's is inside it,
+    but for the width of what both halves give."""
+    file = JsonFile(path)
+    inner = file.fields.get("vision_config")
+    if isinstance(inner, dict):
+        width = {name: n for name, n in file.fields.items() if name == "projection_dim"}
+        file.fields = inner | width
+    return read_vision(file)
 
 
 def read_vision(file: JsonFile) -> VisionConfig:

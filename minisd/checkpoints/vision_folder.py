@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from minisd.checkpoints import names_vision
+from minisd.checkpoints import names_vision, vision_config
 from minisd.checkpoints.folder import part_tensors
-from minisd.checkpoints.json_file import JsonFile
 from minisd.checkpoints.safetensors_file import StoredTensor
-from minisd.checkpoints.vision_config import read_vision
 from minisd.config import VisionConfig
 from minisd.errors import WeightError
 
@@ -18,12 +16,7 @@ def read_safety_checker(folder: Path) -> tuple[VisionConfig, dict[str, StoredTen
     """
     if (folder / "model_index.json").is_file():
         folder = folder / "safety_checker"
-    file = JsonFile(folder / "config.json")
-    # The config of a whole CLIP: the tower's is inside, but for the width of what both halves give.
-    inner = file.fields.get("vision_config")
-    width = {name: n for name, n in file.fields.items() if name == "projection_dim"}
-    file.fields = (inner if isinstance(inner, dict) else {}) | width
-    config = read_vision(file)
+    config = vision_config.read(folder / "config.json")
     tensors: dict[str, StoredTensor] = {}
     for name, stored in part_tensors(folder, "model").items():
         if names_vision.DROPPED.fullmatch(name):

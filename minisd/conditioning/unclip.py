@@ -43,8 +43,8 @@ def augmented(embedding: Tensor, mean: Tensor, std: Tensor, level: int, noise: T
     normalised = (embedding - mean) / std
     noised = schedule.add_noise(normalised, noise, alphas_cumprod()[level].item())
     levels = torch.full((len(embedding),), level, device=embedding.device)   # (B,)
-    told = timestep_embedding(levels, embedding.shape[1]).to(embedding)      # (B, D)
-    return torch.cat([noised * std + mean, told], dim=1)                     # (B, 2D)
+    level_embedding = timestep_embedding(levels, embedding.shape[1])         # (B, D)
+    return torch.cat([noised * std + mean, level_embedding.to(embedding)], dim=1)  # (B, 2D)
 
 
 def start(given: Given) -> Start:
@@ -56,9 +56,13 @@ def start(given: Given) -> Start:
     assert embeds is not None
     noise = given.noise.draw(embeds.shape[1])                                # (B, D)
     embeds = embeds.to(like).expand_as(noise)                                # (B, D)
-    known = given.image_normalizer or ImageNormalizer(embeds.shape[1])
-    told = augmented(
-        embeds, known.mean.to(like), known.std.to(like), plan.noise_level, noise)  # (B, 2D)
+    normalizer = given.image_normalizer
+    if normalizer is None:  # a single file can lack it: then there is level 0 alone
+        if plan.noise_level > 0:
+            raise ValueError("the model has no image_normalizer: noise_level must be 0")
+        normalizer = ImageNormalizer(embeds.shape[1])
+    vector = augmented(embeds, normalizer.mean.to(like), normalizer.std.to(like),
+                       plan.noise_level, noise)                              # (B, 2D)
     if plan.guided:  # in training the whole vector was zero at times, not the embedding alone
-        told = torch.cat([torch.zeros_like(told), told])                     # (2B, 2D)
-    return text_to_image(given)._replace(class_vector=told)
+        vector = torch.cat([torch.zeros_like(vector), vector])               # (2B, 2D)
+    return text_to_image(given)._replace(class_vector=vector)

@@ -15,7 +15,8 @@ from minisd.samplers import schedule
 
 
 def start(given: Given) -> Start:
-    """From noise, with the small image in RGB beside; its noise is drawn first."""
+    """From noise, with the small image in RGB beside; its noise is drawn first, for each image (in
+    diffusers the images of a prompt share it)."""
     plan, (_, _, h, w) = given.plan, given.plan.shape
     assert plan.image is not None and plan.noise_level is not None
     assert plan.config.low_res_schedule is not None

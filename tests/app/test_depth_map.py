@@ -56,7 +56,7 @@ def test_an_image_a_map_or_both(models):
 @pytest.mark.parametrize("model, line, code, words", [
     ("depth", [], 2, "give it depth_map or image (--depth-map, --image)"),
     ("without", ["--image", "photo.png"], 2, "without its depth estimator: give it depth_ma"),
-    ("depth", ["--depth-map", "flat.png"], 2, "the depth map is the same everywhere"),
+    ("depth", ["--depth-map", "flat.png"], 2, "the depth is the same everywhere"),
     ("depth", ["--depth-map", "photo.png", "--strength", "0.5"], 2, "--strength need --image"),
     ("depth", ["--depth-map", "colour.png"], 2, "colour.png has colours: turn it grey first"),
     ("depth", ["--depth-map", "none.png"], 3, "none.png: No such file"),

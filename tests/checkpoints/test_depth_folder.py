@@ -12,6 +12,7 @@ from files import all_shapes, as_single_file, header, official_shapes, save, wri
 from PIL import Image
 from reference_models import (
     DEPTH,
+    SMALL,
     SMALL_DEPTH,
     error,
     official_depth_pipeline,
@@ -138,6 +139,13 @@ def test_an_estimator_in_a_model_of_another_kind_is_dropped(tmp_path):
     assert found.config == minisd.config.SD1 and "depth_estimator" not in found.parts
 
 
+def test_a_folder_of_another_kind_has_no_estimator(saved, tmp_path):
+    small_model(SMALL).save(tmp_path / "text")
+    shutil.copytree(saved / "model" / "depth_estimator", tmp_path / "text" / "depth_estimator")
+    found = open_checkpoint(tmp_path / "text")
+    assert found.config.depth is None and "depth_estimator" not in found.parts
+
+
 # --- without an estimator -------------------------------------------------------------------------
 
 
@@ -205,7 +213,9 @@ def test_published_and_written_configs(tmp_path):
     assert read(PUBLISHED, tmp_path) == DPTConfig()
     assert read(PUBLISHED | {"backbone_config": None}, tmp_path) == DPTConfig()
     for config in (DEPTH, DPTConfig(), replace(DEPTH, out_indices=(0, 1), num_attention_heads=3)):
-        assert read(files(config)["depth_estimator/config.json"], tmp_path) == config
+        written = files(config)["depth_estimator/config.json"]
+        assert read(written, tmp_path) == config
+        assert written["layer_norm_eps"] == 1e-6  # transformers computes with what it reads
         with torch.device("meta"):
             theirs = official_dpt(config).config.to_dict()
         assert read(theirs, tmp_path) == config
@@ -242,6 +252,12 @@ def test_what_we_do_not_compute_is_named(changes, tmp_path):
 def test_fields_whose_default_is_another_network(missing, tmp_path):
     with pytest.raises(WeightError, match=missing):
         read({name: value for name, value in PUBLISHED.items() if name != missing}, tmp_path)
+
+
+def test_a_backbone_without_depths_has_a_stage_too_many(tmp_path):
+    backbone = {k: v for k, v in PUBLISHED["backbone_config"].items() if k != "depths"}
+    with pytest.raises(WeightError, match="depths is None; minisd computes only 3 stages"):
+        read(PUBLISHED | {"backbone_config": backbone}, tmp_path)
 
 
 @pytest.mark.parametrize("name, words", [

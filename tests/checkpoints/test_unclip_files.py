@@ -153,7 +153,8 @@ def test_what_is_saved_is_read_again(model, file):
     assert replace(again.config, name="") == replace(sd.config, name="")
     for part, module in sd.parts.items():
         assert same(module, again.parts[part]), part
-    assert torch.equal(again(**CALL).images, sd(**CALL).images)
+    # Not to the bit: another test may have left the model's weights in another memory order.
+    assert error(again(**CALL).images, sd(**CALL).images) < 1e-12
 
 
 def test_diffusers_reads_the_folder_and_draws_the_same(model, monkeypatch):
@@ -239,9 +240,16 @@ def test_those_of_the_large_tower_are_0_and_1(tmp_path):
     ("image_encoder/config.json", {"num_hidden_layers": 2}, "16 unexpected: vision_model.encoder"),
     ("feature_extractor/preprocessor_config.json", {"resample": 2}, "resample is 2"),
     ("feature_extractor/preprocessor_config.json", {"size": 224}, "size is 224"),
+    ("feature_extractor/preprocessor_config.json", {"image_mean": [0.5] * 3}, "image_mean is"),
+    ("feature_extractor/preprocessor_config.json", {"image_std": [0.5] * 3}, "image_std is"),
+    ("feature_extractor/preprocessor_config.json", {"rescale_factor": 1 / 127.5}, "rescale_factor"),
+    ("image_noising_scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero_snr"),
+    ("image_noising_scheduler/scheduler_config.json", {"beta_schedule": ...}, "_schedule is No"),
+    ("image_encoder/config.json", {"vision_config": {"hidden_act": "relu"}}, "hidden_act is"),
+    ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "is for image variation$"),
     ("unet/config.json", {"class_embed_type": "simple_projection"}, "class_embed_type is"),
     ("unet/config.json", {"in_channels": 9}, "9 input channels and projection_class_emb.* 32"),
-    ("unet/config.json", {"class_embed_type": None}, "4 unexpected: class_embedding.linear_1"),
+    ("unet/config.json", {"class_embed_type": None}, "UNet beside it is for text to image$"),
     ("model_index.json", {"image_encoder": ["transformers", "CLIPVisionModel"]}, "image_encoder"),
     ("image_normalizer/diffusion_pytorch_model.safetensors", None, "has no diffusion_pytorch_mod"),
     ("image_encoder/config.json", None, r"image_encoder/config.json is missing"),
@@ -252,7 +260,8 @@ def test_folders_that_are_rejected(model, file, change, words, tmp_path):
     if change is None:
         (place / file).unlink()
     else:
-        (place / file).write_text(json.dumps(json.loads((place / file).read_text()) | change))
+        fields = json.loads((place / file).read_text()) | change  # ... for an absent one
+        (place / file).write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
     with pytest.raises(WeightError, match=words):
         minisd.load(place, device="cpu")
 

@@ -94,6 +94,8 @@ def test_what_a_folder_says(published):
 @pytest.mark.parametrize("name, fields, words", [
     ("model_index.json", {"max_noise_level": 1000}, "max_noise_level is 1000; .* 0 to 999"),
     ("low_res_scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule is"),
+    ("low_res_scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero_snr is"),
+    ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "UNet beside it is for upsc"),
     ("unet/config.json", {"num_class_embeds": None}, "7 input channels and no classes"),
     ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
 ])
@@ -182,7 +184,7 @@ def test_on_the_command_line(model, tmp_path):
     assert np.array_equal(np.array(alone), np.array(Image.open(tmp_path / "a.png")))
     fails([*line, "--noise-level", "351"], 2, "--noise-level: noise_level must be an integer from ")
     fails([*line, "--noise-level", "-1"], 2, "--noise-level: -1 must be 0 or more")
-    fails([*line, "--size", "36x24"], 2, "--size: height and width: an upscaling model makes")
+    fails([*line, "--size", "36x24"], 2, "--size: height and width must not be given: an upscal")
     fails(line[:3], 2, "this is an upscaling model: give it image (--image)")
     fails(["a", *line[3:], "--noise-level", "3"], 2, "takes no noise_level (--noise-level)")
     assert "unusual size (upscaling)\n" in run(["info", f"{tmp_path}/x4"])[1]

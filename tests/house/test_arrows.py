@@ -45,7 +45,7 @@ ARROWS = {
     "samplers": {"config"},
     "text": set(),
     "depth_maps": {"images"},
-    "images": {"errors", "files", "image_files"},
+    "images": {"config", "errors", "files", "image_files"},
     "image_files": {"errors"},
     "files": set(),
     "checks": set(),

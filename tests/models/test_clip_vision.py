@@ -106,7 +106,9 @@ def test_an_absurdly_long_image_is_rejected():
 
 def test_pixels_are_rounded_to_8_bits():
     pixels = randn(2, 3, 4, 6, dtype=torch.float32).sigmoid()
-    for given in (pixels, pixels.permute(0, 2, 3, 1).numpy(), pixels.double()):
+    array = pixels.permute(0, 2, 3, 1).numpy()
+    flipped = array[:, ::-1].copy()[:, ::-1]  # a negative stride, and another order of bytes
+    for given in (pixels, array, pixels.double(), flipped, array.astype(">f4")):
         levels = [torch.tensor(np.array(image)).permute(2, 0, 1)
                   for image in images.open_images(given)]
         assert torch.equal(torch.stack(levels), (255 * pixels).round().byte())
@@ -120,7 +122,8 @@ def test_pixels_are_rounded_to_8_bits():
     (torch.zeros(0, 3, 8, 8), minisd.ImageError, "not of shape"),
     (torch.full((1, 3, 8, 8), 1.01), minisd.ImageError, "from 0 to 1, and some are not"),
     (torch.full((1, 3, 8, 8), float("nan")), minisd.ImageError, "from 0 to 1, and some are not"),
-    (np.zeros((1, 8, 8, 3), np.uint8), TypeError, "floats from 0 to 1, not torch.uint8"),
+    (np.zeros((1, 8, 8, 3), np.uint8), TypeError, "floats from 0 to 1, not uint8"),
+    (np.array([None]), TypeError, "floats from 0 to 1, not object"),
     (3, TypeError, "an image is a path or a PIL image, not int"),
     ([torch.zeros(3, 8, 8)], TypeError, "not Tensor"),
     (["https://example.org/a.png"], minisd.ImageError, "is an address"),

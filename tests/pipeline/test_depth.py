@@ -191,7 +191,7 @@ def test_diffusers_gives_the_maps_of_two_prompts_by_turns():
     (SMALL_DEPTH, {}, r"^this is a depth model: give it depth_map or image \(--depth-map, --image"),
     (WITHOUT, {}, "^this is a depth model without its depth estimator: give it depth_map"),
     (WITHOUT, dict(image=drawing()), "^this is a depth model without its depth estimator: give"),
-    (SMALL_DEPTH, dict(depth_map=np.ones((5, 5))), "^the depth map is the same everywhere in the "),
+    (SMALL_DEPTH, dict(depth_map=np.ones((5, 5))), "^the depth is the same everywhere in the lat"),
     (SMALL_DEPTH, dict(image=drawing(), depth_map=torch.zeros(1, 5, 5)), "same everywhere"),
     (SMALL_DEPTH, dict(depth_map=randn(5, 5), width=4, height=4), "latent's 1x1 cells"),
     (SMALL_DEPTH, dict(depth_map=randn(2, 5, 5)), "there are 1 images but 2 depth maps"),

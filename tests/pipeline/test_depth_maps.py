@@ -156,7 +156,7 @@ def spike(value):
     torch.stack([randn(8, 8), torch.ones(8, 8)]), torch.rand(1, 1, 1),
 ], ids=["zero", "tenth", "large", "skipped", "one of two", "one pixel"])
 def test_a_constant_map_is_rejected(depth):
-    with pytest.raises(ValueError, match="^the depth map is the same everywhere in the latent's "):
+    with pytest.raises(ValueError, match="^the depth is the same everywhere in the latent's "):
         normalised(depth, (2, 2))
 
 

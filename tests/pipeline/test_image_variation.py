@@ -180,11 +180,28 @@ def test_its_embeddings_must_be_as_many_as_the_prompts(seeds, call):
     (dict(image_embeds=EMBEDS[:0]), "^image_embeds must be"),
     (dict(image_embeds=EMBEDS[None]), "^image_embeds must be"),
     (dict(image_embeds=EMBEDS / 0), "^image_embeds holds values that are not finite$"),
-    (dict(image_embeds=EMBEDS, prompt=["a", "b", "c"]), "^there are 3 images but 2 image_embeds$"),
+    (dict(image_embeds=EMBEDS, prompt=["a", "b", "c"]), "^there are 3 images but 2 image_em"),
 ])
 def test_what_is_rejected(call, words):
     with pytest.raises(ValueError, match=words):
         sd()(**call)
+
+
+def test_rows_of_embeddings_divide_the_images_but_are_not_one_each():
+    with pytest.raises(ValueError, match="^there are 6 images but 2 image_embeds: give one for "):
+        sd()(["a", "b", "c"], num_images_per_prompt=2, image_embeds=EMBEDS)
+
+
+def test_an_image_does_not_say_how_large():
+    assert sd()(image=PICTURE, **CALL | {"height": None, "width": None}).images.shape[2:] == (
+        small_model(SMALL_UNCLIP).config.sample_size // 4,) * 2
+
+
+def test_a_model_whose_statistics_were_taken_away():
+    bare = copy.copy(sd())
+    bare.image_normalizer = None
+    with pytest.raises(ValueError, match="^the model has no image_normalizer: noise_level must"):
+        bare(image_embeds=EMBEDS[:1], noise_level=5)
 
 
 def test_an_absurdly_long_image_is_rejected_before_any_work(monkeypatch):

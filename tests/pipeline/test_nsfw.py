@@ -55,6 +55,13 @@ def test_without_a_check_nothing_is_blackened(sd):
         latents.blackened()
 
 
+def test_a_checker_of_ones_own_that_miscounts():
+    sd = copy.copy(small_model(SMALL))
+    sd.safety_checker = lambda images: [True]
+    with pytest.raises(ValueError, match="^safety_checker gave 1 flags for 2 images$"):
+        sd("a", **CALL)
+
+
 def test_it_is_loaded_with_the_model(folder):
     sd = minisd.load(safety_checker=folder)
     assert isinstance(sd.safety_checker, minisd.SafetyChecker)

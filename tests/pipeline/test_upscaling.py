@@ -142,7 +142,7 @@ def test_any_size(size):
      "images 4 times as wide and high as the given one, and 8192 pixels a side at most$"),
     (dict(image=image(4, 4), noise_level=351), "^noise_level must be an integer from 0 to 350, "),
     (dict(image=image(4, 4), noise_level=-1), "^noise_level must be an integer from 0 to 350, "),
-    (dict(image=image(4, 4), width=64), "^height and width: an upscaling model makes images 4 "),
+    (dict(image=image(4, 4), width=64), "^height and width must not be given: an upscaling "),
     (dict(image=image(4, 4), strength=0.5), r"takes no strength \(--strength\)"),
     (dict(image=image(4, 4), mask_image=image(4, 4)), r"takes no mask_image \(--mask\)"),
 ])
