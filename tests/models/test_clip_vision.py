@@ -1,6 +1,6 @@
 """The image tower equals transformers' CLIPVisionModelWithProjection, and reads the same pixels."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -17,10 +17,12 @@ from reference_models import (
     randomise,
     with_weights,
 )
+from transformers import CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import minisd
 from minisd import images
+from minisd.checkpoints import vision_config
 from minisd.config import VIT_H, VIT_L
 from minisd.models.clip_vision import VisionTower
 from minisd.models.ops import REFERENCE, TORCH
@@ -52,6 +54,12 @@ def test_names_shapes_and_counts_of_the_official_models(model, official, config,
     shapes = {name: p.shape for name, p in ours.state_dict().items()}
     assert shapes == {name: p.shape for name, p in theirs.state_dict().items()}
     assert sum(shape.numel() for shape in shapes.values()) == count
+
+
+def test_an_absent_field_is_what_transformers_takes_for_it(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    theirs = CLIPVisionConfig().to_dict()
+    assert asdict(vision_config.read(tmp_path / "config.json")).items() <= theirs.items()
 
 
 def test_the_published_names_of_the_safety_checker():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,9 @@ def test_scores_of_cross_attention_alone_are_few():
                                   **options)
 
     assert need() < need(stores_scores=True) < 3 * need()
+    middle = replace(X4_UPSCALER, unet=replace(X4_UPSCALER.unet, has_attention=(False,) * 4))
+    call = (middle, (1, 4, 512, 512), 1, True, 2)  # its middle block has attention all the same
+    assert memory.activations(*call) < memory.activations(*call, stores_scores=True)
     tiles = [need(tile=tile) for tile in (512, 256, 128)]
     assert tiles[0] == need() > 2.5 * tiles[1] > 6 * tiles[2]
 
