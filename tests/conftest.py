@@ -19,10 +19,14 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish():
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop():
     """Collecting garbage takes a tenth of the time if it looks through all imports, and often."""
     gc.freeze()
     gc.set_threshold(10_000)
+    result = yield
+    gc.unfreeze()
+    return result
 
 
 @pytest.fixture(autouse=True)
