@@ -63,10 +63,10 @@ wide = replace(  # activations that are large beside what torch itself takes
 sd = small_model(wide).to(dtype="float32")
 image = lambda width, height: Image.new("RGB", (width, height))
 growth(sd, image=image(8, 8))  # warm-up of the libraries
-sizes = [growth(sd, image=image(64, 48))]
+sizes = [growth(sd, image=image(48, 32))]
 sd.vae.tile = 32
-sizes += [growth(sd, image=image(64, 64)),                        # the VAE needs most
-          growth(sd, image=image(64, 48), output_type="latent")]  # the UNet does
+sizes += [growth(sd, image=image(48, 48)),                        # the VAE needs most
+          growth(sd, image=image(48, 48), output_type="latent")]  # the UNet does
 print(json.dumps(sizes))
 """
 
