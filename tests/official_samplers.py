@@ -40,7 +40,7 @@ CLASSES = {
     "TCDScheduler": ("tcd", {}),
 }
 
-STEPS = (1, 2, 3, 5, 10, 20, 50)
+STEPS = (1, 2, 3, 5, 20)
 
 SPACINGS = {spacing: dict(timestep_spacing=spacing) for spacing in ("leading", "trailing")}
 SPACINGS |= {

@@ -42,7 +42,7 @@ def bomb(name, keyword, head):
 
 WORKFLOW = bomb(b"zTXt", b"workflow", b"\0\0")
 WORKFLOW_I = bomb(b"iTXt", b"workflow", b"\0\1\0\0\0")
-MANY = b"".join(chunk(b"tEXt", b"a%d\0" % i + 60 * 2**20 * b"a") for i in range(2))
+MANY = b"".join(chunk(b"tEXt", b"a%d\0" % i + 33 * 2**20 * b"a") for i in range(2))
 PNGS = {
     "eXIf": (chunk(b"eXIf", NONSENSE), b""),
     "eXIf, empty": (chunk(b"eXIf"), b""),

@@ -29,6 +29,13 @@ ROOT = Path(__file__).parents[2]
 CPU, META = torch.device("cpu"), torch.device("meta")
 SMALL = Attention("SD1.5", 1, 2, 5, 7, 8, calls=3)
 NORM = GroupNorm("SD1.5", 1, 8, 3, True, calls=2, groups=2)
+LIMITS = timing.Limits(1e9, 1e9, 1e9)
+
+
+@pytest.fixture(autouse=True)
+def _limits(monkeypatch):
+    """The command measures them; here that is left to the runs in the interpreter."""
+    monkeypatch.setattr(timing, "limits", lambda device: LIMITS)
 
 
 def read(path: Path) -> list[dict]:
@@ -39,23 +46,29 @@ def read(path: Path) -> list[dict]:
 # --- the command
 
 
+INTERPRETED = """
+import sys
+sys.path.insert(0, "tests/kernels")
+import interpreter  # it makes Triton's faster
+from bench.kernels import main
+for line in ([], ["--tune", "--only", "tiny 1x6x5x5"]):
+    assert main(["--rounds", "2", "--out", sys.argv[1], *line]) == 0
+"""
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """Run it in both ways at once, each in a process with the flag: their files and output."""
-    ways = {"bench": [], "tune": ["--tune", "--only", "tiny 1x6x5x5"]}
-    folders = {way: tmp_path_factory.mktemp(way) for way in ways}
-    children = {way: subprocess.Popen(
-        [sys.executable, "-m", "bench.kernels", "--rounds", "2", "--out", folders[way], *arguments],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for way, arguments in ways.items()}
-    said = {way: child.communicate()[0] for way, child in children.items()}
-    for way, child in children.items():
-        assert child.returncode == 0, said[way]
-    return folders, said
+    """Run it in both ways, in a process with the flag: the folder of their files."""
+    folder = tmp_path_factory.mktemp("interpreted")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, folder], cwd=ROOT, text=True, capture_output=True,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
 
 
 def test_every_size_is_checked(interpreted):
-    rows = read(interpreted[0]["bench"] / "equality.csv")
+    rows = read(interpreted / "equality.csv")
     assert [row["shape"] for row in rows] == 2 * [case.label for case in cases.tiny()]
     assert {row["dtype"] for row in rows} == {"float16", "float32"}
     assert {(row["ok"], row["capability"]) for row in rows} == {("True", "none")}
@@ -64,7 +77,7 @@ def test_every_size_is_checked(interpreted):
 
 
 def test_every_provider_has_a_row_or_a_reason(interpreted):
-    rows = read(interpreted[0]["bench"] / "kernels.csv")
+    rows = read(interpreted / "kernels.csv")
     for case in cases.tiny():
         mine = [row for row in rows if row["shape"] == case.label]
         peers = {"reference", "torch"} | ({
@@ -83,7 +96,7 @@ def test_every_provider_has_a_row_or_a_reason(interpreted):
 
 
 def test_the_rungs_of_the_ladder_are_timed_at_some_sizes(interpreted):
-    rows = read(interpreted[0]["bench"] / "kernels.csv")
+    rows = read(interpreted / "kernels.csv")
     timed = {(row["kernel"], row["provider"]) for row in rows if row["metric"] == "time"
              and row["provider"].startswith("ladder") and float(row["max_err"]) < 0.002}
     assert timed == {(op, name) for op, rungs in providers.LADDER.items() for name in rungs}
@@ -96,21 +109,20 @@ def test_scores_that_do_not_fit_leave_a_row(monkeypatch):
         raise torch.OutOfMemoryError("1 GiB")
 
     rows = kernels.measure(SMALL, CPU, torch.float32, 2, {"torch": TORCH.attention},
-                           {"ladder 1 naive": too_large}, timing.Budget(0, ""),
-                           timing.Limits(1e9, 1e9, 1e9))
+                           {"ladder 1 naive": too_large}, timing.Budget(0, ""), LIMITS)
     lost, = (row for row in rows if row["provider"] == "ladder 1 naive")
     assert lost["metric"] == "not timed" and lost["note"] == "OutOfMemoryError: 1 GiB"
 
 
 def test_the_padded_variant_is_the_same_function(interpreted):
     """It is timed as a peer, so it must be right: one piece, at least d wide."""
-    rows = read(interpreted[0]["bench"] / "kernels.csv")
+    rows = read(interpreted / "kernels.csv")
     padded = [r for r in rows if r["provider"] == "minisd padded" and r["metric"] == "time"]
     assert len(padded) == 2 and all(float(row["max_err"]) < 0.002 for row in padded)
 
 
 def test_tuning_measures_every_setting(interpreted):
-    rows = read(interpreted[0]["tune"] / "tune.csv")
+    rows = read(interpreted / "tune.csv")
     tried = {row["provider"] for row in rows if row["kernel"] == "group norm 0"}
     first = launch.DEFAULT["group norm", 0]
     assert tried == {str(first), *map(str, launch.CANDIDATES["group norm", 0])}
@@ -311,9 +323,8 @@ def test_torch_is_right_and_every_peer_agrees(case):
 
 
 def test_compiling_stops_when_its_budget_is_spent():
-    limits = timing.Limits(1e9, 1e9, 1e9)
     rows = kernels.measure(NORM, CPU, torch.float32, 2, {"torch": TORCH.group_norm_silu},
-                           providers.PEERS[NORM.op], timing.Budget(0, "spent"), limits)
+                           providers.PEERS[NORM.op], timing.Budget(0, "spent"), LIMITS)
     notes = {row["provider"]: row["note"] for row in rows if row["metric"] == "not timed"}
     assert notes["compiled"] == notes["compiled max-autotune"] == "OutOfTime: spent"
     assert "eager" not in notes and "liger_kernel" in notes["liger"]

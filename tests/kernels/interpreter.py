@@ -7,6 +7,8 @@ By hand, with the table of errors at the end:
     TRITON_INTERPRET=1 python -m pytest -n0 -s tests/kernels/interpreted_attention.py
 """
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,11 @@ from minisd_kernels.ops import attention as flash_attention, launch
 from torch import Tensor
 from triton import language as tl
 from triton.runtime.interpreter import (
+    InterpretedFunction,
     InterpreterBuilder,
     InterpreterOptions,
     TensorHandle,
+    _patch_lang,
     interpreter_builder,
 )
 
@@ -27,6 +31,16 @@ DTYPES = pytest.mark.parametrize("dtype", launch.DTYPES, ids=lambda dtype: str(d
 CANARY = 7.0
 # Checking for integer overflows takes half of the time, and all sizes here are small.
 interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)
+# A helper prepares triton.language at every call, which takes a third; what it changes stays so.
+prepared = cache(_patch_lang)
+
+
+def _call(self, *args, **named):
+    prepared(self.fn)
+    return self.rewrite()(*args, **named)
+
+
+InterpretedFunction.__call__ = _call
 
 # The interpreter stores bfloat16 as uint16, and has two bugs with it that a GPU does not have.
 plain_dot, plain_trunc = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from itertools import product
 from types import FunctionType, ModuleType
 
 import pytest
@@ -66,19 +67,19 @@ def classes(unet, count):
     return torch.arange(count) if n is None else randn(count, n, seed=2)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("contexts", [1, 2], ids=["alone", "guidance"])
-def test_fused_unet(unet, size, contexts):
-    x, t, context = inputs(unet, size, contexts)
-    told = classes(unet, len(context))
-    kept = x.clone(), t.clone(), context.clone()
+def test_fused_unet(unet):
+    """Alone and with guidance."""
     weights = {name: p.clone() for name, p in unet.named_parameters()}
     fused = FusedUNet(unet, TORCH)
-    ours = fused(x, t, context, told)
-    exact = unet(x.repeat(contexts, 1, 1, 1), t.repeat(contexts), context, told)
-    assert ours.shape == exact.shape and error(ours, exact) <= BOUND
-    assert torch.equal(ours, fused(x, t, context, told))
-    assert all(torch.equal(a, b) for a, b in zip(kept, (x, t, context)))
+    for size, contexts in [*product(SIZES, [2]), (SIZES[1], 1)]:
+        x, t, context = inputs(unet, size, contexts)
+        told = classes(unet, len(context))
+        kept = x.clone(), t.clone(), context.clone()
+        ours = fused(x, t, context, told)
+        exact = unet(x.repeat(contexts, 1, 1, 1), t.repeat(contexts), context, told)
+        assert ours.shape == exact.shape and error(ours, exact) <= BOUND, (size, contexts)
+        assert torch.equal(ours, fused(x, t, context, told))
+        assert all(torch.equal(a, b) for a, b in zip(kept, (x, t, context)))
     assert all(torch.equal(p, weights[name]) for name, p in unet.named_parameters())
 
 
@@ -113,13 +114,14 @@ def test_a_step_is_a_weighted_sum(kind, eta, scale):
             assert error(sum(w * y for w, y in zip(weights_of, terms, strict=True)), want) <= BOUND
 
 
-@pytest.mark.parametrize("oneDNN", [True, False])
+@pytest.mark.parametrize("unet, oneDNN", [*((name, True) for name in CONFIGS), ("SD1", False)],
+                         indirect=["unet"])
 def test_packed_weights_in_float32(unet, oneDNN, monkeypatch):
     """They are packed for one size, but right for others too; and also without oneDNN."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", oneDNN)
     unet = unet.float()
     fused = FusedUNet(unet, TORCH)
-    for size in [*SIZES, SIZES[0]]:
+    for size in (SIZES[0], SIZES[1], SIZES[0]):
         for batch in (1, 2):
             x, t, context = (y.float() for y in inputs(unet, size, 2, batch))
             told = classes(unet, 2 * batch)
@@ -188,21 +190,20 @@ def test_images(config, guidance):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("config", [SMALL, SMALL_V], ids=["eps", "v"])
-def test_every_sampler(sampler, config):
+@pytest.mark.parametrize("config, rescale", [(SMALL, 0.7), (SMALL_V, 0.0)], ids=["eps", "v"])
+def test_every_sampler(sampler, config, rescale):
     """The fused steps of all samplers are the readable ones: the same loop, another object."""
     m = small_model(config)
     fused = StableDiffusion(config, m.tokenizer, m.text_encoder, m.unet, m.vae,
                             Backend(TORCH, fused=True))
-    for rescale in (0.0, 0.7):
-        call = dict(num_inference_steps=5, seed=[3, 4], sampler=sampler, guidance_rescale=rescale,
-                    output_type="latent", width=24, height=16)
-        runs = [model.stream(["a", "b"], **call) for model in (fused, m)]
-        for ours, exact in zip(*runs, strict=True):
-            bound = 1e-11 * max(1, exact.latents.abs().max().item())
-            assert error(ours.latents, exact.latents) <= bound
-            assert error(ours.x0, exact.x0) <= 100 * bound
-            assert (ours.i, ours.t) == (exact.i, exact.t)
+    call = dict(num_inference_steps=5, seed=[3, 4], sampler=sampler, guidance_rescale=rescale,
+                output_type="latent", width=24, height=16)
+    runs = [model.stream(["a", "b"], **call) for model in (fused, m)]
+    for ours, exact in zip(*runs, strict=True):
+        bound = 1e-11 * max(1, exact.latents.abs().max().item())
+        assert error(ours.latents, exact.latents) <= bound
+        assert error(ours.x0, exact.x0) <= 100 * bound
+        assert (ours.i, ours.t) == (exact.i, exact.t)
 
 
 def test_fused_by_name_on_a_cpu():

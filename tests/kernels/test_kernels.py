@@ -19,11 +19,11 @@ from minisd_kernels.ops import attention as fa, group_norm as gn, launch
 INTERPRETED = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 
 
-@pytest.mark.parametrize("file", INTERPRETED, ids=lambda file: file.stem)
-def test_interpreted(file):
+def test_interpreted():
     """In a process of its own, with the flag TRITON_INTERPRET."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", file],
+        [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider",
+         *INTERPRETED],
         env=os.environ | {"TRITON_INTERPRET": "1"}, check=False, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:

@@ -35,11 +35,11 @@ from PIL import Image
 from tests.long.peaks import growth
 sd = minisd.load()
 growth(sd)  # warm-up of the libraries
-sizes = [growth(sd, height=256, width=256, num_images_per_prompt=4),  # the UNet needs most
-         growth(sd, height=384, width=512)]                           # the VAE does
+sizes = [growth(sd, height=192, width=192, num_images_per_prompt=4),  # the UNet needs most
+         growth(sd, height=256, width=384)]                           # the VAE does
 sd.vae.tile = 32
 call = dict(image=Image.new("RGB", (8, 8)), strength=1.0, guidance_scale=1.0)
-sizes += [growth(sd, height=256, width=512), growth(sd, height=384, width=384, **call)]
+sizes += [growth(sd, height=256, width=256), growth(sd, height=256, width=256, **call)]
 print(json.dumps(sizes))
 """
 
@@ -64,10 +64,10 @@ wide = replace(  # activations that are large beside what torch itself takes
 sd = small_model(wide).to(dtype="float32")
 image = lambda width, height: Image.new("RGB", (width, height))
 growth(sd, image=image(8, 8))  # warm-up of the libraries
-sizes = [growth(sd, image=image(64, 48))]
+sizes = [growth(sd, image=image(48, 32))]
 sd.vae.tile = 32
-sizes += [growth(sd, image=image(64, 64)),                        # the VAE needs most
-          growth(sd, image=image(64, 48), output_type="latent")]  # the UNet does
+sizes += [growth(sd, image=image(48, 48)),                        # the VAE needs most
+          growth(sd, image=image(48, 48), output_type="latent")]  # the UNet does
 print(json.dumps(sizes))
 """
 

@@ -29,8 +29,7 @@ from minisd.models.ops import REFERENCE, TORCH
 
 INPAINT = replace(SMALL, unet=replace(SMALL.unet, in_channels=9))
 INPAINT_V = replace(SMALL_V, unet=replace(SMALL_V.unet, in_channels=9))
-MODELS = pytest.mark.parametrize(
-    "config", [SMALL, SMALL_V, SMALL_ZERO], ids=["eps", "v", "zero SNR"])
+NAMES = {SMALL: "eps", SMALL_V: "v", SMALL_ZERO: "zero SNR"}
 WIDTH, HEIGHT = 56, 40
 CALL = dict(
     prompt="a red heart on a blue background", negative_prompt="blurry, two hearts",
@@ -72,7 +71,7 @@ def text_to_image(config, call=None, **options):
     return both(StableDiffusionPipeline, config, call, **options)
 
 
-@MODELS
+@pytest.mark.parametrize("config", NAMES, ids=NAMES.get)
 @pytest.mark.parametrize("ops", [REFERENCE, TORCH], ids=["reference", "torch"])
 def test_text_to_image(config, ops):
     assert error(*text_to_image(config, ops=ops)) <= BOUND
@@ -90,10 +89,13 @@ OPTIONS = {
 }
 
 
-@MODELS
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("config, option", [
+    *((SMALL, option) for option in OPTIONS), (SMALL_V, "half the noise of DDPM"),
+    (SMALL_ZERO, "one step"), (SMALL_ZERO, "steps that do not divide 1000"),
+], ids=NAMES.get)
 @pytest.mark.filterwarnings("ignore:the prompt is")
 def test_options(config, option):
+    """The models differ in a step alone: one of them has the options that no step sees."""
     call = {"num_inference_steps": 4, **OPTIONS[option]}
     # diffusers steps to t - 1000 // S: with trailing spacing that is the next timestep only where S
     # divides 1000.
@@ -101,23 +103,21 @@ def test_options(config, option):
     assert (error(*text_to_image(config, call)) <= BOUND) != bool(gaps)
 
 
-@MODELS
-def test_prompts_in_batches(config):
+def test_prompts_in_batches():
     """All images of the first prompt, then of the second; a generator for each image."""
     call = dict(
         prompt=["a heart", "two stars", "a boat at night"], negative_prompt=["a", "b", "c"],
         num_images_per_prompt=2, eta=0.3, num_inference_steps=4,
     )
-    ours, official = text_to_image(config, call, count=6)
+    ours, official = text_to_image(SMALL_V, call, count=6)
     assert ours.shape == (6, 4, HEIGHT // 4, WIDTH // 4)
     assert error(ours, official) <= BOUND
 
 
-@MODELS
-def test_latents_are_given(config):
+def test_latents_are_given():
     latents = randn(2, 4, HEIGHT // 4, WIDTH // 4, seed=3)
-    call = dict(num_images_per_prompt=2, latents=latents, eta=1.0)
-    assert error(*text_to_image(config, call, count=2)) <= BOUND
+    call = dict(num_images_per_prompt=2, latents=latents, eta=1.0, num_inference_steps=4)
+    assert error(*text_to_image(SMALL, call, count=2)) <= BOUND
 
 
 def test_contexts_instead_of_text():
@@ -128,18 +128,19 @@ def test_contexts_instead_of_text():
     assert error(*text_to_image(SMALL, call)) <= BOUND
 
 
-@MODELS
-def test_pixels(config):
-    ours, official = text_to_image(config, output_type="pt")
+def test_pixels():
+    ours, official = text_to_image(SMALL, output_type="pt")
     assert ours.shape == (1, 3, HEIGHT, WIDTH)
     assert 0 < ours.mean() < 1 and ours.std() > 0.01
     assert error(ours, official) <= BOUND
-    ours, official = text_to_image(config, output_type="pil")
+    ours, official = text_to_image(SMALL, output_type="pil")
     assert np.array_equal(np.array(ours[0]), np.array(official[0]))
 
 
-@MODELS
-@pytest.mark.parametrize("strength, eta", [(0.85, 0.0), (0.55, 0.5), (1.0, 0.0), (0.1, 0.0)])
+@pytest.mark.parametrize("config, strength, eta", [
+    (SMALL, 0.85, 0.0), (SMALL_V, 0.55, 0.5), (SMALL_ZERO, 0.85, 0.0), (SMALL_ZERO, 1.0, 0.0),
+    (SMALL, 0.1, 0.0),
+], ids=NAMES.get)
 def test_image_to_image(config, strength, eta):
     call = dict(image=image(), strength=strength, eta=eta, num_images_per_prompt=2)
     assert error(*both(
@@ -148,7 +149,7 @@ def test_image_to_image(config, strength, eta):
     )) <= BOUND
 
 
-@pytest.mark.parametrize("strength, eta", [(1.0, 0.0), (0.75, 0.0), (0.75, 0.5)])
+@pytest.mark.parametrize("strength, eta", [(1.0, 0.0), (0.75, 0.5)])
 @pytest.mark.parametrize("config", [INPAINT, INPAINT_V, SMALL, SMALL_V], ids=[
     "9 channels eps", "9 channels v", "4 channels eps", "4 channels v"
 ])

@@ -36,15 +36,6 @@ PROMPT = "a red heart on a blue background"
 STREAMS = ("stdin", "stdout", "stderr")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
-    """The helper collects garbage each time: let it look only at what is new."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 # --- the helper can fail
 
 

@@ -28,13 +28,14 @@ KINDS = {
     "inpainting": (StableDiffusionInpaintPipeline,
                    dict(image=image(), mask_image=mask(), strength=0.8)),
 }
-CALL = dict(prompt="a red heart", negative_prompt="two", num_inference_steps=10,
+CALL = dict(prompt="a red heart", negative_prompt="two", num_inference_steps=6,
             guidance_scale=7.5, output_type="latent")
 
 
-CASES = [pytest.param(config, task, id=f"{kind} {task}")
-         for kind, config in {"eps": SMALL, "v": SMALL_V, "9 channels": INPAINT}.items()
-         for task in KINDS if config is not INPAINT or task == "inpainting"]
+# The task decides where a call begins and what the UNet sees, v what it says: one task has it.
+CASES = [*(pytest.param(SMALL, task, id=f"eps {task}") for task in KINDS),
+         pytest.param(SMALL_V, "image to image", id="v image to image"),
+         pytest.param(INPAINT, "inpainting", id="9 channels inpainting")]
 
 
 @pytest.mark.parametrize("config, task", CASES)
@@ -47,7 +48,7 @@ def test_whole_calls(name, config, task, monkeypatch):
     ours = sd(seed=7, sampler=name, spacing=spacing, width=WIDTH, height=HEIGHT, **CALL | call)
     pipeline = official_pipeline(kind, sd)
     before, theirs = pipeline.scheduler, official(
-        scheduler, 10, timestep_spacing=spacing, prediction_type=config.schedule.prediction_type)
+        scheduler, 6, timestep_spacing=spacing, prediction_type=config.schedule.prediction_type)
     draw_noise_in_float32(monkeypatch, type(theirs).step.__globals__)
     pipeline.scheduler = theirs
     try:
