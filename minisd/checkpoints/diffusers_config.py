@@ -23,7 +23,6 @@ from minisd.checkpoints.scheduler_config import (
 from minisd.checkpoints.unclip_config import read_unclip
 from minisd.checkpoints.vision_config import ACTIVATIONS
 from minisd.config import (
-    CLASSES,
     KINDS,
     X4_UPSCALER,
     Config,
@@ -248,7 +247,8 @@ def _check_fit(folder: Path, text: TextConfig, unet: UNetConfig, vae: VAEConfig)
         fault = f"has {unet.in_channels} input channels, not {' or '.join(map(str, inputs))}"
     elif not Config("", text, unet, vae).kind:
         classes = " and ".join(
-            f"{name} {n}" for name in CLASSES if (n := getattr(unet, name)) is not None)
+            f"{name} {n}" for name in CLASS_FIELDS.values()
+            if (n := getattr(unet, name)) is not None)
         fault = (f"has {unet.in_channels} input channels and {classes or 'no classes'}, which no "
                  "model has that minisd computes")
     else:
