@@ -40,9 +40,8 @@ def warn(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=level)
 
 
-def finite(x: "Tensor", stage: str, remedy: str = "") -> "Tensor":
+def finite(x: "Tensor", stage: str, remedy: str = ": try dtype float32 (--dtype)") -> "Tensor":
     """x; ArithmeticError, which names the stage that computed it, if a value is not finite."""
     if not x.isfinite().all():
-        raise ArithmeticError(
-            f"{stage} gave values that are not finite: try dtype float32 (--dtype){remedy}")
+        raise ArithmeticError(f"{stage} gave values that are not finite{remedy}")
     return x

@@ -26,8 +26,8 @@ from minisd.request import Plan
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # What the files of a control group are called, in version 2 and in version 1 (cgroups(7)).
 LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-REMEDIES = ("choose a smaller size or fewer images at once, load with tile=64 (--tile 64) for "
-            "large images, 128 for an upscaler, or with dtype float16 (--dtype float16) on a GPU")
+REMEDIES = ("choose a smaller size or fewer images at once, load with tile=64 (--tile 64), an "
+            "upscaler with 128, or load with dtype float16 (--dtype float16) on a GPU")
 # What torch and oneDNN say, beside the two types, when there is no memory left.
 RAN_OUT = re.compile(
     r"can't allocate memory|out of memory|bad_alloc|could not create a (memory object|primitive$)")

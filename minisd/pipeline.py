@@ -43,6 +43,8 @@ from minisd.request import Callback, Maps, Picture, Plan, Prompts, Request
 from minisd.steps import Steps, first_state
 from minisd.text.tokenizer import Tokenizer
 
+UNET_REMEDY = ": try dtype float32 (--dtype) or a smaller guidance_scale (--guidance)"
+
 
 class StableDiffusion:
     """A text encoder, a UNet and a VAE that were trained together, ready to be called.
@@ -139,6 +141,8 @@ class StableDiffusion:
     def _plan(self, asked: Request) -> Plan:
         """What a request means for this model, which it fits."""
         r = asked.plan(self.config)
+        if self.config.normalizer_dim is not None and self.image_normalizer is None:
+            raise ValueError("the model's image_normalizer was taken away")
         for sentence in r.warnings:
             errors.warn(sentence)
         memory.check(r, self.dtype, self.device, self.vae, encodes=r.strength is not None,
@@ -190,8 +194,7 @@ class StableDiffusion:
                 changes = r.callback_on_step_end(self, i, shown[i].t, {"latents": state[0]})
                 state[0] = tensors.changed_latents(changes, state[0])
             x, x0 = state[0], state[-1]
-            best = errors.finite(x, "the UNet", " or a smaller guidance_scale (--guidance)"
-                                 ) if last else x0
+            best = errors.finite(x, "the UNet", UNET_REMEDY) if last else x0
             yield Step(i, shown[i].t, x, x0, partial(self._output, r, best, keep))
 
     def _output(self, r: Plan, x: Tensor, keep: Keep | None) -> Output:
@@ -199,7 +202,8 @@ class StableDiffusion:
         if self.safety_checker is not None and r.output_type != "latent":
             nsfw = list(self.safety_checker(made))
             if len(nsfw) != len(made):
-                raise ValueError(f"safety_checker gave {len(nsfw)} flags for {len(made)} images")
+                raise ValueError(f"safety_checker must give {len(made)} flags, one for each image, "
+                                 f"not {len(nsfw)}")
         return Output(made, r.seeds, r.settings(), nsfw)
 
     def _told(self, r: Plan, class_vector: Tensor | None) -> dict[str, Tensor]:

@@ -41,4 +41,4 @@ def _in_float32_if_need_be(run: Callable[..., Tensor], vae: VAE, *inputs: Tensor
             raise
     # Some published VAEs exceed float16 on some images.
     again = copy.deepcopy(vae).to(inputs[0].dtype)
-    return errors.finite(run(again, *inputs), "the VAE")
+    return errors.finite(run(again, *inputs), "the VAE", ", in float32 too")

@@ -53,7 +53,7 @@ def read_folder(folder: Path, prediction_type: str | None) -> Found:
     if not index.is_file():
         raise WeightError(_without_index(folder))
     file = JsonFile(index)
-    known = [name for names_of_kind in PIPELINES.values() for name in names_of_kind]
+    known = dict.fromkeys(name for names_of_kind in PIPELINES.values() for name in names_of_kind)
     file.choice("_class_name", None, known)  # without it, it is the index of nothing
     for part, kind in CLASSES.items():
         file.choice(part, kind, (kind,))

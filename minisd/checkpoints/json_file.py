@@ -68,7 +68,8 @@ class JsonFields:
             value = self.fields.get(name, same[0])
             values = value if _is_list(value, levels) else [value]
             if not all(each in list(same) for each in values):
-                which = f" for each of {levels} levels" if isinstance(value, list) else ""
+                several = levels > 0 and isinstance(value, list)
+                which = f" for each of {levels} levels" if several else ""
                 raise self.fault(name, f"{same[0]!r}{which}")
 
     def within(self, name: str, value, low: float, high: float, types: tuple[type, ...],

@@ -129,7 +129,7 @@ def folder_configs(config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
     """The JSON files of a diffusers folder, but for the tokenizer's: file -> fields."""
     text, unet, vae, schedule = config.text, config.unet, config.vae, config.schedule
     attends = ["CrossAttnDownBlock2D" if on else "DownBlock2D" for on in unet.has_attention]
-    lcm = unet.time_cond_proj_dim is not None
+    lcm = unet.time_cond_proj_dim is not None and config.kind == "text to image"
     pipeline = "LatentConsistencyModelPipeline" if lcm else PIPELINES[config.kind][0]
     classes = unet.projection_class_embeddings_input_dim
     ups = ["CrossAttnUpBlock2D" if on else "UpBlock2D" for on in unet.has_attention[::-1]]

@@ -56,12 +56,8 @@ def start(given: Given) -> Start:
     assert embeds is not None
     noise = given.noise.draw(embeds.shape[1])                                # (B, D)
     embeds = embeds.to(like).expand_as(noise)                                # (B, D)
-    normalizer = given.image_normalizer
-    if normalizer is None:  # a single file can lack it: then there is level 0 alone
-        if plan.noise_level > 0:
-            raise ValueError("the model has no image_normalizer any more: noise_level "
-                             "(--noise-level) must be 0")
-        normalizer = ImageNormalizer(embeds.shape[1])
+    # A single file can lack it: then there is level 0 alone.
+    normalizer = given.image_normalizer or ImageNormalizer(embeds.shape[1])
     vector = augmented(embeds, normalizer.mean.to(like), normalizer.std.to(like),
                        plan.noise_level, noise)                              # (B, 2D)
     if plan.guided:  # in training the whole vector was zero at times, not the embedding alone

@@ -1,6 +1,7 @@
 """Saved models: minisd and diffusers read what is written, and make the same image."""
 
 import copy
+import json
 import os
 import re
 import warnings
@@ -13,13 +14,23 @@ import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from files import all_shapes, header, write
 from PIL import Image
-from reference_models import SMALL, SMALL_V, error, small_model
+from reference_models import (
+    SMALL,
+    SMALL_DEPTH,
+    SMALL_UNCLIP,
+    SMALL_V,
+    SMALL_X4,
+    error,
+    small_model,
+)
 from safetensors.torch import load_file
 
 import minisd
 from minisd.checkpoints import save
 from minisd.checkpoints.checkpoint import check, open_checkpoint
+from minisd.checkpoints.folder import PIPELINES
 from minisd.config import SD1, SD1_INPAINT, SD2, SD2_DEPTH, SD2_INPAINT, SD2_V
+from minisd.errors import WeightError
 from minisd.loading import build
 from minisd.models.ops import TORCH
 from minisd.samplers import schedule
@@ -228,3 +239,27 @@ def test_a_path_may_be_a_string(tmp_path):
     assert sorted(os.listdir(tmp_path / "model")) == [
         "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
     assert Path(tmp_path / "model/unet/config.json").is_file()
+
+
+@pytest.mark.parametrize("config", [SMALL, INPAINT, SMALL_DEPTH, SMALL_X4, SMALL_UNCLIP],
+                         ids=lambda config: config.kind)
+def test_the_pipelines_that_a_folder_may_name(config, tmp_path):
+    """Those of its kind; one that draws may also inpaint. The guidance is told to any of them."""
+    told = replace(config, unet=replace(config.unet, time_cond_proj_dim=8))
+    small_model(told).save(tmp_path / "model")
+    assert open_checkpoint(tmp_path / "model").config.kind == config.kind
+    index = tmp_path / "model" / "model_index.json"
+    fields = json.loads(index.read_text())
+    drawing = ("text to image", "inpainting")
+    for kind, names in PIPELINES.items():
+        for name in names:
+            index.write_text(json.dumps(fields | {"_class_name": name}))
+            if kind == config.kind or kind in drawing and config.kind in drawing:
+                assert open_checkpoint(tmp_path / "model").config.kind == config.kind
+            else:
+                with pytest.raises(WeightError, match=f"names a {name}, but the UNet beside it"):
+                    open_checkpoint(tmp_path / "model")
+    index.write_text(json.dumps(fields | {"_class_name": "Other"}))
+    with pytest.raises(WeightError) as caught:
+        open_checkpoint(tmp_path / "model")
+    assert str(caught.value).count("'StableDiffusionPipeline'") == 1

@@ -121,7 +121,7 @@ def test_packed_weights_in_float32(unet, oneDNN, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", oneDNN)
     unet = unet.float()
     fused = FusedUNet(unet, TORCH)
-    for size in (SIZES[0], SIZES[1], SIZES[0]):
+    for size in (SIZES[0], SIZES[1], SIZES[3], SIZES[0]):
         for batch in (1, 2):
             x, t, context = (y.float() for y in inputs(unet, size, 2, batch))
             told = classes(unet, 2 * batch)

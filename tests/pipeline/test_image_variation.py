@@ -200,8 +200,13 @@ def test_an_image_does_not_say_how_large():
 def test_a_model_whose_statistics_were_taken_away():
     bare = copy.copy(sd())
     bare.image_normalizer = None
-    with pytest.raises(ValueError, match="^the model has no image_normalizer any more"):
-        bare(image_embeds=EMBEDS[:1], noise_level=5)
+    with pytest.raises(ValueError, match="^the model's image_normalizer was taken away$"):
+        bare.stream(image_embeds=EMBEDS[:1], noise_level=5)
+
+
+def test_there_is_no_image():
+    with pytest.raises(ValueError, match="^there is no image to look at$"):
+        sd().vision([])
 
 
 def test_an_absurdly_long_image_is_rejected_before_any_work(monkeypatch):

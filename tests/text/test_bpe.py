@@ -53,7 +53,7 @@ def test_ids_equal_the_library(kind):
 
 
 def test_every_character_alone_and_beside_a_letter():
-    """Of ideographs, Hangul and private use, which are alike, one in twenty."""
+    """Of letters without case, and of private use, one in twenty from U+3400 on."""
     points = (chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000 and (
         i < 0x3400 or i % 20 == 0 or unicodedata.category(chr(i)) not in ("Lo", "Co")))
     known = assigned("".join(points))
