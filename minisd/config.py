@@ -252,22 +252,21 @@ X4_UPSCALER = Config(
     guidance_scale=9.0,
 )
 
-# Stability-AI/stablediffusion, v2-1-stable-unclip-h-inference.yaml and -l-: an image's embedding
-# and the embedding of its noise level, side by side.
-SD2_UNCLIP_H = replace(
-    SD2_V,
-    name="Stable Diffusion 2 unCLIP H",
-    unet=replace(SD2.unet, projection_class_embeddings_input_dim=2 * VIT_H.projection_dim),
-    vision=VIT_H,
-    normalizer_dim=VIT_H.projection_dim,
-    max_noise_level=999,
-    num_inference_steps=20,
-    guidance_scale=10.0,
-)
-SD2_UNCLIP_L = replace(
-    SD2_UNCLIP_H,
-    name="Stable Diffusion 2 unCLIP L",
-    unet=replace(SD2.unet, projection_class_embeddings_input_dim=2 * VIT_L.projection_dim),
-    vision=VIT_L,
-    normalizer_dim=VIT_L.projection_dim,
-)
+
+def _unclip(letter: str, vision: VisionConfig) -> Config:
+    """Stability-AI/stablediffusion, v2-1-stable-unclip-h-inference.yaml and -l-: an image's
+    embedding and the embedding of its noise level, side by side."""
+    width = vision.projection_dim
+    return replace(
+        SD2_V,
+        name=f"Stable Diffusion 2 unCLIP {letter}",
+        unet=replace(SD2.unet, projection_class_embeddings_input_dim=2 * width),
+        vision=vision,
+        normalizer_dim=width,
+        max_noise_level=999,
+        num_inference_steps=20,
+        guidance_scale=10.0,
+    )
+
+
+SD2_UNCLIP_H, SD2_UNCLIP_L = _unclip("H", VIT_H), _unclip("L", VIT_L)

@@ -327,7 +327,7 @@ class StableDiffusion:
             raise ValueError("this model has no depth estimator")
         x = prepared(images.open_image(image))                               # (1, 3, H', W')
         x = x.to(self.device, torch.promote_types(self.dtype, torch.float32))
-        return errors.finite(self.depth_estimator(x), "the depth estimator")       # (1, H', W')
+        return errors.finite(self.depth_estimator(x), "the depth estimator") # (1, H', W')
 
     @memory.explained()
     @torch.no_grad()
