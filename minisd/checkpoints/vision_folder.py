@@ -16,7 +16,10 @@ def read_safety_checker(folder: Path) -> tuple[VisionConfig, dict[str, StoredTen
     """
     if (folder / "model_index.json").is_file():
         folder = folder / "safety_checker"
-    config = vision_config.read(folder / "config.json")
+    path = folder.absolute() / "config.json"
+    if not path.is_file():
+        raise WeightError(f"{path} is missing: the folder holds no safety checker")
+    config = vision_config.read(path)
     tensors: dict[str, StoredTensor] = {}
     for name, stored in part_tensors(folder, "model").items():
         if names_vision.DROPPED.fullmatch(name):

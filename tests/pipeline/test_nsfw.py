@@ -76,7 +76,7 @@ def test_it_is_loaded_with_the_model(folder):
 def test_a_wrong_folder_is_an_error_before_the_weights_are_read(monkeypatch, tmp_path):
     monkeypatch.setattr("minisd.checkpoints.checkpoint.read_tensor",
                         lambda *_: pytest.fail("a weight was read"))
-    with pytest.raises(minisd.WeightError, match="config.json is missing"):
+    with pytest.raises(minisd.WeightError, match="config.json is missing: the folder holds no"):
         minisd.load(safety_checker=tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         minisd.load(safety_checker=tmp_path / "nowhere")
